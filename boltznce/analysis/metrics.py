@@ -1,0 +1,199 @@
+"""Distances between two sets of samples, and how well one log-likelihood agrees with another."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import ot
+
+from boltznce.errors import UserError
+
+__all__ = [
+    "LikelihoodAgreement",
+    "TorusDistance",
+    "energy_cut",
+    "energy_w2",
+    "energy_w2_floor",
+    "likelihood_agreement",
+    "share_above",
+    "torsion_kl",
+    "torus_w2",
+    "torus_w2_floor",
+]
+
+_MOST_PIVOTS = 10_000_000
+
+
+@dataclass(frozen=True)
+class TorusDistance:
+    """Wasserstein-2 distance in radians: ``mean`` and ``std`` over subsets of ``n_points`` each."""
+
+    mean: float
+    std: float
+    n_points: int
+
+
+@dataclass(frozen=True)
+class LikelihoodAgreement:
+    """Spread of (EBM - exact) log-likelihood: ``std`` in kT with its bootstrap ``std_error``; ``pearson_r``; ``slope`` of EBM over exact.
+
+    ``per_state`` holds (n, mean, std) of the difference by state; means are up to the EBM's constant, their differences are not.
+    """
+
+    n: int
+    std: float
+    std_error: float
+    pearson_r: float
+    slope: float
+    per_state: dict[str, dict[str, float]]
+
+
+def energy_cut(u_md: np.ndarray, quantile: float = 0.9999, margin: float = 50.0) -> float:
+    """Energy (kT) above which samples are left out of E-W2: a quantile of the MD energies plus ``margin``."""
+    return float(np.quantile(u_md, quantile) + margin)
+
+
+def share_above(u: np.ndarray, cut: float, weights: np.ndarray | None = None) -> float:
+    """Share of (weighted) energies (n,) above ``cut``; infinite and NaN ones count as above."""
+    return float(np.average(~(np.asarray(u) <= cut), weights=weights))
+
+
+def energy_w2(
+    u1: np.ndarray, u2: np.ndarray, w1: np.ndarray | None = None, w2: np.ndarray | None = None, cut: float | None = None
+) -> float:
+    """Exact Wasserstein-2 distance (kT) of energies (n1,) and (n2,) with any positive weights: ( int_0^1 (Q1 - Q2)^2 dp )^(1/2).
+
+    Energies above ``cut`` are left out on both sides (see :func:`energy_cut`, :func:`share_above`).
+    """
+    values1, cdf1 = _sorted_cdf(u1, w1, cut)
+    values2, cdf2 = _sorted_cdf(u2, w2, cut)
+    levels = np.sort(np.concatenate([cdf1, cdf2]))
+    steps = np.diff(levels, prepend=0.0)
+    middle = levels - steps / 2.0  # between two levels both quantile functions are constant
+    q1 = values1[np.minimum(np.searchsorted(cdf1, middle), len(values1) - 1)]
+    q2 = values2[np.minimum(np.searchsorted(cdf2, middle), len(values2) - 1)]
+    return float(np.sqrt((steps * (q1 - q2) ** 2).sum()))
+
+
+def energy_w2_floor(u: np.ndarray, cut: float | None = None) -> float:
+    """E-W2 between the two halves of one set (n,), in order of time: what sampling alone makes of the distance."""
+    half = len(u) // 2
+    return energy_w2(u[:half], u[half:], cut=cut)
+
+
+def torus_w2(
+    angles1: np.ndarray,
+    angles2: np.ndarray,
+    w1: np.ndarray | None = None,
+    w2: np.ndarray | None = None,
+    n_points: int = 5000,
+    n_subsets: int = 5,
+    generator: np.random.Generator | None = None,
+) -> TorusDistance:
+    """Wasserstein-2 distance (radians) on the torus between angles (n1, k) and (n2, k), differences wrapped to (-pi, pi].
+
+    Exact optimal transport between subsets of ``n_points`` (at most n1, n2): drawn with replacement by weight where weights are given,
+    else without. The value has a floor that falls with n_points: compare with :func:`torus_w2_floor` at the same n_points.
+    BoltzNCE's code wraps differences modulo pi: its figures cannot be compared with these.
+    """
+    generator = np.random.default_rng(0) if generator is None else generator
+    angles1, angles2 = np.asarray(angles1, dtype=np.float64), np.asarray(angles2, dtype=np.float64)
+    n = min(n_points, len(angles1), len(angles2))
+    if n == 0 or angles1.ndim != 2 or angles1.shape[1:] != angles2.shape[1:]:
+        raise UserError(f"A torus distance needs angles (n, k) on both sides: got {angles1.shape} and {angles2.shape}.")
+    distances = [_torus_assignment(_subset(angles1, w1, n, generator), _subset(angles2, w2, n, generator)) for _ in range(n_subsets)]
+    return TorusDistance(float(np.mean(distances)), float(np.std(distances)), n)
+
+
+def torus_w2_floor(
+    angles: np.ndarray, n_points: int = 5000, n_subsets: int = 5, generator: np.random.Generator | None = None
+) -> TorusDistance:
+    """T-W2 between the two halves of one set (n, k), in order of time."""
+    half = len(angles) // 2
+    return torus_w2(angles[:half], angles[half:], n_points=n_points, n_subsets=n_subsets, generator=generator)
+
+
+def torsion_kl(
+    angles1: np.ndarray,
+    angles2: np.ndarray,
+    w1: np.ndarray | None = None,
+    w2: np.ndarray | None = None,
+    n_bins: int = 64,
+    pseudocount: float = 1e-3,
+) -> float:
+    """KL(1 || 2) of the (phi, psi) histograms of angles (n, 2), in nats, with ``pseudocount`` samples added to every bin of both."""
+    edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    probabilities = []
+    for angles, weights in ((angles1, w1), (angles2, w2)):
+        wrapped = _wrap(np.asarray(angles, dtype=np.float64))
+        n = len(wrapped)
+        weights = None if weights is None else np.asarray(weights) * (n / np.sum(weights))
+        histogram = np.histogram2d(wrapped[:, 0], wrapped[:, 1], bins=(edges, edges), weights=weights)[0] + pseudocount
+        probabilities.append(histogram / histogram.sum())
+    p, q = probabilities
+    return float((p * np.log(p / q)).sum())
+
+
+def likelihood_agreement(
+    ebm: np.ndarray, exact: np.ndarray, inside: np.ndarray | None = None, n_bootstrap: int = 1000, seed: int = 0
+) -> LikelihoodAgreement:
+    """Agreement of EBM and exact log-likelihoods (n,) of samples drawn by the flow; ``inside`` (n,) is the mask of the state.
+
+    The spread of the difference is what the weights feel; Pearson's r flatters where the likelihoods themselves vary much.
+    """
+    ebm, exact = np.asarray(ebm, dtype=np.float64), np.asarray(exact, dtype=np.float64)
+    n = len(ebm)
+    if n < 3 or exact.shape != (n,) or not (np.isfinite(ebm).all() and np.isfinite(exact).all()):
+        raise UserError("Likelihoods are compared on three or more samples with finite values of both.")
+    difference = ebm - exact
+    index = np.random.default_rng(seed).integers(0, n, size=(n_bootstrap, n))
+    slope = np.cov(ebm, exact)[0, 1] / exact.var(ddof=1)
+    masks = {} if inside is None else {"state": np.asarray(inside, dtype=bool), "rest": ~np.asarray(inside, dtype=bool)}
+    per_state = {
+        name: {"n": int(mask.sum()), "mean": float(difference[mask].mean()), "std": float(difference[mask].std(ddof=1))}
+        for name, mask in masks.items()
+        if mask.sum() > 1
+    }
+    return LikelihoodAgreement(
+        n=n,
+        std=float(difference.std(ddof=1)),
+        std_error=float(difference[index].std(axis=1, ddof=1).std(ddof=1)),
+        pearson_r=float(np.corrcoef(ebm, exact)[0, 1]),
+        slope=float(slope),
+        per_state=per_state,
+    )
+
+
+def _sorted_cdf(u: np.ndarray, weights: np.ndarray | None, cut: float | None) -> tuple[np.ndarray, np.ndarray]:
+    u = np.asarray(u, dtype=np.float64)
+    weights = np.ones(len(u)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if cut is not None:
+        u, weights = u[u <= cut], weights[u <= cut]
+    if len(u) == 0 or weights.sum() <= 0.0:
+        raise UserError("No energy is left to compare: all lie above the cut, or have no weight.")
+    if not np.isfinite(u).all():
+        raise UserError("Some energies are not finite: give a cut (metrics.energy_cut) that leaves them out.")
+    order = np.argsort(u)
+    cdf = np.cumsum(weights[order])
+    return u[order], cdf / cdf[-1]
+
+
+def _wrap(angle: np.ndarray) -> np.ndarray:
+    """Angles brought to (-pi, pi]."""
+    return np.pi - np.mod(np.pi - angle, 2.0 * np.pi)
+
+
+def _subset(angles: np.ndarray, weights: np.ndarray | None, n: int, generator: np.random.Generator) -> np.ndarray:
+    if weights is None:
+        return angles[generator.choice(len(angles), size=n, replace=False)]
+    weights = np.asarray(weights, dtype=np.float64)
+    return angles[generator.choice(len(angles), size=n, p=weights / weights.sum())]
+
+
+def _torus_assignment(a: np.ndarray, b: np.ndarray) -> float:
+    """( min over permutations of the mean squared wrapped distance )^(1/2) of (n, k) and (n, k)."""
+    cost = np.zeros((len(a), len(b)))
+    for i in range(a.shape[1]):
+        distance = np.abs(_wrap(a[:, None, i]) - _wrap(b[None, :, i]))
+        cost += np.minimum(distance, 2.0 * np.pi - distance) ** 2
+    uniform = np.full(len(a), 1.0 / len(a))
+    return float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=_MOST_PIVOTS)))

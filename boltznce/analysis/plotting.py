@@ -1,0 +1,230 @@
+"""The figures of a run, each a function of arrays that returns a matplotlib Figure; nothing is shown or saved here."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from boltznce.analysis.free_energy import FreeEnergyProfile
+from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
+
+__all__ = [
+    "plot_energy_histograms",
+    "plot_learning_curves",
+    "plot_likelihood_agreement",
+    "plot_profiles",
+    "plot_ramachandran",
+    "plot_weights",
+]
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
+_REFERENCE_COLOUR = "#333333"
+_STATE_COLOUR = "#F0E442"
+_ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
+_ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
+
+AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
+
+
+def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, highest: float = 10.0) -> Figure:
+    """Free energy -log p(φ, ψ) in kT, panels side by side on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
+
+    The zero of every panel is the lowest bin of the first one (the MD), so that equal colours are equal densities.
+    """
+    edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    surfaces = {}
+    for title, (angles, log_weights) in panels.items():
+        weights = normalized_weights(np.zeros(len(angles)) if log_weights is None else log_weights)
+        histogram = np.histogram2d(angles[:, 0], angles[:, 1], bins=(edges, edges), weights=weights)[0]
+        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
+    zero = np.nanmin(next(iter(surfaces.values())))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
+            # rasterized: thousands of vector cells show seams in a PDF viewer
+            mesh = ax.pcolormesh(edges, edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
+            ax.set(title=title, xlabel="φ (rad)", aspect="equal", xlim=(-np.pi, np.pi), ylim=(-np.pi, np.pi))
+            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+            ax.set_yticks(_ANGLE_TICKS, _ANGLE_LABELS)
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        axes[0].set_ylabel("ψ (rad)")
+        figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
+    return figure
+
+
+def plot_energy_histograms(
+    panels: Mapping[str, AnglesAndWeights], n_bins: int = 100, energy_range: tuple[float, float] | None = None
+) -> Figure:
+    """Densities of reduced energies; ``panels``: label -> (energies (n,) in kT, log weights or None), the first (the MD) as a filled curve.
+
+    The default range holds the first set whole and the others up to their median plus the width of the first; the share beyond
+    it is in the legend.
+    """
+    first = np.asarray(next(iter(panels.values()))[0])
+    if energy_range is None:
+        width = np.ptp(np.quantile(first, [0.001, 0.999]))
+        medians = [np.median(energies) for energies, _ in panels.values()]
+        energy_range = (float(np.quantile(first, 0.001) - 0.1 * width), float(max(np.quantile(first, 0.999), *medians) + 0.8 * width))
+    edges = np.linspace(*energy_range, n_bins + 1)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _single_axes()
+        for position, (label, (energies, log_weights)) in enumerate(panels.items()):
+            weights = normalized_weights(np.zeros(len(energies)) if log_weights is None else log_weights)
+            beyond = float(weights[~(np.asarray(energies) <= energy_range[1])].sum())
+            density = np.histogram(energies, bins=edges, weights=weights)[0] / np.diff(edges)
+            if beyond >= 0.001:
+                label = f"{label} ({beyond:.1%} beyond)"
+            if position == 0:
+                ax.stairs(density, edges, fill=True, color="0.75", label=label)
+            else:
+                ax.stairs(density, edges, color=_COLOURS[position - 1], linewidth=1.5, label=label)
+        ax.set(xlabel="energy u (kT)", ylabel="probability density (1/kT)", xlim=energy_range, ylim=(0, None))
+        ax.legend(loc="upper right")
+    return figure
+
+
+def plot_profiles(
+    profiles: Mapping[str, FreeEnergyProfile],
+    reference: FreeEnergyProfile | None = None,
+    state: tuple[float, float] | None = (0.0, 2.0),
+    angle_name: str = "φ",
+    highest: float | None = None,
+) -> Figure:
+    """Free-energy profiles on the circle with bands of 1.96 standard errors; the reference in black, the state shaded.
+
+    Where a curve has no standard error there is no band; gaps stay gaps.
+    """
+    curves = ({} if reference is None else {"reference": reference}) | dict(profiles)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _single_axes()
+        if state is not None:
+            ax.axvspan(*state, color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
+        for position, (label, profile) in enumerate(curves.items()):
+            is_reference = reference is not None and position == 0
+            colour = _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
+            band = 1.96 * profile.std_error
+            ax.fill_between(profile.centres, profile.free_energy - band, profile.free_energy + band, color=colour, alpha=0.25, linewidth=0)
+            ax.plot(profile.centres, profile.free_energy, color=colour, label=label, linewidth=2.0 if is_reference else 1.3)
+        top = max(float(np.nanmax(profile.free_energy)) for profile in curves.values()) if highest is None else highest
+        ax.set(xlabel=f"{angle_name} (rad)", ylabel="free energy (kT)", xlim=(-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
+        ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+        _legend_above(ax)
+    return figure
+
+
+def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.ndarray | None = None) -> Figure:
+    """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state, with the identity line."""
+    ebm, exact = np.asarray(ebm, dtype=np.float64), np.asarray(exact, dtype=np.float64)
+    shifted = ebm - (ebm - exact).mean()
+    groups = {"samples": np.ones(len(ebm), dtype=bool)} if inside is None else {"rest": ~np.asarray(inside), "state": np.asarray(inside)}
+    both = np.concatenate([shifted, exact])
+    margin = 0.05 * np.ptp(both)
+    limits = (both.min() - margin, both.max() + margin)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.4, 3.4), layout="constrained")
+        ax = figure.add_subplot()
+        ax.plot(limits, limits, color=_REFERENCE_COLOUR, linewidth=0.8, zorder=1)
+        for colour, (label, mask) in zip(_COLOURS, groups.items(), strict=False):
+            ax.scatter(
+                exact[mask], shifted[mask], s=12, color=colour, alpha=0.7, linewidth=0, label=f"{label} (n = {mask.sum()})", zorder=2
+            )
+        ax.set(xlabel="exact log q", ylabel="EBM log q + constant", xlim=limits, ylim=limits, aspect="equal")
+        spread = (ebm - exact).std(ddof=1)
+        ax.text(
+            0.97, 0.03, f"std {spread:.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}", transform=ax.transAxes, ha="right", va="bottom"
+        )
+        ax.legend(loc="upper left", handletextpad=0.2)
+    return figure
+
+
+def plot_learning_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step") -> Figure:
+    """Columns of a training log; ``curves``: label -> (steps, values), NaN values left out, one panel for each name before a ``/``.
+
+    ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are positive and span
+    more than a factor of five. Training (noisy) is drawn faint with its running median.
+    """
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for label, (steps, values) in curves.items():
+        panel, _, name = label.rpartition("/")
+        steps, values = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+        seen = np.isfinite(values)
+        if seen.any():
+            panels.setdefault(panel or "loss", {})[name] = (steps[seen], values[seen])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.2 * max(1, len(panels)), 2.6), layout="constrained")
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        for ax, (panel, lines) in zip(axes, panels.items(), strict=False):
+            for colour, (name, (steps, values)) in zip(_COLOURS, lines.items(), strict=False):
+                if len(values) > 200:
+                    ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
+                    ax.plot(*_running_median(steps, values), color=colour, label=name)
+                else:
+                    ax.plot(steps, values, color=colour, label=name, marker="." if len(values) < 30 else "")
+            values = np.concatenate([values for _, values in lines.values()])
+            if values.min() > 0.0 and values.max() > 5.0 * values.min():
+                ax.set_yscale("log")
+            elif len(values) > 20:
+                ax.set_ylim(*_without_outliers(values))
+            ax.set(title=panel, xlabel=x_label, ylabel="loss")
+            ax.legend()
+    return figure
+
+
+def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
+    """Histograms of log weights relative to the mean weight; ``sets``: label -> log weights (n,); ESS and Pareto-k in the legend."""
+    logs = {}
+    for label, log_weights in sets.items():
+        weights = normalized_weights(log_weights)
+        logs[label] = np.log(weights[weights > 0.0] * len(weights))
+    everything = np.concatenate(list(logs.values()))
+    low = min(float(np.quantile(everything, 0.002)), -1.0)
+    edges = np.linspace(low, max(float(everything.max()), 1.0), n_bins + 1)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _single_axes()
+        for colour, (label, values) in zip(_COLOURS, logs.items(), strict=False):
+            k = pareto_k(sets[label])
+            note = f"{label}: ESS {effective_sample_size(sets[label]):.2%}, Pareto-k {k:.2f}"
+            ax.stairs(np.histogram(values, bins=edges)[0] / len(sets[label]), edges, color=colour, label=note, linewidth=1.5)
+        ax.axvline(0.0, color=_REFERENCE_COLOUR, linewidth=0.8)
+        ax.set(xlabel="log(weight / mean weight)", ylabel="share of samples", yscale="log", xlim=(edges[0], edges[-1]))
+        _legend_above(ax, columns=1)
+    return figure
+
+
+def _single_axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend_above(ax: Axes, columns: int = 3) -> None:
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2, handlelength=1.5)
+
+
+def _running_median(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    chunks = np.array_split(np.arange(len(values)), 60)
+    return np.array([steps[c].mean() for c in chunks]), np.array([np.median(values[c]) for c in chunks])
+
+
+def _without_outliers(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.005, 0.99])
+    margin = 0.08 * (high - low) + 1e-12
+    return float(low - margin), float(high + margin)

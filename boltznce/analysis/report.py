@@ -1,0 +1,261 @@
+"""What a run leaves for its reader: ``metrics.json``, ``figures/*.png``, ``report.md`` and a short table for the terminal.
+
+``results`` is a nested dict; a section that is not there is left out of the report. Dataclasses may stand in it as they are.
+
+==============  ==============================================================================================
+key             value
+==============  ==============================================================================================
+system          name
+method          name
+budget          name
+settings        {setting: value}
+counts          {what: number}, such as samples drawn, kept, mirrored, with a cis peptide bond
+state           the state of the free energies in words, such as "0 < φ < 2 rad"
+free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT, the
+                fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the *total*
+                one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
+                it counts as true.
+ess             {which weights: {ess, pareto_k, n}}, ess relative
+distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as TorusDistance has
+energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
+likelihood      the fields of LikelihoodAgreement
+timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
+notes           [sentence, ...]
+==============  ==============================================================================================
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from boltznce.io import atomic_file
+
+__all__ = ["summary_table", "write_report"]
+
+_FREE_ENERGY_ROWS = {
+    "reference": "reference",
+    "ebm": "EBM weights",
+    "corrected": "EBM weights, corrected by exact likelihoods of a subset",
+    "exact": "exact weights",
+    "unweighted": "flow, unweighted",
+}
+_CAPTIONS = {
+    "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
+    "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
+    "profile": "Free-energy profile along φ; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
+    "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, the mean difference taken off.",
+    "learning_curves": "Losses in training and validation; faint lines are single steps.",
+    "weights": "Distribution of the log weights.",
+}
+
+
+def write_report(
+    folder: str | Path, results: Mapping[str, Any], figures: Mapping[str, Figure], captions: Mapping[str, str] | None = None
+) -> Path:
+    """Write ``metrics.json``, ``figures/<name>.png`` and ``report.md`` into ``folder``, each whole or not at all; return the last."""
+    folder = Path(folder)
+    plain = _plain(results)
+    with atomic_file(folder / "metrics.json") as path:
+        path.write_text(json.dumps(plain, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    for name, figure in figures.items():
+        with atomic_file(folder / "figures" / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=200)
+    with atomic_file(folder / "report.md") as path:
+        path.write_text(_report(_plain(results, keep_infinities=True), list(figures), _CAPTIONS | dict(captions or {})), encoding="utf-8")
+    return folder / "report.md"
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """The figures that matter most, as lines for a terminal."""
+    results = _plain(results, keep_infinities=True)
+    lines = [" · ".join(str(results[key]) for key in ("system", "method", "budget") if key in results)]
+    for rows in (_free_energy_rows(results), _ess_rows(results), _distance_rows(results), _likelihood_rows(results), _timing_rows(results)):
+        if rows:
+            widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+            lines.append("")
+            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, str]) -> str:
+    title = " · ".join(str(results[key]) for key in ("system", "method", "budget") if key in results)
+    parts = [f"# {title or 'Report'}"]
+
+    def section(heading: str, rows: list[list[str]], text: str = "") -> None:
+        if rows:
+            parts.extend([f"## {heading}", *([text] if text else []), _markdown(rows)])
+
+    where = f" of the state {results['state']}" if "state" in results else ""
+    section(
+        f"Free-energy difference{where}",
+        _free_energy_rows(results),
+        "ΔF = −log P(state)/P(rest), in kT. *Sampling* intervals (95%) hold the noise of the samples, by bootstrap; the *total* one also "
+        "the error of the EBM, measured on exact likelihoods of a subset.",
+    )
+    warnings = [
+        f"- {_FREE_ENERGY_ROWS.get(key, key)}: {row['message']}."
+        for key, row in results.get("free_energy", {}).items()
+        if row and row.get("message")
+    ]
+    if warnings:
+        parts.append("\n".join(["Why a figure cannot be relied on:", "", *warnings]))
+    section(
+        "Weights",
+        _ess_rows(results),
+        "ESS is the effective share of the samples. Above a Pareto-k of 0.7 averages over the weights, ESS among them, cannot be trusted.",
+    )
+    section(
+        "Distances to the reference data",
+        _distance_rows(results),
+        "Wasserstein-2 distances of energies (kT) and of (φ, ψ) on the torus (rad). The floor is the distance between two halves of the "
+        "reference data; the last column is (weighted − floor) / (unweighted − floor).",
+    )
+    section("Energies above the cut", _energy_cut_rows(results))
+    section("EBM against exact likelihood", _likelihood_rows(results), "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.")
+    section("Time", _timing_rows(results))
+    section("Counts", _key_value_rows(results.get("counts"), "what", "number"))
+    if results.get("notes"):
+        parts.extend(["## Notes", "\n".join(f"- {note}" for note in results["notes"])])
+    if figures:
+        parts.append("## Figures")
+        parts.extend(f"![{name}](figures/{name}.png)\n\n*{captions.get(name, name.replace('_', ' '))}*" for name in figures)
+    section("Settings", _key_value_rows(results.get("settings"), "setting", "value"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _free_energy_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("free_energy") or {}
+    reference = (table.get("reference") or {}).get("value")
+    order = [key for key in _FREE_ENERGY_ROWS if key in table] + [key for key in table if key not in _FREE_ENERGY_ROWS]
+    rows = []
+    for key in order:
+        row = table[key]
+        if not row:
+            continue
+        value = row.get("value")
+        off = "" if key == "reference" or reference is None else _number(_difference(value, reference), "+.2f")
+        kind = "total" if key == "corrected" else "sampling"
+        interval = "not reliable" if row.get("reliable") is False else _interval(row.get("interval"))
+        seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""
+        label = _FREE_ENERGY_ROWS.get(key, key)
+        rows.append(
+            [label, _number(value, ".2f"), _number(row.get("std_error"), ".2f"), interval, kind if interval != "–" else "", off, seen]
+        )
+    header = ["weights", "ΔF (kT)", "std. error", "95% interval", "kind", "− reference", "samples state / rest"]
+    return [header, *rows] if rows else []
+
+
+def _ess_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("ess") or {}
+    rows = [
+        [name, _number(row.get("ess"), ".3%"), _number(row.get("pareto_k"), ".2f"), _number(row.get("n"), "d")]
+        for name, row in table.items()
+    ]
+    return [["weights", "ESS", "Pareto-k", "samples"], *rows] if rows else []
+
+
+def _distance_rows(results: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, row in (results.get("distances") or {}).items():
+        unweighted, weighted, floor = (_mean(row.get(key)) for key in ("unweighted", "weighted", "floor"))
+        ratio = float("nan")
+        if None not in (unweighted, weighted, floor) and unweighted > floor:
+            ratio = (weighted - floor) / (unweighted - floor)
+        rows.append([name, *(_mean_and_std(row.get(key)) for key in ("unweighted", "weighted", "floor")), _number(ratio, ".2f")])
+    return [["distance", "unweighted", "weighted", "floor", "excess ratio"], *rows] if rows else []
+
+
+def _energy_cut_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("energy_cut") or {}
+    rows = [[name, _number(share, ".3%")] for name, share in (table.get("shares") or {}).items()]
+    return [["energies", f"share above {_number(table.get('cut'), '.1f')} kT"], *rows] if rows else []
+
+
+def _likelihood_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("likelihood") or {}
+    if not table:
+        return []
+    spread = f"{_number(table.get('std'), '.2f')} ± {_number(table.get('std_error'), '.2f')}"
+    first = ["all", _number(table.get("n"), "d"), spread, _number(table.get("pearson_r"), ".3f"), _number(table.get("slope"), ".2f")]
+    states = [
+        [name, _number(row.get("n"), "d"), _number(row.get("std"), ".2f"), "", ""] for name, row in (table.get("per_state") or {}).items()
+    ]
+    return [["samples in", "n", "std of (EBM − exact) (kT)", "Pearson r", "slope"], first, *states]
+
+
+def _timing_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("timing") or {}
+    ebm, exact = table.get("ebm_per_sample"), table.get("exact_per_sample")
+    rows = [[f"{name} likelihood, per sample", _seconds(value)] for name, value in (("EBM", ebm), ("exact", exact)) if value is not None]
+    if ebm and exact:
+        rows.append(["exact / EBM likelihood", f"{exact / ebm:.0f} times"])
+    rows += [[stage, _seconds(seconds)] for stage, seconds in (table.get("stages") or {}).items()]
+    return [["what", "time"], *rows] if rows else []
+
+
+def _key_value_rows(table: Mapping[str, Any] | None, key: str, value: str) -> list[list[str]]:
+    return [[key, value], *([name, _short(entry)] for name, entry in table.items())] if table else []
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return format(value, form)
+
+
+def _short(value: Any) -> str:
+    return format(value, ".5g") if isinstance(value, float) else str(value)
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 1.0:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.1f} s" if seconds < 120.0 else f"{seconds / 60.0:.1f} min"
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f"[{_number(interval[0], '.2f')}, {_number(interval[1], '.2f')}]" if interval else "–"
+
+
+def _difference(a: float | None, b: float) -> float | None:
+    return None if a is None else a - b
+
+
+def _mean(entry: float | dict[str, float] | None) -> float | None:
+    return entry.get("mean") if isinstance(entry, dict) else entry
+
+
+def _mean_and_std(entry: float | dict[str, float] | None) -> str:
+    spread = f" ± {_number(entry['std'], '.3f')}" if isinstance(entry, dict) and "std" in entry else ""
+    return _number(_mean(entry), ".3f") + spread
+
+
+def _plain(value: Any, keep_infinities: bool = False) -> Any:
+    """``value`` in the types of JSON: dataclasses as dicts, arrays as lists, numbers that are not finite as None unless kept."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, keep_infinities) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, keep_infinities) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return value if keep_infinities else None
+    return value

@@ -1,0 +1,189 @@
+"""Weighted samples on disk: a folder written by chunks, resumed after a kill, and checked when it is read."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+import yaml
+
+from boltznce.errors import UserError
+from boltznce.io import atomic_file, file_digest, full_disk_is_a_user_error
+
+__all__ = ["FORMATS", "WeightedSamplesWriter", "read_samples"]
+
+FORMATS = ("npy", "dcd", "xtc")
+_DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
+_CHUNK = 8192  # samples held in memory while a trajectory is written
+_ANGSTROM_PER_NM = 10.0
+
+
+class WeightedSamplesWriter:
+    """Append samples to ``folder`` while it is under construction (``.<name>.partial`` beside it); :meth:`finish` renames it.
+
+    After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last, uncommitted
+    append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
+    """
+
+    def __init__(
+        self, folder: str | Path, topology: mdtraj.Topology | None = None, meta: dict[str, Any] | None = None, resume: bool = True
+    ) -> None:
+        self.folder = Path(folder)
+        self.topology = topology
+        self.meta = json.loads(json.dumps(meta or {}, default=_plain))
+        self._partial = self.folder.absolute().with_name(f".{self.folder.absolute().name}.partial")
+        self._progress: dict[str, Any] = {"n": 0, "shape": None, "counts": {}, "meta": self.meta}
+        if not resume:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if (self._partial / "progress.json").exists():
+            self._continue()
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def n_written(self) -> int:
+        """Number of samples safely on disk."""
+        return self._progress["n"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sums of the counts given with each chunk so far; they end up in ``meta["counts"]``."""
+        return dict(self._progress["counts"])
+
+    def append(
+        self,
+        positions: np.ndarray,
+        energy: np.ndarray,
+        log_prob: np.ndarray,
+        log_weights: np.ndarray,
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        """Add a chunk: (m, atoms, dim) nm and three (m,) arrays, and ``counts`` to be summed up. It counts once this has returned."""
+        chunk = {"positions": positions, "energy": energy, "log_prob": log_prob, "log_weights": log_weights}
+        arrays = {name: np.ascontiguousarray(values, dtype=_DTYPES[name]) for name, values in chunk.items()}
+        shape = list(arrays["positions"].shape[1:])
+        n = len(arrays["positions"])
+        if shape != (self._progress["shape"] or shape) or any(
+            values.shape != (n,) for name, values in arrays.items() if name != "positions"
+        ):
+            raise UserError(
+                f"Samples of one shape are needed in {self.folder}: got {[a.shape for a in arrays.values()]} after {self._progress}."
+            )
+        with full_disk_is_a_user_error(self.folder):
+            for name, values in arrays.items():
+                row_bytes = values.dtype.itemsize * int(np.prod(values.shape[1:]))
+                self._write_rows(self._partial / f"{name}.npy", values, self.n_written * row_bytes)
+        total = {name: self.counts.get(name, 0) + value for name, value in (counts or {}).items()}
+        self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total}
+        with atomic_file(self._partial / "progress.json") as path:
+            path.write_text(json.dumps(self._progress))
+
+    def finish(self, format: str = "npy") -> Path:
+        """Write topology, trajectory (``dcd`` or ``xtc``) and ``meta.yaml`` with digests; rename to the final name and return it."""
+        if self.n_written == 0:
+            raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
+        if format not in FORMATS:
+            raise UserError(f"Unknown format {format!r} of weighted samples: choose one of {', '.join(FORMATS)}.")
+        with full_disk_is_a_user_error(self.folder):
+            positions = np.load(self._partial / "positions.npy", mmap_mode="r")
+            names = [f"{name}.npy" for name in _DTYPES]
+            if self.topology is not None:
+                _write_topology(self._partial / "topology.pdb", positions[0], self.topology)
+                names.append("topology.pdb")
+            if format != "npy":
+                _write_trajectory(self._partial / f"trajectory.{format}", positions)
+                names.append(f"trajectory.{format}")
+            del positions
+            digests = {name: file_digest(self._partial / name) for name in names}
+            meta = self.meta | ({"counts": self.counts} if self.counts else {})
+            contents = {"n_samples": self.n_written, "shape": self._progress["shape"], "digests": digests, "meta": meta}
+            (self._partial / "meta.yaml").write_text(yaml.safe_dump(contents, sort_keys=False))
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self._partial, self.folder)
+            for leftover in (
+                self.folder / "progress.json",
+                *self.folder.glob(".progress.json.*.tmp"),
+            ):  # last: a kill before this loses nothing
+                leftover.unlink()
+        return self.folder
+
+    def _continue(self) -> None:
+        self._progress = json.loads((self._partial / "progress.json").read_text())
+        if self._progress["meta"] != self.meta:
+            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with the settings it was begun with.")
+
+    def _write_rows(self, path: Path, values: np.ndarray, offset: int) -> None:
+        """Write ``values`` at byte ``offset`` of the data, cut the file behind them, and bring the header up to date.
+
+        numpy pads the header of an .npy file so that its length does not depend on the number of rows.
+        """
+        n = offset // (values.dtype.itemsize * int(np.prod(values.shape[1:]))) + len(values)
+        with open(path, "r+b" if path.exists() else "w+b") as handle:
+            header = {"descr": values.dtype.str, "fortran_order": False, "shape": (n, *values.shape[1:])}
+            np.lib.format.write_array_header_1_0(handle, header)
+            handle.seek(offset, os.SEEK_CUR)
+            handle.write(values.data)
+            handle.truncate()
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
+    """Contents of a folder of weighted samples: the four arrays (positions memory-mapped), ``topology`` (or None) and ``meta``.
+
+    Sizes are always checked, digests if ``verify``; :class:`UserError` names the file that does not fit.
+    """
+    folder = Path(folder)
+    remedy = "restore it from a copy, or delete the folder and draw the samples again"
+    try:
+        contents = yaml.safe_load((folder / "meta.yaml").read_text())
+        n, shape, digests = contents["n_samples"], tuple(contents["shape"]), contents["digests"]
+        result: dict[str, Any] = {"meta": contents["meta"], "topology": None}
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no weighted samples (there is no meta.yaml): give the folder that samples were saved to."
+        ) from None
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{folder / 'meta.yaml'} is damaged: {remedy}.") from None
+    shapes = {name: (n, *shape) if name == "positions" else (n,) for name in _DTYPES}
+    for file_name, digest in digests.items():
+        path = folder / file_name
+        if not path.exists():
+            raise UserError(f"{path} is missing: {remedy}.")
+        if path.stem in shapes:
+            try:
+                result[path.stem] = np.load(path, mmap_mode="r" if path.stem == "positions" else None)
+            except (ValueError, OSError, EOFError):
+                raise UserError(f"{path} is truncated or damaged: {remedy}.") from None
+            if result[path.stem].shape != shapes[path.stem]:
+                raise UserError(f"{path} has shape {result[path.stem].shape}, not {shapes[path.stem]}: {remedy}.")
+        if verify and file_digest(path) != digest:
+            raise UserError(f"{path} is damaged (its digest does not fit meta.yaml): {remedy}.")
+    if "topology.pdb" in digests:
+        result["topology"] = mdtraj.load_pdb(folder / "topology.pdb", standard_names=False).topology
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar or array as plain numbers, anything else as a string."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
+def _write_topology(path: Path, positions: np.ndarray, topology: mdtraj.Topology) -> None:
+    frame = np.clip(np.nan_to_num(positions), -99.0, 99.0)  # the columns of a PDB file hold no more
+    mdtraj.Trajectory(frame[None], topology).save_pdb(str(path))
+
+
+def _write_trajectory(path: Path, positions: np.ndarray) -> None:
+    if positions.shape[2] != 3:
+        raise UserError(
+            f"A {path.suffix[1:]} trajectory holds three-dimensional positions, not {positions.shape[2]}-dimensional: use format=npy."
+        )
+    opener, scale = (
+        (mdtraj.formats.DCDTrajectoryFile, _ANGSTROM_PER_NM) if path.suffix == ".dcd" else (mdtraj.formats.XTCTrajectoryFile, 1.0)
+    )
+    with opener(str(path), "w") as trajectory:
+        for start in range(0, len(positions), _CHUNK):
+            trajectory.write(np.ascontiguousarray(positions[start : start + _CHUNK] * np.float32(scale)))

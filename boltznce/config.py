@@ -1,0 +1,86 @@
+"""Names to settings to objects: where the configs are, what they offer, and how a system comes out of one."""
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from boltznce.errors import UserError
+from boltznce.systems.base import System
+
+__all__ = ["available", "build", "compose", "config_dir", "explain", "load_system"]
+
+
+def config_dir() -> Path:
+    """The folder of the configs: inside the installed package, or at the top of the repository."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def available(group: str = "") -> list[str]:
+    """Names of the configs in a group such as ``system``; those at the top by default."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def load_system(name: str | Path, **overrides: Any) -> System:
+    """A system by its name in ``configs/system``, or by the path of such a YAML file; keywords replace its settings.
+
+    Raises UserError for a name that does not exist and for settings that the system does not have.
+    """
+    shipped = config_dir() / "system" / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UserError(
+            f"Unknown system {str(name)!r}: choose one of {', '.join(available('system'))}, or give the path of a system's YAML file."
+        )
+    return build(OmegaConf.load(path), **overrides)
+
+
+def build(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
+    """Call the config's ``_target_`` with its other keys as keywords; its own errors come through unwrapped.
+
+    Raises UserError for keywords that the target does not have or that are missing.
+    """
+    settings = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
+    settings.update(overrides)
+    target = settings.pop("_target_", None)
+    if target is None:
+        raise UserError("A config of something to be built needs the key _target_, the Python path of its class.")
+    module, _, attribute = target.rpartition(".")
+    factory = getattr(importlib.import_module(module), attribute)
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**settings)
+    except TypeError as error:
+        raise UserError(f"{attribute} cannot be built: {error}; its settings are {', '.join(signature.parameters)}.") from error
+    return factory(**settings)
+
+
+def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``configs/<config_name>.yaml`` with overrides as on the command line.
+
+    Raises UserError, listing what exists, for a choice or a key that does not.
+    """
+    try:
+        with hydra.initialize_config_dir(version_base=None, config_dir=str(config_dir())):
+            return hydra.compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> UserError:
+    """Hydra's complaint about a config as one sentence that says what exists."""
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+        names = ", ".join(available(group)) or "none"
+        return UserError(f"Unknown {group or 'config'} {choice!r}: choose one of {names}.")
+    if isinstance(error, OverrideParseException):
+        return UserError(f"The override {error.override!r} cannot be read: write key=value, with quotes around special characters.")
+    return UserError(f"{str(error).strip().splitlines()[0]} Check its spelling: --cfg job prints every setting there is.")

@@ -1,0 +1,214 @@
+"""The dataset on disk, its splits in time, and resampling of its frames.
+
+A folder: ``positions.npy`` (float32, (n, n_atoms, 3), nm), ``energies.npy`` (float64, kT), ``log_weights.npy`` (float64, to the Boltzmann
+distribution; zeros where the frames follow it), ``time.npy`` (float64, ps), ``window.npy`` and ``repeat.npy`` (int32), ``topology.pdb`` and
+``meta.yaml`` (how it was made, and a digest of every file). Frames are in order of time, over all windows and repeats.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import yaml
+from scipy.special import i0e, logsumexp
+
+from boltznce.errors import UserError
+from boltznce.io import atomic_folder, file_digest, require_free_space
+
+__all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
+
+DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Frames of a simulation, in order of time; arrays as in the module's docstring, ``positions`` memory-mapped when loaded."""
+
+    positions: np.ndarray
+    energies: np.ndarray
+    log_weights: np.ndarray
+    time: np.ndarray
+    window: np.ndarray
+    repeat: np.ndarray
+    topology: str | None
+    meta: dict
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @staticmethod
+    def write(
+        folder: Path,
+        positions: np.ndarray | Iterable[np.ndarray],
+        energies: np.ndarray,
+        *,
+        log_weights: np.ndarray | None = None,
+        time: np.ndarray | None = None,
+        window: np.ndarray | None = None,
+        repeat: np.ndarray | None = None,
+        topology: str | None = None,
+        meta: dict | None = None,
+    ) -> "Dataset":
+        """Write a dataset, whole or not at all, and load it.
+
+        Args:
+            positions: (n, n_atoms, dim) in nm, or an iterable of chunks of it.
+            energies: (n,) in kT.
+            log_weights, time, window, repeat: (n,); by default zeros, the frame's number, zeros, zeros.
+            topology: the text of a PDB file.
+            meta: how the frames were made.
+
+        Raises UserError for energies that are not finite, shapes that do not fit and a full disk.
+        """
+        folder, n = Path(folder), len(energies)
+        arrays = {
+            "energies": energies,
+            "log_weights": np.zeros(n) if log_weights is None else log_weights,
+            "time": np.arange(n) if time is None else time,
+            "window": np.zeros(n) if window is None else window,
+            "repeat": np.zeros(n) if repeat is None else repeat,
+        }
+        arrays = {name: np.ascontiguousarray(value, dtype=DTYPES[name]) for name, value in arrays.items()}
+        _check_arrays(folder, n, arrays)
+        if (np.diff(arrays["time"]) < 0).any():
+            raise UserError(f"The frames of {folder} must be in order of time: sort them before writing.")
+        chunks = [positions] if isinstance(positions, np.ndarray) else positions
+        with atomic_folder(folder) as temporary:
+            _write_positions(temporary / "positions.npy", chunks, n)
+            for name, value in arrays.items():
+                np.save(temporary / f"{name}.npy", value)
+            if topology is not None:
+                (temporary / "topology.pdb").write_text(topology)
+            digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+            text = yaml.safe_dump({**(meta or {}), "n_frames": n, "digests": digests}, sort_keys=False)
+            (temporary / "meta.yaml").write_text(text)
+        return Dataset.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Dataset":
+        """Open a dataset and check shapes, digests and that all numbers are finite; raises UserError that names the file and the remedy."""
+        folder = Path(folder)
+        if not (folder / "meta.yaml").is_file():
+            raise UserError(f"There is no dataset in {folder} (no meta.yaml): make one with scripts/simulate.py, or correct the path.")
+        try:
+            meta = yaml.safe_load((folder / "meta.yaml").read_text())
+            digests, n = dict(meta["digests"]), int(meta["n_frames"])
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(folder / "meta.yaml", "it cannot be read") from error
+        positions = _open(folder / "positions.npy", mmap=True)
+        if positions.ndim != 3 or len(positions) != n:
+            raise _damaged(folder / "positions.npy", f"its shape is {positions.shape}, not ({n}, atoms, dimensions)")
+        arrays = {name: _open(folder / f"{name}.npy") for name in DTYPES}
+        _check_arrays(folder, n, arrays)
+        for name, digest in digests.items():
+            if not (folder / name).is_file():
+                raise _damaged(folder / name, "it is missing")
+            if file_digest(folder / name) != digest:
+                raise _damaged(folder / name, "its contents do not fit the digest in meta.yaml")
+        topology = folder / "topology.pdb"
+        return cls(positions, **arrays, topology=topology.read_text() if topology.exists() else None, meta=meta)
+
+    def take(self, indices: np.ndarray | slice) -> "Dataset":
+        """The frames of ``indices``, in that order; a slice copies no positions."""
+        names = ("positions", *DTYPES)
+        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
+
+    def split(
+        self, train: float = 0.7, validation: float = 0.1, test: float = 0.2, gap: float = 0.01
+    ) -> tuple["Dataset", "Dataset", "Dataset"]:
+        """Three contiguous blocks of time, the same for all windows and repeats.
+
+        The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders, taken from their later
+        side, so that frames on either side have little memory of each other.
+        """
+        if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
+            raise UserError(f"The fractions {train}, {validation}, {test} of a split must sum to 1 and each exceed the gap {gap}.")
+        edges = self.time[0] + (self.time[-1] - self.time[0]) * np.cumsum([0.0, train, validation, test])
+        edges[-1] = np.inf
+        skip = gap * (self.time[-1] - self.time[0])
+        starts = np.searchsorted(self.time, edges[:-1] + np.array([0.0, skip, skip]))
+        stops = np.searchsorted(self.time, edges[1:])
+        if (stops <= starts).any():
+            raise UserError(f"A dataset of {len(self)} frames is too short to split: simulate longer.")
+        return tuple(self.take(slice(a, b)) for a, b in zip(starts, stops, strict=True))
+
+
+def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
+    """``n`` frame numbers drawn with replacement in proportion to exp(log_weights): frames of the Boltzmann distribution."""
+    return generator.choice(len(log_weights), size=n, p=_normalized(np.asarray(log_weights, dtype=np.float64)))
+
+
+def mode_balanced_indices(
+    phi: np.ndarray,
+    log_weights: np.ndarray,
+    n: int,
+    generator: np.random.Generator,
+    c: float | str = 150.0,
+    kappa: float = 10.0,
+    mu: float = 1.0,
+    state: tuple[float, float] = (0.0, 2.0),
+) -> np.ndarray:
+    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(phi - mu, kappa) + 1), so that the rare mode is learned.
+
+    ``c = "auto"`` takes c = P(rest) / P(state) from the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide has c = 150.
+    Raises UserError if no frame is in the state.
+    """
+    phi, log_weights = np.asarray(phi, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
+    if c == "auto":
+        w = _normalized(log_weights)
+        inside = w[(phi > state[0]) & (phi < state[1])].sum()
+        if inside == 0:
+            raise UserError(f"No frame has its dihedral in {state}: simulate with method=umbrella or longer, or set c to a number.")
+        c = (1 - inside) / inside
+    density = np.exp(kappa * (np.cos(phi - mu) - 1)) / (2 * np.pi * i0e(kappa))
+    return boltzmann_indices(log_weights + np.log(float(c) * density + 1), n, generator)
+
+
+def _normalized(log_weights: np.ndarray) -> np.ndarray:
+    w = np.exp(log_weights - logsumexp(log_weights))
+    return w / w.sum()
+
+
+def _write_positions(path: Path, chunks: Iterable[np.ndarray], n: int) -> None:
+    out, done = None, 0
+    for chunk in chunks:
+        if out is None:
+            require_free_space(path.parent, 4 * n * int(np.prod(chunk.shape[1:])))
+            out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *chunk.shape[1:]))
+        if not np.isfinite(chunk).all():
+            raise UserError("Positions that are not finite cannot be a dataset: the simulation was unstable, use a shorter timestep.")
+        if done + len(chunk) <= n:
+            out[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    if done != n:
+        raise UserError(f"A dataset of {n} energies needs as many positions, not {done}.")
+    out.flush()
+
+
+def _check_arrays(folder: Path, n: int, arrays: dict[str, np.ndarray]) -> None:
+    for name, value in arrays.items():
+        path = folder / f"{name}.npy"
+        if value.shape != (n,):
+            raise _damaged(path, f"its shape is {value.shape}, not ({n},)")
+        finite = np.isfinite(value)
+        if name == "log_weights":
+            finite |= np.isneginf(value)
+        if not finite.all():
+            raise UserError(
+                f"{path} has {int((~finite).sum())} values that are not finite (the first at frame {int(np.argmin(finite))}): "
+                "the simulation was unstable, make the dataset anew with a shorter timestep."
+            )
+
+
+def _open(path: Path, mmap: bool = False) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise _damaged(path, "it is missing") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise _damaged(path, "it is truncated or not an array file") from error
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged ({what}): delete the folder {path.parent} and make the dataset anew with scripts/simulate.py.")

@@ -1,0 +1,313 @@
+"""What all simulations share: the job on disk, the OpenMM context, and a loop over segments that a kill cannot harm.
+
+A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds that depend only
+on (seed, repeat, segment), so a run that was killed and continued gives the same frames as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import openmm
+from openmm import unit
+
+from boltznce.errors import UserError
+from boltznce.io import atomic_file, full_disk_is_a_user_error
+
+__all__ = [
+    "GAS_CONSTANT",
+    "Job",
+    "Sampler",
+    "Walker",
+    "dihedral_angle",
+    "frame_dtype",
+    "picoseconds_done",
+    "read_frames",
+    "run_job",
+    "wrap",
+]
+
+GAS_CONSTANT = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)
+BIAS_GROUP = 1  # OpenMM force group of everything that is not part of the molecule's own energy
+REFERENCE_PLATFORM_MAX_ATOMS = 100  # up to here the Reference platform is the fastest on a CPU
+LOCK_PATIENCE = 30.0  # s
+PROGRESS_INTERVAL = 1.0  # s
+SAMPLERS = {
+    "umbrella": "boltznce.data.umbrella:UmbrellaSampler",
+    "replica_exchange": "boltznce.data.replica_exchange:ReplicaExchangeSampler",
+    "langevin": "boltznce.data.langevin:LangevinSampler",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process's share of a simulation. Times in ps, temperature in K, masses in amu.
+
+    ``duration`` is per window (umbrella), per replica (replica exchange) or in all (Langevin), after the equilibration;
+    ``options`` are the settings of the method alone.
+    """
+
+    method: str
+    temperature: float
+    seed: int
+    repeat: int
+    duration: float
+    frame_interval: float
+    segment_length: float
+    equilibration: float
+    timestep: float
+    friction: float
+    hydrogen_mass: float | None
+    platform: str
+    dihedral: tuple[int, int, int, int] | None = None
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def kT(self) -> float:
+        """kJ/mol."""
+        return GAS_CONSTANT * self.temperature
+
+    @property
+    def total(self) -> float:
+        """ps of a walker, equilibration included."""
+        return self.equilibration + self.n_segments * self.segment_length
+
+    @property
+    def n_segments(self) -> int:
+        return max(1, round(self.duration / self.segment_length))
+
+    def rng(self, segment: int) -> np.random.Generator:
+        """The random numbers of one segment; segment -1 is the equilibration."""
+        return np.random.default_rng([self.seed, self.repeat, segment + 1])
+
+    def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
+        """Write the job to ``folder``; a folder with another simulation is refused, a shorter run of this one is extended."""
+        description = json.loads(json.dumps(dataclasses.asdict(self)))
+        xml = openmm.XmlSerializer.serialize(system)
+        path = folder / "job.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            changed = sorted(key for key in description if key != "duration" and description[key] != old.get(key))
+            if (folder / "system.xml").read_text() != xml:
+                changed.append("the molecule or its force field")
+            if changed:
+                raise UserError(
+                    f"{folder} holds an unfinished simulation with other settings ({', '.join(changed)}): "
+                    "delete the folder to start anew, or restore the settings to continue."
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("system.xml", xml), ("job.json", json.dumps(description, indent=1))):
+            with atomic_file(folder / name) as temporary:
+                temporary.write_text(text)
+        if not (folder / "start.npy").exists():
+            with atomic_file(folder / "start.npy") as temporary, open(temporary, "wb") as handle:
+                np.save(handle, np.asarray(positions, dtype=np.float64))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Job":
+        description = json.loads((folder / "job.json").read_text())
+        if description["dihedral"] is not None:
+            description["dihedral"] = tuple(description["dihedral"])
+        return cls(**description)
+
+
+class Sampler(Protocol):
+    """A method: K walkers with positions and velocities (K, n_atoms, 3) in nm and nm/ps. It calls ``tick(ps)`` after every few steps."""
+
+    def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
+
+    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and velocities from which sampling starts."""
+
+    def advance(
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+    ) -> np.ndarray:
+        """Move all walkers on by one segment, in place; return the frames (an array of ``frame_dtype``)."""
+
+
+def frame_dtype(n_atoms: int) -> np.dtype:
+    """One saved frame: mean-free positions (nm), energy (kT, without bias), dihedral (rad), window, time (ps, end of equilibration = 0)."""
+    return np.dtype([("positions", "f4", (n_atoms, 3)), ("energy", "f8"), ("dihedral", "f8"), ("window", "i4"), ("time", "f8")])
+
+
+def wrap(angle: np.ndarray) -> np.ndarray:
+    """An angle in (-pi, pi]."""
+    return np.pi - (np.pi - angle) % (2 * np.pi)
+
+
+def dihedral_angle(positions: np.ndarray, atoms: tuple[int, int, int, int]) -> np.ndarray:
+    """Dihedral (...,) in (-pi, pi] of ``positions`` (..., n_atoms, 3), IUPAC sign."""
+    i, j, k, l = (positions[..., a, :].astype(np.float64) for a in atoms)  # noqa: E741
+    b1, b2, b3 = j - i, k - j, l - k
+    n1, n2 = np.cross(b1, b2), np.cross(b2, b3)
+    return np.arctan2(np.linalg.norm(b2, axis=-1) * (b1 * n2).sum(-1), (n1 * n2).sum(-1))
+
+
+class Walker:
+    """One OpenMM context that is lent to walker after walker: set positions and velocities, run, take them back."""
+
+    def __init__(self, system: openmm.System, job: Job, temperature: float | None = None):
+        if job.hydrogen_mass is not None:
+            for i in range(system.getNumParticles()):
+                if 0.5 < system.getParticleMass(i).value_in_unit(unit.dalton) < 1.5:
+                    system.setParticleMass(i, job.hydrogen_mass)
+        self.kT = job.kT
+        self.masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())])
+        self.timestep = job.timestep
+        self.integrator = openmm.LangevinMiddleIntegrator(
+            job.temperature if temperature is None else temperature, job.friction, job.timestep
+        )
+        self.integrator.setIntegrationForceGroups({0, BIAS_GROUP})
+        self.context = openmm.Context(system, self.integrator, *_platform(job.platform, system.getNumParticles()))
+
+    def reseed(self, rng: np.random.Generator) -> None:
+        """Give the integrator a new random stream. The Reference platform reads a seed only when a context is made."""
+        self.integrator.setRandomNumberSeed(int(rng.integers(1, 2**31 - 1)))
+        self.context.reinitialize()
+
+    def minimize(self, positions: np.ndarray, iterations: int = 200) -> np.ndarray:
+        self.context.setPositions(positions)
+        openmm.LocalEnergyMinimizer.minimize(self.context, 10.0, iterations)
+        return self.context.getState(getPositions=True).getPositions(asNumpy=True)._value
+
+    def thermal_velocities(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.standard_normal((len(self.masses), 3)) * np.sqrt(self.kT / self.masses)[:, None]
+
+    def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (mean-free) and velocities after ``duration`` ps."""
+        self.context.setPositions(positions)
+        self.context.setVelocities(velocities)
+        self.integrator.step(round(duration / self.timestep))
+        state = self.context.getState(getPositions=True, getVelocities=True)
+        positions = state.getPositions(asNumpy=True)._value
+        return positions - positions.mean(0), state.getVelocities(asNumpy=True)._value
+
+    def energy(self, positions: np.ndarray | None = None) -> float:
+        """The molecule's own energy in kT, of the context's positions or the given ones."""
+        if positions is not None:
+            self.context.setPositions(positions)
+        return self.context.getState(getEnergy=True, groups={0}).getPotentialEnergy()._value / self.kT
+
+
+def _platform(name: str, n_atoms: int) -> tuple:
+    """What to hand to ``openmm.Context``: nothing, for OpenMM's own choice of the fastest, or a platform and its properties."""
+    if name == "auto":
+        if n_atoms > REFERENCE_PLATFORM_MAX_ATOMS:
+            return ()
+        name = "Reference"
+    available = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    if name not in available:
+        raise UserError(f"OpenMM has no platform '{name}' here: choose platform=auto or one of {', '.join(available)}.")
+    return (openmm.Platform.getPlatformByName(name), {"Threads": "1"} if name == "CPU" else {})
+
+
+def picoseconds_done(folder: Path) -> float:
+    """How far the job of a folder is, equilibration included."""
+    try:
+        return float((folder / "progress").read_text())
+    except FileNotFoundError:
+        return 0.0
+
+
+def read_frames(folder: Path) -> np.ndarray:
+    """Frames saved so far, also by a job that is still running: a memory-mapped array of ``frame_dtype``, ordered by time."""
+    dtype = frame_dtype(np.load(folder / "start.npy", mmap_mode="r").shape[0])
+    path = folder / "frames.bin"
+    n = path.stat().st_size // dtype.itemsize if path.exists() else 0
+    if n == 0:
+        raise UserError(f"{folder} has no frames yet: let the simulation run on.")
+    return np.memmap(path, dtype=dtype, mode="r", shape=(n,))
+
+
+def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
+    """Start or continue the job of ``folder`` and run it to its end. ``alive`` is called often and may raise to stop the run."""
+    folder = Path(folder)
+    job = Job.load(folder)
+    system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
+    module, name = SAMPLERS[job.method].split(":")
+    with _only_process(folder, alive):
+        sampler: Sampler = getattr(importlib.import_module(module), name)(job, system, np.load(folder / "start.npy"))
+        try:
+            _run_segments(folder, job, sampler, frame_dtype(system.getNumParticles()), alive)
+        except openmm.OpenMMException as error:
+            if "NaN" not in str(error):
+                raise
+            raise _unstable(folder) from error
+
+
+def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, alive: Callable[[], None]) -> None:
+    if (folder / "state.npz").exists():
+        with np.load(folder / "state.npz") as state:
+            done, n_frames = int(state["segment"]), int(state["n_frames"])
+            positions, velocities = state["positions"], state["velocities"]
+    else:
+        positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
+        done, n_frames = 0, 0
+        _save_state(folder, positions, velocities, done, n_frames)
+
+    tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
+    with full_disk_is_a_user_error(folder), open(folder / "frames.bin", "ab") as handle:
+        handle.truncate(n_frames * dtype.itemsize)  # frames of a segment that a kill cut short
+        for segment in range(done, job.n_segments):
+            frames = sampler.advance(positions, velocities, segment, job.rng(segment), tick)
+            if not (np.isfinite(frames["energy"]).all() and np.isfinite(frames["positions"]).all()):
+                raise _unstable(folder)
+            handle.write(frames.tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
+            n_frames += len(frames)
+            _save_state(folder, positions, velocities, segment + 1, n_frames)
+
+
+def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Callable[[float], None]:
+    """A ``tick`` that asks whether to go on and tells the progress, about once a second."""
+    told = -PROGRESS_INTERVAL
+
+    def tick(picoseconds: float) -> None:
+        nonlocal elapsed, told
+        alive()
+        elapsed += picoseconds
+        if time.monotonic() - told > PROGRESS_INTERVAL:
+            told = time.monotonic()
+            with atomic_file(folder / "progress") as temporary:
+                temporary.write_text(f"{elapsed:.6g}")
+
+    return tick
+
+
+def _unstable(folder: Path) -> UserError:
+    return UserError(
+        f"The simulation in {folder} became unstable (positions or energies are not finite): delete that folder and use a shorter timestep."
+    )
+
+
+@contextlib.contextmanager
+def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a job's folder; wait a little for a killed run's process to end."""
+    with open(folder / "lock", "w") as handle:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            alive()
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another process is running the simulation in {folder}: wait for it, or choose another folder."
+                    ) from None
+                time.sleep(0.2)
+        yield
+
+
+def _save_state(folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int) -> None:
+    with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames)

@@ -1,0 +1,71 @@
+"""Replica exchange in temperature (Sugita and Okamoto, Chem. Phys. Lett. 314, 141 (1999)); frames of the lowest temperature are kept."""
+
+from collections.abc import Callable
+
+import numpy as np
+import openmm
+
+from boltznce.data.engine import Job, Walker, dihedral_angle, frame_dtype
+
+__all__ = ["ReplicaExchangeSampler", "temperature_ladder"]
+
+
+def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
+    """A geometric ladder (n,) in K."""
+    return np.geomspace(lowest, highest, n)
+
+
+class ReplicaExchangeSampler:
+    """All replicas in one context. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps)."""
+
+    def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
+        self.job, self.start = job, start
+        self.temperatures = temperature_ladder(job.temperature, job.options["max_temperature"], job.options["n_replicas"])
+        self.interval = job.options["exchange_interval"]
+        self.walker = Walker(system, job)
+
+    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+        """Every replica from the minimized structure, then with exchange for the equilibration time."""
+        self.walker.reseed(rng)
+        x = self.walker.minimize(self.start)
+        positions = np.stack([x for _ in self.temperatures])
+        velocities = np.stack([self.walker.thermal_velocities(rng) * np.sqrt(t / self.job.temperature) for t in self.temperatures])
+        for block in range(round(self.job.equilibration / self.interval)):
+            self._block(positions, velocities, block, rng, tick)
+        return positions, velocities
+
+    def advance(
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+    ) -> np.ndarray:
+        """One segment; frames of the lowest temperature, energies in kT of that temperature."""
+        self.walker.reseed(rng)
+        n_blocks = round(self.job.segment_length / self.interval)
+        stride = round(self.job.frame_interval / self.interval)
+        frames = np.zeros(n_blocks // stride, dtype=frame_dtype(len(self.start)))
+        for block in range(n_blocks):
+            x, energy = self._block(positions, velocities, block, rng, tick)
+            if (block + 1) % stride == 0:
+                frame = frames[block // stride]
+                frame["positions"], frame["energy"] = x, energy
+                frame["time"] = segment * self.job.segment_length + (block + 1) * self.interval
+        if self.job.dihedral is not None:
+            frames["dihedral"] = dihedral_angle(frames["positions"], self.job.dihedral)
+        return frames
+
+    def _block(self, positions, velocities, block, rng, tick) -> tuple[np.ndarray, float]:
+        """Run every replica, exchange neighbours by turns; the lowest replica's positions and energy before the exchange."""
+        energies = np.empty(len(self.temperatures))
+        for i, temperature in enumerate(self.temperatures):
+            self.walker.integrator.setTemperature(temperature)
+            positions[i], velocities[i] = self.walker.run(positions[i], velocities[i], self.interval)
+            energies[i] = self.walker.energy()
+        tick(self.interval)
+        target = positions[0].copy(), float(energies[0])
+        reduced_beta = self.job.temperature / self.temperatures
+        for low in range(block % 2, len(energies) - 1, 2):
+            high = low + 1
+            if np.log(rng.random()) < (reduced_beta[low] - reduced_beta[high]) * (energies[low] - energies[high]):
+                scale = np.sqrt(self.temperatures[low] / self.temperatures[high])
+                positions[[low, high]] = positions[[high, low]]
+                velocities[low], velocities[high] = velocities[high] * scale, velocities[low] / scale
+        return target

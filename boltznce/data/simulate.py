@@ -1,0 +1,281 @@
+"""Reference data by OpenMM: independent repeats of a simulation, one process each, gathered into a dataset."""
+
+import dataclasses
+import io
+import json
+import os
+import platform as machine
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from openmm import app
+from tqdm import tqdm
+
+from boltznce.data.dataset import Dataset
+from boltznce.data.engine import GAS_CONSTANT, SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames
+from boltznce.data.replica_exchange import temperature_ladder
+from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
+from boltznce.errors import UserError
+from boltznce.io import require_free_space
+
+__all__ = ["gather", "simulate", "umbrella_result", "working_folder"]
+
+MBAR_MAX_FRAMES = 40_000
+
+
+def simulate(
+    system,
+    folder: Path,
+    method: str = "umbrella",
+    *,
+    duration: float,
+    n_repeats: int = 2,
+    n_processes: int | None = None,
+    seed: int = 0,
+    dihedral: str | None = None,
+    frame_interval: float = 1.0,
+    equilibration: float = 50.0,
+    segment_length: float = 20.0,
+    timestep: float = 0.002,
+    friction: float = 1.0,
+    hydrogen_mass: float | None = 4.0,
+    platform: str = "auto",
+    n_windows: int = 24,
+    kappa: float = 60.0,
+    exchange_interval: float = 0.5,
+    n_replicas: int = 6,
+    max_temperature: float = 800.0,
+    progress: bool = True,
+) -> Dataset:
+    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings stopped.
+
+    Args:
+        method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
+        duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an unfinished run.
+        n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time (default: one a core).
+        dihedral: name in ``system.dihedrals``; default that of ``system.state``.
+        frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues from.
+        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow 2 fs.
+        platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
+        n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
+        n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
+
+    Raises UserError for settings that do not fit, another simulation in the folder, an unstable simulation and a full disk.
+    """
+    folder = Path(folder)
+    atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
+    options = {
+        "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
+        "replica_exchange": {"n_replicas": n_replicas, "max_temperature": max_temperature, "exchange_interval": exchange_interval},
+        "langevin": {},
+    }
+    if method not in SAMPLERS:
+        raise UserError(f"Unknown simulation method '{method}': choose one of {', '.join(SAMPLERS)}.")
+    jobs = [
+        Job(
+            method=method,
+            temperature=system.temperature,
+            seed=seed,
+            repeat=repeat,
+            duration=duration,
+            frame_interval=frame_interval,
+            segment_length=min(segment_length, duration),
+            equilibration=equilibration,
+            timestep=timestep,
+            friction=friction,
+            hydrogen_mass=hydrogen_mass,
+            platform=platform,
+            dihedral=atoms,
+            options=options[method],
+        )
+        for repeat in range(n_repeats)
+    ]
+    _check(jobs)
+    if (folder / "meta.yaml").exists():
+        dataset = Dataset.load(folder)
+        if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != _identity(system):
+            raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew.")
+        return dataset
+
+    n_walkers = n_windows if method == "umbrella" else 1
+    n_frames = n_repeats * n_walkers * round(duration / frame_interval)
+    require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
+    work = working_folder(folder)
+    folders = [work / f"repeat_{job.repeat}" for job in jobs]
+    for job, path in zip(jobs, folders, strict=True):
+        job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
+    _run(jobs, folders, n_processes or len(os.sched_getaffinity(0)), f"{method} {system.name}", progress)
+    dataset = gather(system, folders, folder)
+    shutil.rmtree(work)
+    return dataset
+
+
+def working_folder(folder: Path) -> Path:
+    """Where the unfinished simulation of the dataset ``folder`` lives."""
+    return Path(folder).with_name(f"{Path(folder).name}.unfinished")
+
+
+def gather(system, folders: list[Path], output: Path) -> Dataset:
+    """Make a dataset of the frames that the jobs in ``folders`` have saved so far, up to the time that all have reached."""
+    jobs = [Job.load(path) for path in folders]
+    frames = [read_frames(path) for path in folders]
+    end = min(f["time"][-1] for f in frames)
+    frames = [f[: np.searchsorted(f["time"], end, side="right")] for f in frames]
+    repeat = np.repeat([job.repeat for job in jobs], [len(f) for f in frames])
+    columns = {name: np.concatenate([f[name] for f in frames]) for name in ("energy", "dihedral", "window", "time")}
+    log_weights, extra = np.zeros(len(repeat)), {}
+    if jobs[0].method == "umbrella":
+        angle, window = columns["dihedral"], columns["window"]
+        ring = _ring(jobs[0].options, jobs[0].temperature, angle)
+        thin = np.random.default_rng(jobs[0].seed).permutation(len(angle))[:MBAR_MAX_FRAMES]
+        log_weights = ring.log_weights(angle, window, ring.free_energies(angle[thin], window[thin]))
+        extra["cut"] = ring.cut
+    elif jobs[0].method == "replica_exchange":
+        options = jobs[0].options
+        extra["ladder"] = [float(t) for t in temperature_ladder(jobs[0].temperature, options["max_temperature"], options["n_replicas"])]
+    order = np.argsort(columns["time"], kind="stable")
+    starts = np.cumsum([0] + [len(f) for f in frames])
+    return Dataset.write(
+        output,
+        _chunks(frames, starts, order),
+        columns["energy"][order],
+        log_weights=log_weights[order],
+        time=columns["time"][order],
+        window=columns["window"][order],
+        repeat=repeat[order],
+        topology=_pdb(system),
+        meta={
+            "system": _identity(system),
+            "settings": _settings(jobs),
+            "ps_per_walker": float(end),
+            **extra,
+            "versions": {name: version(name) for name in ("openmm", "pymbar", "numpy")},
+            "date": date.today().isoformat(),
+            "machine": f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores",
+        },
+    )
+
+
+def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
+    """ΔF and profile of a dataset made with ``method=umbrella``; ``options`` go to ``umbrella.analyse``."""
+    settings = dataset.meta["settings"]
+    if settings["method"] != "umbrella":
+        raise UserError(f"A reference needs umbrella sampling, not {settings['method']}: set sampling=umbrella.")
+    angle = dihedral_angle(dataset.positions, settings["dihedral"])
+    ring = _ring(settings["options"], settings["temperature"], angle)
+    return analyse(angle, dataset.window, dataset.time, dataset.repeat, ring=ring, **options)
+
+
+def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, progress: bool) -> None:
+    """Run every job in a process of its own, ``n_processes`` at a time; if one fails or this process is interrupted, end them all."""
+    waiting = list(folders)  # a finished job ends at once
+    running: dict[Path, subprocess.Popen] = {}
+    try:
+        with tqdm(total=sum(job.total for job in jobs), desc=title, unit="ps", disable=not progress, mininterval=1.0) as bar:
+            while waiting or running:
+                while waiting and len(running) < n_processes:
+                    path = waiting.pop(0)
+                    running[path] = _start(path)
+                time.sleep(0.1)
+                for path, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[path]
+                        _raise_for(process.returncode, path)
+                bar.update(sum(picoseconds_done(path) for path in folders) - bar.n)
+            bar.update(bar.total - bar.n)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def _start(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "boltznce.data.worker", str(folder), str(os.getpid())]
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _raise_for(status: int, folder: Path) -> None:
+    if status == 0:
+        return
+    message = (folder / "log").read_text().strip()
+    if status == 2 and message:
+        raise UserError(message.splitlines()[-1])
+    raise RuntimeError(
+        f"The simulation process of {folder} ended with status {status}; run again to continue it. Its log:\n{message[-2000:]}"
+    )
+
+
+def _check(jobs: list[Job]) -> None:
+    """Raise UserError for settings that cannot be run as they stand."""
+    if not jobs:
+        raise UserError("n_repeats must be 1 or more.")
+    job = jobs[0]
+    for name in ("duration", "frame_interval", "segment_length", "timestep", "friction", "temperature"):
+        if not getattr(job, name) > 0:
+            raise UserError(f"{name} must be positive, not {getattr(job, name)}.")
+    step = job.options.get("exchange_interval", job.frame_interval)
+    pairs = [
+        ("duration", job.duration, "segment_length", job.segment_length),
+        ("segment_length", job.segment_length, "frame_interval", job.frame_interval),
+        ("frame_interval", job.frame_interval, "exchange_interval", step),
+        ("exchange_interval", step, "timestep", job.timestep),
+    ]
+    for whole, a, part, b in pairs:
+        if not b > 0 or round(a / b) < 1 or abs(a / b - round(a / b)) > 1e-6:
+            raise UserError(f"{whole}={a} must be a multiple of {part}={b} (ps).")
+    if job.method == "umbrella" and (job.options["n_windows"] < 4 or job.options["n_windows"] % 2 or not job.options["kappa"] > 0):
+        raise UserError("n_windows must be even and at least 4, and kappa positive.")
+    if job.method == "replica_exchange" and (job.options["n_replicas"] < 2 or job.options["max_temperature"] <= job.temperature):
+        raise UserError(f"n_replicas must be at least 2, and max_temperature above the system's {job.temperature} K.")
+
+
+def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int, int, int] | None:
+    name = name or (system.state[0] if system.state else None)
+    if name is None and not required:
+        return None
+    if name not in system.dihedrals:
+        raise UserError(
+            f"Umbrella sampling needs one of the dihedrals of {system.name}: set dihedral to one of {', '.join(system.dihedrals)}."
+        )
+    return tuple(int(atom) for atom in system.dihedrals[name])
+
+
+def _ring(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:
+    return Ring(options["n_windows"], options["kappa"], GAS_CONSTANT * temperature, largest_gap(dihedral))
+
+
+def _identity(system) -> dict:
+    return {"name": system.name, "force_field": list(system.forcefield)}
+
+
+def _settings(jobs: list[Job]) -> dict:
+    """What the frames depend on, in types that YAML keeps."""
+    settings = json.loads(json.dumps(dataclasses.asdict(jobs[0])))
+    del settings["repeat"], settings["platform"]
+    return {**settings, "n_repeats": len(jobs)}
+
+
+def _chunks(frames: list[np.ndarray], starts: np.ndarray, order: np.ndarray, size: int = 50_000) -> Iterator[np.ndarray]:
+    """Positions of the concatenated ``frames`` in the given order, some at a time."""
+    for part in np.array_split(order, max(1, -(-len(order) // size))):
+        owner = np.searchsorted(starts, part, side="right") - 1
+        chunk = np.empty((len(part), *frames[0]["positions"].shape[1:]), dtype=np.float32)
+        for i, source in enumerate(frames):
+            mine = owner == i
+            chunk[mine] = source["positions"][part[mine] - starts[i]]
+        yield chunk
+
+
+def _pdb(system) -> str:
+    text = io.StringIO()
+    app.PDBFile.writeFile(system.openmm_topology(), np.asarray(system.positions, dtype=np.float64) * 10, text, keepIds=True)
+    return text.getvalue()

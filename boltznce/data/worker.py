@@ -1,0 +1,28 @@
+"""A simulation process of its own: ``python -m boltznce.data.worker FOLDER PARENT_PID``. It ends when its parent does."""
+
+import os
+import sys
+from pathlib import Path
+
+from boltznce.data.engine import run_job
+from boltznce.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(folder: str, parent: str) -> None:
+    """Run one job; a user's mistake is one line on stderr and exit status 2."""
+
+    def alive() -> None:
+        if os.getppid() != int(parent):
+            raise SystemExit("the parent process has gone")
+
+    try:
+        run_job(Path(folder), alive)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

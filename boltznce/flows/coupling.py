@@ -1,0 +1,62 @@
+"""Which data point is paired with which prior point: independent, minibatch optimal transport, Kabsch alignment, or both.
+
+None of them changes the prior's marginal: samples are reordered or data are rotated (Tong et al. 2024, arXiv 2302.00482;
+Klein et al. 2023, arXiv 2306.15030).
+"""
+
+from collections.abc import Callable
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from boltznce.errors import UserError
+
+__all__ = ["COUPLINGS", "independent", "kabsch", "make_coupling", "optimal_transport", "optimal_transport_kabsch"]
+
+Coupling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def independent(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs as they are."""
+    return x0, x1
+
+
+def optimal_transport(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Reorder ``x0`` so that the sum of squared distances to ``x1`` (both (batch, n, dim), mean-free) is the least (exact assignment)."""
+    cost = torch.cdist(x1.flatten(1), x0.flatten(1)).square()
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    return x0[torch.as_tensor(columns, device=x0.device)], x1
+
+
+def kabsch(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each ``x0`` by the proper rotation that brings it closest to its ``x1`` (both (batch, n, 3), mean-free)."""
+    return x0 @ rotation_onto(x0, x1), x1
+
+
+def optimal_transport_kabsch(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Optimal transport first, then the alignment of each pair."""
+    return kabsch(*optimal_transport(x0, x1))
+
+
+def rotation_onto(x0: Tensor, x1: Tensor) -> Tensor:
+    """R (batch, 3, 3), det R = +1, that minimizes ‖x0 R - x1‖² (Kabsch 1976)."""
+    u, _, vt = torch.linalg.svd(x0.transpose(-1, -2) @ x1)
+    sign = torch.ones(u.shape[:-1], dtype=u.dtype, device=u.device)
+    sign[:, -1] = torch.det(u) * torch.det(vt)
+    return (u * sign.unsqueeze(-2)) @ vt
+
+
+COUPLINGS: dict[str, Coupling] = {
+    "independent": independent,
+    "ot": optimal_transport,
+    "kabsch": kabsch,
+    "ot_kabsch": optimal_transport_kabsch,
+}
+
+
+def make_coupling(name: str) -> Coupling:
+    """The coupling of that name; raises UserError that lists the known ones."""
+    if name not in COUPLINGS:
+        raise UserError(f"Unknown coupling '{name}': choose one of {', '.join(COUPLINGS)}.")
+    return COUPLINGS[name]

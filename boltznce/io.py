@@ -1,0 +1,77 @@
+"""Writing that leaves either the whole result or nothing, and digests that tell damage from data."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from boltznce.errors import UserError
+
+__all__ = ["atomic_file", "atomic_folder", "file_digest", "full_disk_is_a_user_error", "require_free_space"]
+
+
+@contextlib.contextmanager
+def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
+    """Turn "no space left on device" into one sentence that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"No disk space left while writing {path}: free some space, or choose another data_dir or hydra.run.dir."
+            ) from error
+        raise
+
+
+def require_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise before any long work starts if ``folder``'s disk cannot hold ``n_bytes`` more."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise UserError(
+            f"Not enough disk space for {folder}: {n_bytes / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
+            "Free some space, or choose another data_dir or hydra.run.dir."
+        )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path`` to write to; rename it to ``path`` once the block has ended well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with full_disk_is_a_user_error(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill; rename it to ``path`` (replacing it) once the block has ended well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with full_disk_is_a_user_error(path):
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

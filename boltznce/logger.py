@@ -1,0 +1,111 @@
+"""Where the numbers of a training go: always a CSV file, and Weights & Biases when the config asks for it."""
+
+import csv
+import hashlib
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from boltznce.errors import UserError
+from boltznce.io import atomic_file, full_disk_is_a_user_error
+
+__all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger"]
+
+
+class Logger(Protocol):
+    """Anything that takes named numbers; the names say stage and quantity, as in ``flow/train/loss``."""
+
+    def log(self, values: Mapping[str, float]) -> None: ...
+
+
+class CSVLog:
+    """A table with a row for each report and a first column ``step``; opening it again at an earlier step forgets the rows after that.
+
+    A column that first appears in a later row is added at the right, and is empty in the rows before.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        self.path = Path(path)
+        rows = self._read()
+        #: the last row on file, also if it is one of those forgotten; empty for a new file
+        self.last: dict[str, str] = rows[-1] if rows else {}
+        self.columns: list[str] = list(self.last)
+        self._write([row for row in rows if int(row["step"]) <= step])
+
+    def append(self, row: Mapping[str, float]) -> None:
+        new = [key for key in row if key not in self.columns]
+        if new:
+            self.columns += new
+            self._write(self._read())
+        with full_disk_is_a_user_error(self.path), open(self.path, "a", newline="") as handle:
+            csv.writer(handle).writerow([_text(row.get(column, "")) for column in self.columns])
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
+        return list(csv.DictReader(whole.splitlines()))
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with atomic_file(self.path) as temporary, open(temporary, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, self.columns, restval="")
+            if self.columns:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def _text(value: float | str) -> str:
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+class WandbLogger:
+    """Sends the numbers to Weights & Biases. A run folder is always the same run there, so that a resumed one goes on in its curves.
+
+    mode: "online", "offline" (``wandb sync`` uploads later), "disabled", or None: online for a user who is logged in, otherwise offline.
+    Never asks for a login: raises UserError where "online" lacks one.
+    """
+
+    def __init__(self, folder: Path, project: str, mode: str | None = None, config: Mapping | None = None):
+        import wandb  # slow to import, and most runs do without
+
+        mode = mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        if mode == "online" and not _logged_in():
+            raise UserError("logger.mode=online needs a login: run `wandb login` first, or set logger.mode=offline.")
+        folder = Path(folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        resume = "allow" if mode == "online" else None  # wandb cannot continue an offline run; it merges them by id when they are synced
+        where = {"project": project, "name": folder.name, "id": identity, "dir": str(folder)}
+        self._run = wandb.init(**where, mode=mode, resume=resume, config=dict(config or {}))
+
+    def log(self, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_logger(
+    kind: Literal["csv", "wandb"], folder: Path, config: Mapping | None = None, project: str = "boltznce", mode: str | None = None
+) -> WandbLogger | None:
+    """The logger that the ``logger`` part of a config asks for, ``open_logger(**config.logger, folder=...)``: None for ``csv``.
+
+    The CSV files are written by :func:`boltznce.training.fit` in any case. Raises UserError for an unknown kind.
+    """
+    if kind == "csv":
+        return None
+    if kind == "wandb":
+        return WandbLogger(folder, project, mode, config)
+    raise UserError(f"Unknown logger '{kind}': choose csv or wandb.")
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,17 @@
+"""The methods, by name. A method is a module with ``STAGES`` (name -> function of a `Workspace`) and ``draw`` (see `boltznce.methods.boltznce`)."""
+
+import importlib
+from types import ModuleType
+
+from boltznce.errors import UserError
+
+__all__ = ["METHODS", "find_method"]
+
+METHODS = {"boltznce": "boltznce.methods.boltznce"}
+
+
+def find_method(name: str) -> ModuleType:
+    """The module of a method; raises UserError that lists the known ones."""
+    if name not in METHODS:
+        raise UserError(f"Unknown method {name!r}: choose one of {', '.join(METHODS)}.")
+    return importlib.import_module(METHODS[name])

@@ -1,0 +1,158 @@
+"""BoltzNCE (arXiv 2507.00846): a flow trained on MD, an EBM trained on the flow's draws, weights from the EBM's likelihood.
+
+Stages: data -> flow -> samples -> ebm -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.data.dataset import mode_balanced_indices
+from boltznce.data.simulate import simulate
+from boltznce.methods.drawing import draw_to_folder
+from boltznce.methods.evaluation import evaluate, report, summary
+from boltznce.methods.models import make_ebm, make_flow
+from boltznce.methods.workspace import Workspace
+from boltznce.systems.symmetry import rotate_methyls
+from boltznce.training import FitSettings, fit
+
+__all__ = ["STAGES", "summary"]
+
+
+def make_data(work: Workspace) -> dict:
+    """Simulate the data if their folder has none, and check that they are this system's."""
+    folder = Path(work.config.data.folder)
+    if not (folder / "meta.yaml").exists():
+        simulate(work.system, folder, **OmegaConf.to_container(work.config.data.simulation, resolve=True))
+    return {"frames": len(work.dataset)}
+
+
+def train_flow(work: Workspace) -> dict:
+    """Fit the flow to mode-balanced training frames; validation frames are balanced likewise."""
+    section, system = work.config.flow, work.system
+    train, validation, _ = work.dataset.split(**work.config.data.split)
+    balance = OmegaConf.to_container(section.balance, resolve=True)
+    rng = work.numpy_generator("balance")
+    x_train, x_validation = (
+        _balanced(system, part, n, balance, rng).to(work.device)
+        for part, n in ((train, section.n_train), (validation, section.n_validation))
+    )
+    flow = make_flow(work.config, system).to(work.device)
+    flow.calibrate(_symmetrized(work, x_train[:CALIBRATION], work.generator("flow calibration")), work.generator("flow noise"))
+
+    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x = _minibatch(x_train, section.batch_size, generator)
+        return {"loss": flow.loss(_symmetrized(work, x, generator), generator)}
+
+    @torch.no_grad()
+    def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": torch.stack([flow.loss(x, generator) for x in x_validation.split(section.batch_size)]).mean()}
+
+    result = fit(
+        flow,
+        loss,
+        FitSettings(**section.fit),
+        work.folder.path,
+        fabric=work.fabric,
+        seed=work.config.seed,
+        name="flow",
+        validate=validate,
+        logger=work.logger,
+    )
+    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
+
+
+def draw_training_samples(work: Workspace) -> dict:
+    """Draw what the EBM is trained and validated on, with likelihoods by Hutchinson probes where it regresses onto them."""
+    counts = {}
+    for name, n in (("train", work.config.samples.n_train), ("validation", work.config.samples.n_validation)):
+        samples = draw_to_folder(
+            work.models,
+            work.folder.path / "samples" / name,
+            n,
+            work.config.samples.likelihood,
+            lambda k, name=name: work.generator(f"samples {name}", k),
+            batch_size=work.config.samples.batch_size,
+            n_probes=work.config.samples.n_probes,
+        )
+        counts[name] = samples.meta["counts"]
+    return counts
+
+
+def train_ebm(work: Workspace) -> dict:
+    """Fit the EBM to the flow's draws: score matching and NCE, and regression of E(x, 0) onto their likelihoods if asked for."""
+    section = work.config.ebm
+    train, validation = (_sampled(work, name) for name in ("train", "validation"))
+    ebm = make_ebm(work.config, work.system).to(work.device)
+    ebm.calibrate(_symmetrized(work, train[0][:CALIBRATION], work.generator("ebm calibration")), work.generator("ebm noise"))
+    if section.regression_weight:
+        ebm.calibrate_constant(train[0][:CALIBRATION], train[1][:CALIBRATION])
+
+    def parts(ebm: nn.Module, x: Tensor, log_q: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        losses = ebm.loss(x, generator)
+        if section.regression_weight:
+            losses["regression"] = ebm.regression_loss(x, log_q)
+            losses["loss"] = losses["loss"] + section.regression_weight * losses["regression"]
+        return losses
+
+    def loss(ebm: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        index = torch.randint(len(train[0]), (section.batch_size,), generator=generator, device=work.device)
+        return parts(ebm, _symmetrized(work, train[0][index], generator), train[1][index], generator)
+
+    def validate(ebm: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        batches = zip(validation[0].split(section.batch_size), validation[1].split(section.batch_size), strict=True)
+        losses = [{key: value.detach() for key, value in parts(ebm, x, log_q, generator).items()} for x, log_q in batches]
+        return {key: torch.stack([each[key] for each in losses]).mean() for key in losses[0]}
+
+    result = fit(
+        ebm,
+        loss,
+        FitSettings(**section.fit),
+        work.folder.path,
+        fabric=work.fabric,
+        seed=work.config.seed,
+        name="ebm",
+        validate=validate,
+        logger=work.logger,
+    )
+    work.__dict__.pop("models", None)  # loaded before there was an EBM
+    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
+
+
+STAGES = {
+    "data": make_data,
+    "flow": train_flow,
+    "samples": draw_training_samples,
+    "ebm": train_ebm,
+    "evaluation": evaluate,
+    "report": report,
+}
+
+CALIBRATION = 4096  # samples on which networks measure the scale of their inputs
+
+
+def _balanced(system, frames, n: int, balance: dict, rng: np.random.Generator) -> Tensor:
+    """``n`` frames (n, atoms, dim) of a dataset in which the rare state is as frequent as ``balance`` says."""
+    name, state = system.state
+    phi = system.dihedral(np.asarray(frames.positions), name)
+    return torch.from_numpy(frames.positions[mode_balanced_indices(phi, frames.log_weights, n, rng, state=state, **balance)])
+
+
+def _sampled(work: Workspace, name: str) -> tuple[Tensor, Tensor]:
+    """Positions and log q (float32) of a folder of the flow's draws, without those of no finite energy or likelihood."""
+    samples = WeightedSamples.load(work.folder.path / "samples" / name)
+    fine = np.isfinite(samples.energy) & (np.isfinite(samples.log_prob) | np.isnan(samples.log_prob).all())
+    x, log_q = torch.from_numpy(samples.positions[fine]), torch.from_numpy(samples.log_prob[fine]).float()
+    return x.to(work.device), log_q.to(work.device)
+
+
+def _minibatch(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return x[torch.randint(len(x), (size,), generator=generator, device=x.device)]
+
+
+def _symmetrized(work: Workspace, x: Tensor, generator: torch.Generator) -> Tensor:
+    return rotate_methyls(x, getattr(work.system, "methyl_groups", ()), generator)

@@ -1,0 +1,294 @@
+"""The last stages of a run with a flow and an EBM: fresh weighted samples, exact likelihoods of some of them, and the report."""
+
+import csv
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from boltznce.analysis import plotting
+from boltznce.analysis.free_energy import (
+    choose_subset,
+    corrected_free_energy_difference,
+    free_energy_difference,
+    free_energy_profile,
+    in_state,
+    stratum_log_weights,
+)
+from boltznce.analysis.metrics import energy_cut, energy_w2, energy_w2_floor, likelihood_agreement, share_above, torus_w2, torus_w2_floor
+from boltznce.analysis.report import summary_table, write_report
+from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, effective_sample_size, pareto_k
+from boltznce.data.dataset import Dataset, boltzmann_indices
+from boltznce.io import atomic_file
+from boltznce.methods.drawing import draw_to_folder
+from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.models import solver_settings
+from boltznce.methods.workspace import Workspace
+from boltznce.systems.symmetry import is_trans
+
+__all__ = ["evaluate", "report", "summary"]
+
+
+def evaluate(work: Workspace) -> dict:
+    """Draw fresh samples with EBM weights, and give two subsets of them exact likelihoods.
+
+    Subset "uniform" (as many in the state as in the rest) measures how far EBM and exact likelihood are apart; subset "weighted" (by EBM
+    weight, with repeats) corrects the free energy.
+    """
+    section, folder = work.config.evaluation, work.folder.path / "samples"
+    samples = draw_to_folder(
+        work.models, folder / "weighted", section.n_samples, "ebm", lambda k: work.generator("evaluation", k), batch_size=section.batch_size
+    )
+    name, state = work.system.state
+    conformers = _conformers(work, samples)
+    angle, log_weights = work.system.dihedral(conformers.positions, name), conformers.log_weights
+    rng = work.numpy_generator("exact subset")
+    uniform = choose_subset(angle, log_weights, section.n_exact, rng, state, "uniform")
+    weighted = choose_subset(angle, log_weights, section.n_correction, rng, state, "weights")
+    seconds = {}
+    for label, subset in (("exact_uniform", np.sort(uniform)), ("exact_weighted", np.unique(weighted))):
+        if len(subset):
+            seconds[label] = _exact_likelihoods(work, conformers, subset, folder / label) / len(subset)
+    with atomic_file(folder / "subsets.npz") as path, open(path, "wb") as handle:
+        np.savez(handle, uniform=uniform, weighted=weighted)
+    return {"exact_seconds_per_sample": seconds.get("exact_uniform"), "ebm_seconds_per_sample": _ebm_seconds(work, conformers)}
+
+
+def report(work: Workspace) -> dict:
+    """Compute every number of the report from what is on disk, draw the figures, and write both."""
+    results, figures = _results(work)
+    write_report(work.folder.path, results, figures)
+    return {}
+
+
+def summary(work: Workspace) -> str:
+    """The report's main numbers as a table for the terminal."""
+    return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
+
+
+# ---- likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
+    """Save exact log-likelihoods of a subset, batch by batch (a killed call goes on); returns the seconds they took in all."""
+    flow, section = work.models.flow, work.config.evaluation
+    if (folder / "meta.yaml").exists():
+        return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
+    writer = WeightedSamplesWriter(folder, getattr(work.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
+    for start in range(writer.n_written, len(subset), section.exact_batch_size):
+        part = samples[subset[start : start + section.exact_batch_size]]
+        begun = time.perf_counter()
+        log_prob = flow.log_prob(
+            torch.from_numpy(np.ascontiguousarray(part.positions)).to(work.device),
+            solver=solver_settings(section.solver),
+            batch_size=section.exact_batch_size,
+        )
+        log_prob = log_prob.cpu().numpy() + (np.log(2) if work.models.mirrors else 0.0)
+        milliseconds = round(1000 * (time.perf_counter() - begun))
+        writer.append(part.positions, part.energy, log_prob, -part.energy - log_prob, counts={"milliseconds": milliseconds})
+    writer.finish()
+    return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
+
+
+def _ebm_seconds(work: Workspace, samples: WeightedSamples, n: int = 4096) -> float:
+    """Seconds a sample of the EBM's likelihood, in batches of the size that sampling uses."""
+    x = torch.from_numpy(np.ascontiguousarray(samples.positions[:n])).to(work.device)
+    work.models.ebm.log_prob_in_batches(x)
+    begun = time.perf_counter()
+    work.models.ebm.log_prob_in_batches(x).cpu()
+    return (time.perf_counter() - begun) / len(x)
+
+
+def _conformers(work: Workspace, samples: WeightedSamples) -> WeightedSamples:
+    """The samples that figures are conditional on: peptide bonds trans, chirality right (it has been mended)."""
+    omegas = getattr(work.system, "omegas", [])
+    if not omegas:
+        return samples
+    angles = torch.stack([work.system.dihedral(torch.from_numpy(np.array(samples.positions)), name) for name in omegas], dim=-1)
+    return samples[is_trans(angles).numpy()]
+
+
+# ---- report -----------------------------------------------------------------------------------------------------------
+
+
+def _results(work: Workspace) -> tuple[dict, dict]:
+    config, system, section = work.config, work.system, work.config.evaluation
+    name, state = system.state
+    folder = work.folder.path / "samples"
+    drawn = WeightedSamples.load(folder / "weighted")
+    samples = _conformers(work, drawn)
+    subsets = np.load(folder / "subsets.npz")
+    exact = WeightedSamples.load(folder / "exact_uniform")
+    phi = system.dihedral(samples.positions, name)
+    uniform = np.sort(subsets["uniform"])
+    inside = in_state(phi[uniform], state)
+    exact_weights = exact.log_weights + stratum_log_weights(phi, uniform, state)
+    bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": config.seed}
+    md = _held_out(work)
+    reference = system.reference()
+
+    free_energy = {"reference": reference_difference(reference)} if reference else {}
+    free_energy |= {
+        "ebm": free_energy_difference(phi, samples.log_weights, state, **bootstrap),
+        "corrected": _corrected(work, samples, phi, subsets["weighted"], bootstrap),
+        "exact": free_energy_difference(phi[uniform], exact_weights, state, **bootstrap),
+        "unweighted": free_energy_difference(phi, None, state, **bootstrap),
+        "training data (MD)": free_energy_difference(
+            system.dihedral(work.dataset.positions, name), work.dataset.log_weights, state, n_blocks=20, **bootstrap
+        ),
+    }
+    cut = energy_cut(md["energy"])
+    angles = _torsions(system, samples.positions)
+    torus = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
+    distances = {
+        "E-W2 (kT)": {
+            "unweighted": energy_w2(samples.energy, md["energy"], cut=cut),
+            "weighted": energy_w2(samples.energy, md["energy"], samples.weights, cut=cut),
+            "floor": energy_w2_floor(md["energy"], cut=cut),
+        },
+        "T-W2 (rad)": {
+            "unweighted": torus_w2(angles, md["angles"], **torus),
+            "weighted": torus_w2(angles, md["angles"], samples.weights, **torus),
+            "floor": torus_w2_floor(md["angles"], **torus),
+        },
+    }
+    ess = {
+        "EBM weights": _ess(samples.log_weights),
+        "EBM weights, top 0.2% removed": _ess(samples.remove_top(0.002).log_weights),
+        "exact weights (subset)": _ess(exact_weights),
+    }
+    cost = work.folder.stages["evaluation"]
+    counts = drawn.meta["counts"]
+    agreement = likelihood_agreement(samples.log_prob[uniform], exact.log_prob, inside, **bootstrap) if len(exact) >= 3 else None
+    results = {
+        "system": system.name,
+        "method": config.method.name,
+        "budget": config.budget,
+        "state": f"{state[0]:g} < {name} < {state[1]:g} rad",
+        "free_energy": free_energy,
+        "ess": ess,
+        "distances": distances,
+        "energy_cut": {
+            "cut": cut,
+            "shares": {
+                "MD": share_above(md["energy"], cut),
+                "flow": share_above(samples.energy, cut),
+                "weighted": share_above(samples.energy, cut, samples.weights),
+            },
+        },
+        "likelihood": agreement,
+        "timing": {
+            "ebm_per_sample": cost["ebm_seconds_per_sample"],
+            "exact_per_sample": cost["exact_seconds_per_sample"],
+            "stages": {stage: record["seconds"] for stage, record in work.folder.stages.items() if stage != "report"},
+            "peak_memory_mib": max(record["peak_memory"] for record in work.folder.stages.values()),
+        },
+        "counts": {
+            "drawn": counts["drawn"],
+            "with the molecule's chirality": counts["right_chirality"],
+            "of these mirrored": counts["mirrored"],
+            "kept for analysis": len(drawn),
+            "of these with a cis peptide bond, left out": len(drawn) - len(samples),
+            "exact likelihoods, uniform subset": len(exact),
+            "exact likelihoods, weighted subset": len(np.unique(subsets["weighted"])),
+            "training frames (MD)": len(work.dataset),
+        },
+        "settings": _settings(work),
+        "notes": _notes(work),
+    }
+    figures = {
+        "ramachandran": plotting.plot_ramachandran(
+            {"MD": (md["angles"], None), "flow": (angles, None), "flow, weighted": (angles, samples.log_weights)}
+        ),
+        "energy_histograms": plotting.plot_energy_histograms(
+            {"MD": (md["energy"], None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
+        ),
+        "profile": plotting.plot_profiles(
+            {
+                "flow, unweighted": free_energy_profile(phi, None, 72),
+                "EBM weights": free_energy_profile(phi, samples.log_weights, 72),
+            },
+            reference_profile(reference),
+            state,
+            angle_name="φ",
+        ),
+        "learning_curves": plotting.plot_learning_curves(_learning_curves(work.folder.path)),
+        "weights": plotting.plot_weights({"EBM": samples.log_weights, "exact": exact_weights}),
+    }
+    if agreement is not None:
+        figures["likelihood"] = plotting.plot_likelihood_agreement(samples.log_prob[uniform], exact.log_prob, inside)
+    return results, figures
+
+
+def _corrected(work: Workspace, samples: WeightedSamples, phi: np.ndarray, subset: np.ndarray, bootstrap: dict):
+    exact = WeightedSamples.load(work.folder.path / "samples" / "exact_weighted")
+    place = np.searchsorted(np.unique(subset), subset)
+    return corrected_free_energy_difference(
+        phi, samples.log_weights, subset, samples.log_prob[subset], exact.log_prob[place], work.system.state[1], "weights", **bootstrap
+    )
+
+
+def _held_out(work: Workspace) -> dict[str, np.ndarray]:
+    """Energies and torsions of test frames, resampled to the Boltzmann distribution and in order of time."""
+    test: Dataset = work.dataset.split(**work.config.data.split)[2]
+    n = work.config.evaluation.n_samples
+    index = np.sort(boltzmann_indices(test.log_weights, n, work.numpy_generator("held out")))
+    return {"energy": test.energies[index], "angles": _torsions(work.system, test.positions[index])}
+
+
+def _torsions(system, positions: np.ndarray) -> np.ndarray:
+    """(φ, ψ) of positions, (n, 2)."""
+    return np.stack([system.dihedral(np.asarray(positions), name) for name in ("phi", "psi")], axis=-1)
+
+
+def _ess(log_weights: np.ndarray) -> dict:
+    return {"ess": effective_sample_size(log_weights), "pareto_k": pareto_k(log_weights), "n": len(log_weights)}
+
+
+def _learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Training and validation losses of the logs ``flow.csv`` and ``ebm.csv``."""
+    wanted = {
+        "flow": {"loss": "flow loss"},
+        "ebm": {"score": "EBM, score loss", "nce": "EBM, NCE loss", "regression": "EBM, regression (kT²)"},
+    }
+    curves = {}
+    for name, losses in wanted.items():
+        with open(folder / f"{name}.csv", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        for key, title in losses.items():
+            for kind in ("train", "validation"):
+                points = [(float(r["step"]), float(r[f"{kind}/{key}"])) for r in rows if r.get(f"{kind}/{key}")]
+                if points:
+                    curves[f"{title}/{kind}"] = tuple(zip(*points, strict=True))
+    return curves
+
+
+def _settings(work: Workspace) -> dict[str, str]:
+    config = work.config
+    return {
+        "flow network": f"{config.flow.network._target_.rpartition('.')[2]}, {work.folder.stages['flow']['steps']} steps of {config.flow.batch_size}",
+        "flow": f"{config.flow.model.interpolant} interpolant, {config.flow.model.coupling} coupling",
+        "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(config.flow.solver)).items()),
+        "EBM network": f"{config.ebm.network._target_.rpartition('.')[2]}, {work.folder.stages['ebm']['steps']} steps of {config.ebm.batch_size}",
+        "EBM objective": config.ebm.model.objective
+        + (
+            f" + {config.ebm.regression_weight:g} × regression onto {config.samples.likelihood} likelihoods"
+            if config.ebm.regression_weight
+            else ""
+        ),
+        "samples the EBM was trained on": str(config.samples.n_train),
+        "data": f"{config.data.simulation.method}, {len(work.dataset)} frames",
+        "seed": str(config.seed),
+    }
+
+
+def _notes(work: Workspace) -> list[str]:
+    notes = ["All figures are conditional on L chirality and trans peptide bonds, on both sides."]
+    if work.models.mirrors:
+        notes.append("Mirror images that the flow made were mirrored; their two densities are added up (log 2).")
+    if work.system.reference() is None:
+        notes.append("No reference ships for this system at this temperature and with this force field.")
+    return notes

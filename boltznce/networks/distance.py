@@ -1,0 +1,200 @@
+"""Networks on the interatomic distances of one molecule: cheap, and sharp where likelihoods are made, in stiff bonds and angles.
+
+All n(n-1)/2 distances, and for chiral networks the signed volumes of bonded quadruples, standardized by their mean and spread at each
+noise level, feed a residual MLP. A vector field moves atoms along the gradients of these coordinates, so rotations and translations (and,
+unless chiral, mirror images) commute with it; an energy is invariant. Atoms are told apart: equal atoms are treated as equal only as
+far as the training data are symmetrized.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from boltznce.networks.mlp import ResidualBlocks, ResidualMLP, TimeEmbedding
+
+__all__ = ["DistanceEnergy", "DistanceVectorField", "MolecularGeometry", "bonded_quadruples"]
+
+N_TIME = 64
+
+
+def bonded_quadruples(bonds: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """Chains of four bonded atoms (torsions), and each atom with every three of its neighbours (chirality, planarity)."""
+    neighbours: dict[int, set[int]] = {}
+    for i, j in bonds:
+        neighbours.setdefault(i, set()).add(j)
+        neighbours.setdefault(j, set()).add(i)
+    torsions = [(i, j, k, m) for j, k in bonds for i in sorted(neighbours[j] - {k}) for m in sorted(neighbours[k] - {j}) if i != m]
+    return torsions + [(i, *three) for i in sorted(neighbours) for three in combinations(sorted(neighbours[i]), 3)]
+
+
+class MolecularGeometry(nn.Module):
+    """Distances of all pairs and signed volumes of some quadruples of n atoms, standardized at each time, and their gradients.
+
+    The signed volume of (i, j, k, m) is a·(b×c) with a = x_j - x_i, b = x_k - x_j, c = x_m - x_k; it changes sign in a mirror.
+    ``calibrate`` measures mean and spread on a grid of noise levels; between them they are interpolated.
+    """
+
+    N_LEVELS = 65
+    EPSILON = 1e-6  # under the root of a distance, in squared network units
+
+    def __init__(self, n_atoms: int, quadruples: Sequence[tuple[int, int, int, int]] = ()) -> None:
+        super().__init__()
+        pairs = torch.triu_indices(n_atoms, n_atoms, 1).T
+        self.n_pairs, self.n_quadruples = len(pairs), len(quadruples)
+        self.n_values = self.n_pairs + self.n_quadruples
+        chains = torch.as_tensor(quadruples, dtype=torch.long).reshape(-1, 4)
+        edges = torch.cat([pairs] + [chains[:, k : k + 2] for k in range(3)])
+        # (atoms, edges): differences and sums over edges as matrix products, fast in every derivative
+        one_hot = nn.functional.one_hot(edges, n_atoms).float()
+        self.register_buffer("incidence", (one_hot[:, 1] - one_hot[:, 0]).T.contiguous(), persistent=False)
+        self.register_buffer("mean", torch.ones(self.N_LEVELS, self.n_values))
+        self.register_buffer("spread", torch.ones(self.N_LEVELS, self.n_values))
+        self.register_buffer("metric", torch.eye(n_atoms))  # covariance of the atoms in the prior, ⟨x_i·x_j⟩ / 3
+        self.register_buffer("steepness", torch.ones(self.N_LEVELS, self.n_values))
+
+    @property
+    def levels(self) -> Tensor:
+        """The grid of times, cubic so that it is fine near the data."""
+        return torch.linspace(0, 1, self.N_LEVELS, device=self.mean.device) ** 3
+
+    @torch.no_grad()
+    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
+        """Measure mean, spread and size of the gradients on ``positions_at(t)`` (batch, n, 3) for every t of the grid."""
+        prior = positions_at(1.0)
+        self.metric.copy_(torch.einsum("bid,bjd->ij", prior, prior) / (3 * len(prior)))
+        for k, t in enumerate(self.levels.tolist()):
+            values, parts = self.values(positions_at(t))
+            self.mean[k] = values.mean(dim=0)
+            self.spread[k] = values.std(dim=0).clamp_min(1e-3)
+            # a distance's gradient is its connecting vector over the mean distance
+            self.steepness[k, : self.n_pairs] = self.mean[k, : self.n_pairs]
+            areas = torch.stack(parts[1:]).square().sum(dim=-2).mean(dim=(0, 1)) if self.n_quadruples else values.new_ones(0)
+            self.steepness[k, self.n_pairs :] = areas.sqrt()
+
+    def values(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Values (batch, values) at ``x`` (batch, n, 3), and what `along_gradients` needs."""
+        vectors = x.transpose(-1, -2) @ self.incidence
+        pairs = vectors[..., : self.n_pairs]
+        distances = torch.sqrt(pairs.square().sum(dim=-2) + self.EPSILON)
+        if not self.n_quadruples:
+            return distances, [pairs]
+        a, b, c = vectors[..., self.n_pairs :].split(self.n_quadruples, dim=-1)
+        areas = [_cross(b, c), _cross(c, a), _cross(a, b)]
+        return torch.cat([distances, (a * areas[0]).sum(dim=-2)], dim=-1), [pairs, *areas]
+
+    def along_gradients(self, strengths: Tensor, parts: list[Tensor], steepness: Tensor) -> Tensor:
+        """Σ_k strength_k ∇value_k, each gradient scaled to about one: (batch, n, 3), mean-free."""
+        strengths = (strengths / steepness).unsqueeze(-2)
+        moved = [strengths[..., : self.n_pairs] * parts[0]] + [strengths[..., self.n_pairs :] * area for area in parts[1:]]
+        return (torch.cat(moved, dim=-1) @ self.incidence.T).transpose(-1, -2)
+
+    def statistics(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, spread and steepness (batch, values) at times ``t`` (batch,)."""
+        place = t.clamp(0, 1) ** (1 / 3) * (self.N_LEVELS - 1)
+        low = place.floor().clamp(max=self.N_LEVELS - 2)
+        share = (place - low).unsqueeze(-1)
+        low = low.long()
+        return tuple(torch.lerp(table[low], table[low + 1], share) for table in (self.mean, self.spread, self.steepness))
+
+
+class DistanceVectorField(nn.Module):
+    """Σ_k f_k ∇z_k summed over rounds, z the standardized coordinates of an estimate of the noise-free molecule: (batch, n, 3).
+
+    The first round looks at x, each later one at where the sum so far would take it, standardized for half the noise. In a round,
+    f = a(t) + b(t) z + MLP(z, h, t), and the hidden state h is handed on.
+    """
+
+    def __init__(
+        self,
+        n_atoms: int,
+        width: int = 256,
+        n_rounds: int = 4,
+        n_blocks: int = 1,
+        bonds: Sequence[tuple[int, int]] = (),
+        chiral: bool = False,
+    ) -> None:
+        """``n_blocks`` residual blocks a round. ``chiral``: tell a molecule from its mirror image by signed volumes (`bonded_quadruples`)."""
+        super().__init__()
+        self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
+        n_values = self.geometry.n_values
+        self.time = TimeEmbedding(N_TIME)
+        self.inlets = nn.ModuleList(nn.Linear(n_values, width) for _ in range(n_rounds))
+        self.blocks = nn.ModuleList(ResidualBlocks(width, N_TIME, n_blocks) for _ in range(n_rounds))
+        self.outlets = nn.ModuleList(nn.Linear(width, n_values) for _ in range(n_rounds))
+        self.linear = nn.Linear(N_TIME, 2 * n_values * n_rounds)
+        self.shrink = nn.Linear(N_TIME, n_rounds)
+        # starts at zero: a network that moves atoms at random would be led astray from round to round
+        for layer in (self.linear, self.shrink, *self.outlets):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def parity_equivariant(self) -> bool:
+        """Whether v(-x) = -v(x), so that the flow makes molecules and mirror images alike."""
+        return self.geometry.n_quadruples == 0
+
+    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
+        """See `MolecularGeometry.calibrate`."""
+        self.geometry.calibrate(positions_at)
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
+        time = self.time(t)
+        linear = self.linear(time).split(2 * self.geometry.n_values, dim=-1)
+        shrink = self.shrink(time)
+        noise = t.reshape(-1, 1, 1)
+        total, hidden = torch.zeros_like(x), 0.0
+        for k, (inlet, blocks, outlet) in enumerate(zip(self.inlets, self.blocks, self.outlets, strict=True)):
+            estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (self.geometry.metric @ total) if k else x
+            mean, spread, steepness = self.geometry.statistics(t * 0.5**k)
+            values, parts = self.geometry.values(estimate)
+            z = soft_clip((values - mean) / spread)
+            hidden = blocks(hidden + inlet(z), time)
+            constant, slope = linear[k].chunk(2, dim=-1)
+            strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
+            total = total + self.geometry.along_gradients(strengths, parts, steepness)
+        return total
+
+
+class DistanceEnergy(nn.Module):
+    """Log-likelihood up to a constant (batch,): c(t) + Σ_k [a_k(t) z_k - b_k(t) z_k² / 2] + MLP(z, t), z the standardized coordinates."""
+
+    def __init__(
+        self, n_atoms: int, width: int = 384, n_blocks: int = 4, bonds: Sequence[tuple[int, int]] = (), chiral: bool = False
+    ) -> None:
+        """``chiral``: tell a molecule from its mirror image; right for samples of a chiral flow only."""
+        super().__init__()
+        self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
+        n_values = self.geometry.n_values
+        self.time = TimeEmbedding(N_TIME)
+        self.mlp = ResidualMLP(n_values, 1, N_TIME, width, n_blocks)
+        self.quadratic = nn.Linear(N_TIME, 2 * n_values + 1)
+        nn.init.zeros_(self.quadratic.weight)
+        with torch.no_grad():
+            self.quadratic.bias.zero_()
+            # the standardized coordinates over-count the 3n - 6 degrees of freedom
+            self.quadratic.bias[n_values : 2 * n_values] = 3 * n_atoms / n_values
+
+    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
+        """See `MolecularGeometry.calibrate`."""
+        self.geometry.calibrate(positions_at)
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
+        mean, spread, _ = self.geometry.statistics(t)
+        z = (self.geometry.values(x)[0] - mean) / spread
+        time = self.time(t)
+        n = self.geometry.n_values
+        slope, stiffness, level = self.quadratic(time).split([n, n, 1], dim=-1)
+        return (slope * z - 0.5 * stiffness * z.square()).sum(-1) + (self.mlp(z, time) + level).squeeze(-1)
+
+
+def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:
+    """``z`` bent to stay within ±``largest``: a bad estimate of the molecule must not grow from round to round."""
+    return z * torch.rsqrt(1 + (z / largest).square())
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """Cross product along the second dimension from the end."""
+    (ax, ay, az), (bx, by, bz) = a.unbind(-2), b.unbind(-2)
+    return torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], dim=-2)

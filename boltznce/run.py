@@ -1,0 +1,105 @@
+"""A run: train one in its folder, load one, sample from it."""
+
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.errors import UserError
+from boltznce.logger import open_logger
+from boltznce.methods import find_method
+from boltznce.methods.drawing import check_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.workspace import Workspace, make_fabric
+from boltznce.run_folder import RunFolder
+from boltznce.systems.base import System
+
+__all__ = ["Run", "RunFolder", "load_run", "train"]
+
+
+def train(folder: RunFolder) -> None:
+    """Run, or finish, all stages of the method that the folder's config names, and print the summary of its report."""
+    config = folder.config
+    set_threads(config.threads)
+    method = find_method(config.method.name)
+    logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
+    work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
+    for name, stage in method.STAGES.items():
+        if not folder.stage_done(name):
+            with folder.stage(name) as info:
+                info.update(stage(work) or {})
+    print(method.summary(work))
+
+
+class Run:
+    """A finished or interrupted training run: its system, its models and what can be drawn from them."""
+
+    def __init__(self, path: Path | str, device: str = "auto"):
+        self.folder = RunFolder.open(Path(path))
+        self.config = self.folder.config
+        self._work = Workspace(self.folder, self.config, make_fabric(device))
+        find_method(self.config.method.name)
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def system(self) -> System:
+        return self._work.system
+
+    @property
+    def metrics(self) -> dict:
+        """The numbers of the run's report; raises UserError before there is one."""
+        path = self.path / "metrics.json"
+        if not path.exists():
+            raise UserError(f"{self.path} has no report yet: finish the run with scripts/train.py resume={self.path}.")
+        return json.loads(path.read_text())
+
+    def sample(
+        self,
+        n: int,
+        likelihood: str = "ebm",
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+        n_probes: int = 1,
+        folder: Path | str | None = None,
+        format: str = "npy",
+    ) -> WeightedSamples:
+        """``n`` fresh samples with weights -u - log q.
+
+        Args:
+            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (with ``n_probes`` probes; unbiased log q, biased weights) or "none".
+            seed: the same seed gives the same samples.
+            folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
+            format: npy, dcd or xtc (see `WeightedSamples.save`).
+
+        Raises UserError where the run has no model of that kind yet.
+        """
+        default = self.config.evaluation.exact_batch_size if likelihood == "exact" else self.config.evaluation.batch_size
+        settings = {"batch_size": min(batch_size or default, n), "n_probes": n_probes}
+
+        def generator_of(k: int) -> torch.Generator:
+            return self._work.generator(f"user {seed}", k)
+
+        if folder is not None:
+            return draw_to_folder(
+                self._work.models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings
+            )
+        check_likelihood(self._work.models, likelihood)
+        batches = list(draw_batches(self._work.models, n, likelihood, generator_of, **settings))
+        arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
+        return WeightedSamples(*arrays, topology=getattr(self.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
+
+
+def load_run(path: Path | str, device: str = "auto") -> Run:
+    """Open a run folder that scripts/train.py has made; raises UserError if it is none."""
+    return Run(path, device)
+
+
+def set_threads(threads: int | None) -> None:
+    """The number of CPU threads of torch; None leaves it at one a core."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,270 @@
+"""A molecule: structure + force field -> energy, topology, named dihedrals, atom features, chirality."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import mdtraj
+import numpy as np
+import openmm
+import torch
+from openmm import app, unit
+from torch import Tensor
+
+from boltznce.errors import UserError
+from boltznce.systems.base import System
+from boltznce.systems.forcefield import TorchForceField
+from boltznce.systems.openmm_energy import OpenMMEnergy
+
+__all__ = ["MolecularSystem"]
+
+GAS_CONSTANT = 0.00831446261815324  # kJ/mol/K
+STRUCTURES = Path(__file__).parent / "structures"
+BACKENDS = {"torch": TorchForceField, "openmm": OpenMMEnergy}
+
+Four = tuple[int, int, int, int]
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+class MolecularSystem(System):
+    """A molecule without constraints in the canonical ensemble.
+
+    Args:
+        name: what to call it; also names its reference file.
+        structure: a PDB file with all hydrogens, or the name of one in ``systems/structures``.
+        forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``.
+        temperature: K.
+        nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
+        cutoff_nm: cutoff in nm for the methods that have one.
+        dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
+        state: dihedral and interval (radians) of the state whose free energy is asked for.
+        energy_backend: ``torch`` (batched, on any device) or ``openmm`` (Reference platform, one conformer at a time).
+
+    Attributes:
+        topology: mdtraj.Topology.
+        bonds: pairs of bonded atoms.
+        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
+        omegas: names of the peptide-bond dihedrals.
+        methyl_groups: triples of equivalent hydrogens on one atom (CH3, and NH3+ alike).
+        features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``).
+        stereocentres: (centre, three neighbours), from the bond graph.
+
+    Raises UserError for a structure or a force field that cannot be read, and for residues that the force field does not know.
+    """
+
+    dim = 3
+    translation_invariant = True
+
+    def __init__(
+        self,
+        name: str,
+        structure: str | Path,
+        forcefield: Sequence[str],
+        temperature: float,
+        nonbonded_method: str = "NoCutoff",
+        cutoff_nm: float | None = None,
+        dihedrals: Mapping[str, Sequence[int]] | None = None,
+        state: tuple[str, tuple[float, float]] | None = None,
+        energy_backend: str = "torch",
+    ):
+        if not temperature > 0:
+            raise UserError(f"A temperature must be positive, not {temperature}.")
+        if energy_backend not in BACKENDS:
+            raise UserError(f"Unknown energy_backend {energy_backend!r}: choose one of {', '.join(BACKENDS)}.")
+        self.name, self.temperature = name, float(temperature)
+        self.forcefield = list(forcefield)
+        pdb = read_pdb(structure)
+        self._structure_nm = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        self._openmm_topology = pdb.topology
+        self._openmm_system = build_openmm_system(pdb.topology, self.forcefield, nonbonded_method, cutoff_nm)
+        self._potential = BACKENDS[energy_backend](self._openmm_system)
+
+        self.topology = mdtraj.Topology.from_openmm(pdb.topology)
+        self.n_atoms = self.topology.n_atoms
+        self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
+        self.dihedrals = backbone_dihedrals(self.topology) | {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
+        self.omegas = [key for key in self.dihedrals if key.startswith("omega")]
+        self.methyl_groups = [group for group in attached_hydrogens(self.topology).values() if len(group) == 3]
+        self.features = torch.nn.functional.one_hot(torch.tensor(atom_classes(self.topology))).float()
+        self.stereocentres = find_stereocentres(self.topology)
+        self.state = None
+        if state is not None:
+            key, (low, high) = state
+            self._atoms(key)
+            self.state = (key, (float(low), float(high)))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The structure at the nearest energy minimum, (n_atoms, 3) in nm, float32."""
+        integrator = openmm.VerletIntegrator(0.001)
+        context = openmm.Context(self._openmm_system, integrator, openmm.Platform.getPlatformByName("Reference"))
+        context.setPositions(self._structure_nm)
+        openmm.LocalEnergyMinimizer.minimize(context)
+        minimized = context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        return torch.from_numpy(minimized - minimized.mean(0)).float()
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x."""
+        if x.dim() != 3 or x.shape[1:] != (self.n_atoms, 3):
+            raise UserError(f"Positions of {self.name} must have shape (batch, {self.n_atoms}, 3), not {tuple(x.shape)}.")
+        return self._potential(x) / (GAS_CONSTANT * self.temperature)
+
+    def dihedral(self, x: Array, name: str) -> Array:
+        """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensors and arrays alike."""
+        atoms = list(self._atoms(name))
+        angle = dihedral_angle(torch.as_tensor(x)[..., atoms, :])
+        return angle if isinstance(x, Tensor) else angle.numpy()
+
+    def chirality(self, x: Array) -> Array:
+        """Per stereocentre +1 for the handedness of the structure and -1 for its mirror image, (batch, n_centres)."""
+        centres = torch.tensor(self.stereocentres, dtype=torch.long).view(-1, 4)
+        reference = handedness(torch.from_numpy(self._structure_nm), centres)
+        given = torch.as_tensor(x)
+        signs = handedness(given, centres) * reference.to(given)
+        return signs if isinstance(x, Tensor) else signs.numpy()
+
+    def openmm_system(self) -> openmm.System:
+        """A fresh copy of the OpenMM System, without constraints, to change at will."""
+        return openmm.XmlSerializer.clone(self._openmm_system)
+
+    def openmm_topology(self) -> app.Topology:
+        return self._openmm_topology
+
+    def _atoms(self, name: str) -> Four:
+        if name not in self.dihedrals:
+            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals) or 'none'}.")
+        return self.dihedrals[name]
+
+
+def read_pdb(structure: str | Path) -> app.PDBFile:
+    shipped = STRUCTURES / f"{structure}.pdb"
+    path = shipped if shipped.is_file() else Path(structure).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in STRUCTURES.glob("*.pdb")))
+        raise UserError(f"There is no structure file {path}: give the path of a PDB file, or one of the shipped structures: {names}.")
+    try:
+        return app.PDBFile(str(path))
+    except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
+        raise UserError(f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again.") from error
+
+
+def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_method: str, cutoff_nm: float | None) -> openmm.System:
+    """An OpenMM System with every degree of freedom: no constraints, no removal of the centre-of-mass motion."""
+    method = getattr(app, nonbonded_method, None)
+    if nonbonded_method not in ("NoCutoff", "CutoffNonPeriodic"):
+        raise UserError(f"Unknown nonbonded_method {nonbonded_method!r}: choose NoCutoff or CutoffNonPeriodic.")
+    if (cutoff_nm is None) != (nonbonded_method == "NoCutoff"):
+        raise UserError("nonbonded_method=CutoffNonPeriodic needs cutoff_nm, and NoCutoff takes none.")
+    cutoff = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}
+    try:
+        forcefield = app.ForceField(*files)
+    except Exception as error:
+        raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}): check the names of its files.") from error
+    untyped = forcefield.getUnmatchedResidues(topology)
+    if untyped:
+        residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
+        raise UserError(
+            f"The force field {', '.join(files)} has no template for residue {residues}: "
+            "check that its atoms, hydrogens and terminal caps are complete and named as in the force field, or use another force field."
+        )
+    try:
+        return forcefield.createSystem(topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff)
+    except Exception as error:
+        raise UserError(f"The force field {', '.join(files)} does not fit the structure: {error}") from error
+
+
+def neighbours(topology: mdtraj.Topology) -> list[list[mdtraj.core.topology.Atom]]:
+    """Bonded atoms of every atom, in the order of their indices."""
+    bonded = [[] for _ in topology.atoms]
+    for a, b in topology.bonds:
+        bonded[a.index].append(b)
+        bonded[b.index].append(a)
+    return [sorted(atoms, key=lambda atom: atom.index) for atoms in bonded]
+
+
+def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
+    """phi, psi and omega of every peptide bond, caps included, by name in the order of the chain."""
+    bonded = neighbours(topology)
+
+    def neighbour(atom, name):
+        return next((other for other in bonded[atom.index] if other.name == name and other.residue == atom.residue), None)
+
+    def alpha(atom):
+        """The Cα of a residue, or the methyl carbon of a cap."""
+        carbons = [other for other in bonded[atom.index] if other.element.symbol == "C" and other.residue == atom.residue]
+        return neighbour(atom, "CA") or next(iter(carbons), None)
+
+    found = {"phi": [], "psi": [], "omega": []}
+    amides = [(c, n) for c in topology.atoms if c.name == "C" for n in bonded[c.index] if n.name == "N" and n.residue != c.residue]
+    for carbon, nitrogen in amides:
+        before, after = alpha(carbon), alpha(nitrogen)
+        if before is None or after is None:
+            continue
+        found["omega"].append((before, carbon, nitrogen, after))
+        if (start := neighbour(before, "N")) is not None:
+            found["psi"].append((start, before, carbon, nitrogen))
+        if (end := neighbour(after, "C")) is not None:
+            found["phi"].append((carbon, nitrogen, after, end))
+    return {
+        f"{kind}{number}" if kind == "omega" or number > 1 else kind: tuple(atom.index for atom in atoms)
+        for kind, quadruples in found.items()
+        for number, atoms in enumerate(quadruples, start=1)
+    }
+
+
+def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:
+    """Heavy atom -> its hydrogens."""
+    bonded = neighbours(topology)
+    return {
+        atom.index: tuple(other.index for other in bonded[atom.index] if other.element.symbol == "H")
+        for atom in topology.atoms
+        if atom.element.symbol != "H"
+    }
+
+
+def atom_classes(topology: mdtraj.Topology) -> list[int]:
+    """Class of each atom: its place when every heavy atom is followed by its hydrogens; the three of a methyl share the middle one's.
+
+    The BoltzNCE authors' numbering, in which some classes have no atom: 21 classes for alanine dipeptide.
+    """
+    classes = [0] * topology.n_atoms
+    place = 0
+    for heavy, hydrogens in attached_hydrogens(topology).items():
+        classes[heavy] = place
+        for number, hydrogen in enumerate(hydrogens, start=1):
+            classes[hydrogen] = place + (2 if len(hydrogens) == 3 else number)
+        place += 1 + len(hydrogens)
+    return classes
+
+
+def find_stereocentres(topology: mdtraj.Topology) -> list[Four]:
+    """Carbons with four different neighbours, each with its first three: Cα, and Cβ of Ile and Thr.
+
+    Neighbours differ if refining atom colours (element, then the colours around) over the bond graph tells them apart.
+    """
+    bonded = neighbours(topology)
+    colours = [atom.element.atomic_number for atom in topology.atoms]
+    for _ in colours:
+        keys = [(colours[i], tuple(sorted(colours[other.index] for other in bonded[i]))) for i in range(len(colours))]
+        numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
+        colours = [numbers[key] for key in keys]
+    return [
+        (atom.index, *(other.index for other in bonded[atom.index][:3]))
+        for atom in topology.atoms
+        if atom.element.symbol == "C" and len({colours[other.index] for other in bonded[atom.index]}) == 4
+    ]
+
+
+def dihedral_angle(points: Tensor) -> Tensor:
+    """Dihedral of four points (..., 4, dim=3), (...,) in (-π, π], IUPAC sign."""
+    b1, b2, b3 = points.diff(dim=-2).unbind(-2)
+    m, n = torch.linalg.cross(b1, b2), torch.linalg.cross(b2, b3)
+    return torch.atan2((b1 * n).sum(-1) * b2.norm(dim=-1), (m * n).sum(-1))
+
+
+def handedness(x: Tensor, centres: Tensor) -> Tensor:
+    """Sign (±1) of the triple product of each centre's three bonds: (..., n_atoms, 3), (n_centres, 4) -> (..., n_centres)."""
+    corners = x[..., centres[:, 1:], :] - x[..., centres[:, :1], :]
+    volume = torch.linalg.det(corners)
+    return torch.where(volume > 0, 1.0, -1.0).to(x)

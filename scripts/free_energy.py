@@ -1,0 +1,29 @@
+"""ΔF and profile of weighted samples, with uncertainties and a figure. `python scripts/free_energy.py run=outputs/...`"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from boltznce import load_run
+from boltznce.cli import launch
+from boltznce.methods.free_energy import write_free_energy
+
+
+def main(config: DictConfig) -> None:
+    state = None if config.state is None else tuple(config.state)
+    print(
+        write_free_energy(
+            load_run(config.run, config.device).system,
+            Path(config.samples),
+            Path(config.output),
+            dihedral=config.dihedral,
+            state=state,
+            n_bins=config.n_bins,
+            n_bootstrap=config.n_bootstrap,
+            seed=config.seed,
+        )
+    )
+
+
+if __name__ == "__main__":
+    launch("free_energy", main)

@@ -1,0 +1,29 @@
+"""Weighted samples of a trained run. `python scripts/sample.py run=outputs/... n_samples=100000 likelihood=ebm`"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from boltznce import load_run
+from boltznce.cli import launch
+from boltznce.errors import UserError
+
+
+def main(config: DictConfig) -> None:
+    output = Path(config.output)
+    if (output / "meta.yaml").exists():
+        raise UserError(f"{output} holds samples already: set output= to another folder, or delete it.")
+    samples = load_run(config.run, config.device).sample(
+        config.n_samples,
+        config.likelihood,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        n_probes=config.n_probes,
+        folder=output,
+        format=config.format,
+    )
+    print(f"{len(samples)} samples in {output}: ESS {samples.ess:.2%}, Pareto-k {samples.pareto_k:.2f}")
+
+
+if __name__ == "__main__":
+    launch("sample", main)

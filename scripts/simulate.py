@@ -1,0 +1,42 @@
+"""Reference data by OpenMM. `python scripts/simulate.py system=aldp`; with reference=true also the system's reference free energy."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from boltznce.cli import launch
+from boltznce.config import build
+from boltznce.data.reference import REFERENCE_FOLDER, make_reference, save_reference
+from boltznce.data.simulate import simulate, umbrella_result
+from boltznce.errors import UserError
+
+
+def main(config: DictConfig) -> None:
+    system = build(config.system)
+    if config.reference and config.sampling != "umbrella":
+        raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
+    folder = Path(config.data_dir) / config.name
+    dataset = simulate(
+        system,
+        folder,
+        config.sampling,
+        duration=config.duration,
+        n_repeats=config.n_repeats,
+        n_processes=config.n_processes,
+        seed=config.seed,
+        **OmegaConf.to_container(config.settings),
+    )
+    print(f"{len(dataset)} frames in {folder}")
+    if config.reference:
+        result = umbrella_result(dataset, **({"state": system.state[1]} if system.state else {}))
+        command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
+        output = Path(config.output) if config.output else REFERENCE_FOLDER / f"{system.name}.json"
+        save_reference(make_reference(system, dataset.meta, result, command), output)
+        print(result.summary())
+        print(f"reference in {output}")
+
+
+if __name__ == "__main__":
+    launch("simulate", main)

@@ -1,0 +1,53 @@
+"""One tiny finished run, shared by every test that needs a run folder."""
+
+import pytest
+import torch
+
+from boltznce.config import compose
+from boltznce.run import RunFolder, train
+
+TINY = [
+    "budget=smoke",
+    "threads=1",
+    "data.simulation.duration=4",
+    "data.simulation.n_repeats=1",
+    "data.simulation.equilibration=1",
+    "data.simulation.segment_length=2",
+    "data.simulation.n_windows=12",
+    "flow.network.width=32",
+    "flow.network.n_rounds=2",
+    "flow.n_train=2000",
+    "flow.n_validation=128",
+    "flow.batch_size=128",
+    "flow.fit.steps=60",
+    "flow.fit.validate_every=30",
+    "flow.solver.steps=6",
+    "samples.n_train=256",
+    "samples.n_validation=128",
+    "samples.batch_size=128",
+    "ebm.network.width=32",
+    "ebm.batch_size=128",
+    "ebm.fit.steps=20",
+    "ebm.fit.validate_every=10",
+    "evaluation.n_samples=256",
+    "evaluation.batch_size=256",
+    "evaluation.n_bootstrap=50",
+    "evaluation.n_torus=100",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tmp_path_factory):
+    """Overrides of scripts/train.py that make a run of seconds."""
+    return [*TINY, f"data_dir={tmp_path_factory.mktemp('data')}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_overrides, tmp_path_factory):
+    """The folder of a finished tiny run of alanine dipeptide."""
+    threads = torch.get_num_threads()
+    config = compose("train", tiny_overrides)
+    folder = tmp_path_factory.mktemp("run")
+    train(RunFolder.create(folder, config, config.system.name))
+    torch.set_num_threads(threads)
+    return folder

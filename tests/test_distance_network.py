@@ -1,0 +1,108 @@
+"""Networks on distances: symmetries, gradients, and the flow's whitening."""
+
+import math
+
+import pytest
+import torch
+
+from boltznce.flows.interpolant_flow import InterpolantFlow
+from boltznce.flows.prior import mean_free
+from boltznce.flows.solvers import SolverSettings
+from boltznce.networks.distance import DistanceEnergy, DistanceVectorField, MolecularGeometry, bonded_quadruples
+
+BONDS = [(0, 1), (1, 2), (1, 3), (1, 4), (4, 5)]
+N = 6
+
+
+def positions(batch=8, seed=0, dtype=torch.float64):
+    return mean_free(torch.randn(batch, N, 3, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+
+
+def randomized(network):
+    """Nothing zero: outputs that start at zero would satisfy every symmetry."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    x = positions(256, 5, torch.float32)
+    network.calibrate(lambda t: (1 - t) * x + t * positions(256, 6, torch.float32))
+    return network.double()
+
+
+def rotation():
+    q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    return q * torch.det(q)
+
+
+@pytest.mark.parametrize("chiral", [True, False])
+def test_vector_field_turns_with_the_molecule(chiral):
+    network = randomized(DistanceVectorField(N, 16, 2, 1, BONDS, chiral))
+    x, t, turn = positions(), torch.linspace(0, 1, 8, dtype=torch.float64), rotation()
+    v = network(x, t)
+    torch.testing.assert_close(network(x @ turn + 1.0, t), v @ turn)
+    assert v.mean(dim=1).abs().max() < 1e-10
+    mirrored = (network(-x, t) + v).abs().max()
+    assert network.parity_equivariant is not chiral
+    assert (mirrored > 1e-3) if chiral else (mirrored < 1e-10)
+
+
+def test_energy_is_invariant():
+    network = randomized(DistanceEnergy(N, 16, 2))
+    x, t = positions(), torch.linspace(0, 1, 8, dtype=torch.float64)
+    energy = network(x, t)
+    for moved in (x @ rotation(), x + 1.0, -x):
+        torch.testing.assert_close(network(moved, t), energy)
+    assert energy.std() > 1e-3
+
+
+@pytest.mark.parametrize("network", [DistanceVectorField(N, 16, 2, 1, BONDS, True), DistanceEnergy(N, 16, 2)])
+def test_gradients_reach_every_parameter(network):
+    randomized(network)
+    network(positions(), torch.rand(8, dtype=torch.float64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+
+
+def test_along_gradients_is_the_gradient_of_the_values():
+    geometry = MolecularGeometry(N, bonded_quadruples(BONDS)).double()
+    x = positions().requires_grad_(True)
+    values, parts = geometry.values(x)
+    strengths = torch.randn(values.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((values * strengths).sum(), x)
+    steepness = torch.ones_like(values)
+    steepness[:, : geometry.n_pairs] = values[:, : geometry.n_pairs].detach()
+    torch.testing.assert_close(geometry.along_gradients(strengths, parts, steepness), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_signed_volumes_of_a_known_tetrahedron_and_its_mirror_image():
+    geometry = MolecularGeometry(4, [(0, 1, 2, 3)])
+    x = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 2]]])
+    assert geometry.values(x)[0][0, -1].item() == pytest.approx(2.0)
+    assert geometry.values(-x)[0][0, -1].item() == pytest.approx(-2.0)
+
+
+def test_quadruples_of_a_branched_chain():
+    found = bonded_quadruples(BONDS)
+    assert (0, 1, 4, 5) in found
+    assert (1, 0, 2, 3) in found
+    assert len(found) == 3 + 4  # torsions about 1-4; triples of the four neighbours of atom 1
+
+
+@pytest.mark.parametrize("solver", [SolverSettings("rk4", steps=30), SolverSettings("dopri5")])
+def test_whitened_flow_is_normalized(solver):
+    """With a network that adds nothing, the whitened flow is the Gaussian of the data's covariance, whose density is known."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x, t, features=None):
+            return torch.zeros_like(x)
+
+    mix = torch.randn(N, N, generator=torch.Generator().manual_seed(0))
+    data = mean_free(mix @ torch.randn(20000, N, 3, generator=torch.Generator().manual_seed(1))) * 0.1
+    flow = InterpolantFlow(Nothing(), N, 3, length_scale=0.1, whiten=True, whiten_floor=0.0)
+    flow.calibrate(data)
+    x, log_q = flow.sample(2000, torch.Generator().manual_seed(2), solver=solver, likelihood="exact")
+    covariance = torch.einsum("bid,bjd->ij", data.double(), data.double()) / (3 * len(data))
+    values, vectors = torch.linalg.eigh(covariance)
+    coordinates = torch.einsum("bid,ik->bkd", x.double(), vectors[:, 1:])
+    exact = -0.5 * (coordinates.square() / values[1:, None]).sum((1, 2)) - 1.5 * torch.log(2 * math.pi * values[1:]).sum()
+    torch.testing.assert_close(log_q, exact, atol=0.02, rtol=0)
+    torch.testing.assert_close(flow.log_prob(x, solver=solver), exact, atol=0.02, rtol=0)

@@ -1,0 +1,205 @@
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from boltznce.analysis.free_energy import (
+    choose_subset,
+    corrected_free_energy_difference,
+    free_energy_difference,
+    free_energy_profile,
+    in_state,
+    stratum_log_weights,
+)
+from boltznce.errors import UserError
+
+N_REPEATS = 200
+
+
+def consistent_with(coverage: int, n: int = N_REPEATS, confidence: float = 0.95) -> bool:
+    """Whether ``coverage`` hits out of ``n`` are what a 95% interval would give, at the 0.1% level on either side."""
+    return 0.001 < binom.cdf(coverage, n, confidence) and binom.sf(coverage - 1, n, confidence) > 0.001
+
+
+def two_states(generator: np.random.Generator, n: int, share: float) -> np.ndarray:
+    """Angles, a ``share`` of them around 1 rad (in the state), the others around -1.5."""
+    return np.where(generator.random(n) < share, 1.0, -1.5) + 0.2 * generator.uniform(-1.0, 1.0, size=n)
+
+
+def test_in_state():
+    np.testing.assert_array_equal(in_state([-0.1, 0.0, 1.0, 2.0, 2.1, 1.0 - 2 * np.pi]), [False, False, True, False, False, True])
+    np.testing.assert_array_equal(in_state([3.1, -3.1, -2.0], state=(3.0, 3.5)), [True, True, False])
+    with pytest.raises(UserError, match="interval"):
+        in_state([0.0], state=(2.0, 0.0))
+
+
+def test_value_by_hand():
+    result = free_energy_difference([1.0, -1.0, -1.0], np.log([1.0, 2.0, 3.0]), n_bootstrap=50)
+    assert result.value == pytest.approx(np.log(5.0))
+    assert (result.n_state, result.n_rest) == (1, 2)
+    assert (result.ess_state, result.ess_rest) == (pytest.approx(1.0), pytest.approx(25 / 13))
+    assert not result.reliable
+
+
+def test_interval_covers_the_truth_with_importance_weights():
+    """Drawn with a share 0.5, weighted to 0.2, with log-normal noise in the weights: the truth is log 4."""
+    hits, errors, claimed = 0, [], []
+    for seed in range(N_REPEATS):
+        generator = np.random.default_rng(seed)
+        angle = two_states(generator, 1000, 0.5)
+        log_weights = np.log(np.where(in_state(angle), 0.2, 0.8)) + 0.5 * generator.normal(size=1000)
+        result = free_energy_difference(angle, log_weights, n_bootstrap=400, seed=seed)
+        hits += result.interval[0] < np.log(4.0) < result.interval[1]
+        errors.append(result.value - np.log(4.0))
+        claimed.append(result.std_error)
+    assert consistent_with(hits)
+    assert np.mean(claimed) == pytest.approx(np.std(errors), rel=0.2)
+
+
+def test_blocks_cover_the_truth_for_a_time_series_and_single_samples_do_not():
+    hits = {None: 0, 40: 0}
+    for seed in range(N_REPEATS):
+        generator = np.random.default_rng(seed)
+        state = np.repeat(generator.random(400) < 0.3, 10)  # each visit lasts ten frames
+        angle = np.where(state, 1.0, -1.5)
+        for n_blocks in hits:
+            low, high = free_energy_difference(angle, n_bootstrap=200, n_blocks=n_blocks, seed=seed).interval
+            hits[n_blocks] += low < np.log(0.7 / 0.3) < high
+    assert consistent_with(hits[40])
+    assert hits[None] < 0.7 * N_REPEATS
+
+
+def test_a_side_never_seen_is_infinite_and_says_so():
+    no_state = free_energy_difference(np.full(10, -1.0))
+    assert no_state.value == np.inf
+    assert no_state.interval is None
+    assert np.isnan(no_state.std_error)
+    assert "state" in no_state.message
+    no_rest = free_energy_difference([1.0, -1.0], [0.0, -np.inf])
+    assert no_rest.value == -np.inf
+    assert "rest" in no_rest.message
+    assert not no_rest.reliable
+
+
+def test_bad_input_is_a_user_error():
+    with pytest.raises(UserError, match="at least one"):
+        free_energy_difference([])
+    with pytest.raises(UserError, match="finite"):
+        free_energy_difference([np.nan, 1.0])
+    with pytest.raises(UserError, match="NaN"):
+        free_energy_difference([-1.0, 1.0], [np.nan, 0.0])
+    with pytest.raises(UserError, match="blocks"):
+        free_energy_difference([-1.0, 1.0], n_blocks=3)
+
+
+def ebm_with_an_error(generator: np.random.Generator, n: int, spread: float = 0.6) -> tuple[np.ndarray, ...]:
+    """Angles of a flow (share 0.5), EBM log weights, EBM and exact log q, and the true dF.
+
+    Exact weights make the share 0.25. The EBM's error has the mean 1 and the given spread in the state, 0 and half the spread
+    in the rest, so that EBM weights are wrong by -1 - spread^2 / 2 + ..., and an added constant.
+    """
+    angle = two_states(generator, n, 0.5)
+    inside = in_state(angle)
+    exact_log_weights = np.log(np.where(inside, 0.25, 0.75)) + 0.5 * generator.normal(size=n)
+    exact_log_prob = generator.normal(size=n)
+    error = np.where(inside, 1.0 + spread * generator.normal(size=n), 0.5 * spread * generator.normal(size=n)) + 17.0
+    return angle, exact_log_weights - error, exact_log_prob + error, exact_log_prob, np.log(3.0)
+
+
+@pytest.mark.parametrize("drawn_by", ["uniform", "weights"])
+def test_correction_recovers_the_exact_difference_and_its_total_interval_covers_it(drawn_by):
+    hits, total, ebm_hits = 0, [], 0
+    for seed in range(N_REPEATS):
+        generator = np.random.default_rng(seed)
+        angle, log_weights, ebm, exact, truth = ebm_with_an_error(generator, 1500)
+        subset = choose_subset(angle, log_weights, 200, generator, drawn_by=drawn_by)
+        result = corrected_free_energy_difference(
+            angle, log_weights, subset, ebm[subset], exact[subset], drawn_by=drawn_by, n_bootstrap=300, seed=seed
+        )
+        hits += result.interval[0] < truth < result.interval[1]
+        total.append((result.value - truth, result.std_error))
+        low, high = free_energy_difference(angle, log_weights, n_bootstrap=50, seed=seed).interval
+        ebm_hits += low < truth < high
+    errors, claimed = np.transpose(total)
+    assert consistent_with(hits)
+    assert abs(errors.mean()) < 4 * errors.std() / np.sqrt(N_REPEATS) + 0.01
+    assert np.mean(claimed) == pytest.approx(errors.std(), rel=0.2)
+    assert ebm_hits < 0.1 * N_REPEATS
+
+
+def test_correction_with_all_likelihoods_is_the_exact_answer():
+    generator = np.random.default_rng(0)
+    angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 2000)
+    result = corrected_free_energy_difference(angle, log_weights, np.arange(2000), ebm, exact)
+    direct = free_energy_difference(angle, log_weights + ebm - exact)
+    assert result.value == pytest.approx(direct.value, abs=1e-10)
+    assert result.std_error == pytest.approx(direct.std_error, rel=1e-6)
+    assert result.interval == pytest.approx(direct.interval, rel=1e-6)
+    assert result.reliable == direct.reliable
+
+
+def test_correction_says_when_it_is_not_reliable():
+    generator = np.random.default_rng(0)
+    angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 3000, spread=4.0)
+    subset = choose_subset(angle, log_weights, 300, generator)
+    wide = corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], exact[subset])
+    assert not wide.reliable
+    assert "effective samples" in wide.message or "Pareto" in wide.message
+    few = choose_subset(angle, log_weights, 4, generator)
+    assert not corrected_free_energy_difference(angle, log_weights, few, ebm[few], exact[few]).reliable
+    inside_only = subset[in_state(angle)[subset]]
+    one_sided = corrected_free_energy_difference(angle, log_weights, inside_only, ebm[inside_only], exact[inside_only])
+    assert np.isnan(one_sided.value)
+    assert one_sided.interval is None
+    angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 3000, spread=0.2)
+    subset = choose_subset(angle, log_weights, 400, generator)
+    assert corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], exact[subset]).reliable
+    with pytest.raises(UserError, match="finite"):
+        corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], np.full(len(subset), np.nan))
+
+
+def test_a_subset_is_spread_over_the_states():
+    generator = np.random.default_rng(0)
+    angle = two_states(generator, 5000, 0.1)
+    log_weights = generator.normal(size=5000)
+    uniform = choose_subset(angle, log_weights, 200, generator)
+    assert len(np.unique(uniform)) == 200
+    assert in_state(angle)[uniform].sum() == 100
+    weighted = choose_subset(angle, log_weights, 200, generator, drawn_by="weights")
+    assert in_state(angle)[weighted].sum() == 100
+    assert log_weights[weighted].mean() > log_weights[uniform].mean() + 0.5
+    with pytest.raises(UserError, match="uniform or weights"):
+        choose_subset(angle, log_weights, 200, generator, drawn_by="hope")
+
+
+def test_exact_weights_of_a_subset_keep_the_populations_of_the_flow():
+    generator = np.random.default_rng(0)
+    angle = two_states(generator, 20_000, 0.1)
+    subset = choose_subset(angle, np.zeros(20_000), 2000, generator)
+    bare = free_energy_difference(angle[subset], n_bootstrap=20)
+    restored = free_energy_difference(angle[subset], stratum_log_weights(angle, subset), n_bootstrap=20)
+    assert bare.value == pytest.approx(0.0)
+    assert restored.value == pytest.approx(free_energy_difference(angle, n_bootstrap=20).value)
+
+
+@pytest.mark.parametrize("kappa", [None, 400.0])
+def test_profile_of_a_von_mises_density(kappa):
+    """-log p = -2 cos(angle) + constant, found from uniform angles with weights."""
+    angle = np.random.default_rng(0).uniform(-np.pi, np.pi, size=200_000)
+    profile = free_energy_profile(angle, 2.0 * np.cos(angle), n_bins=60, kappa=kappa, n_bootstrap=50)
+    expected = 2.0 - 2.0 * np.cos(profile.centres)
+    assert profile.free_energy.min() == 0.0
+    np.testing.assert_allclose(profile.free_energy, expected, atol=0.1)
+    error = profile.free_energy - expected
+    assert np.mean(np.abs(error - error.mean()) < 2.0 * profile.std_error + 0.01) > 0.85
+
+
+@pytest.mark.parametrize("kappa", [None, 400.0])
+def test_profile_has_gaps_where_nothing_was_seen(kappa):
+    angle = np.random.default_rng(0).uniform(-1.0, 1.0, size=5000)
+    profile = free_energy_profile(angle, n_bins=60, kappa=kappa, n_bootstrap=20, n_blocks=20)
+    far = np.abs(profile.centres) > 1.2
+    assert np.isnan(profile.free_energy[far]).all()
+    assert np.isnan(profile.std_error[far]).all()
+    near = np.abs(profile.centres) < 0.9
+    assert (profile.free_energy[near] < 0.5).all()
+    assert (profile.std_error[near] > 0.0).all()

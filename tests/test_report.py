@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from boltznce.analysis import plotting
+from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.metrics import TorusDistance, likelihood_agreement
+from boltznce.analysis.report import summary_table, write_report
+
+
+@pytest.fixture
+def results():
+    generator = np.random.default_rng(0)
+    angle = generator.uniform(-np.pi, np.pi, size=500)
+    exact = generator.normal(size=50)
+    difference = free_energy_difference(angle, n_bootstrap=50)
+    return {
+        "system": "aldp",
+        "method": "boltznce",
+        "budget": "smoke",
+        "settings": {"flow.lr": 1e-3, "ebm": "a|b"},
+        "state": "0 < φ < 2 rad",
+        "free_energy": {
+            "reference": {"value": 1.5, "std_error": 0.06, "interval": (1.38, 1.62)},
+            "ebm": difference,
+            "corrected": {"value": 2.25, "std_error": 9.0, "interval": (1.111, 99.0), "reliable": False, "message": "too few"},
+            "exact": free_energy_difference(np.full(5, -1.0)),
+        },
+        "ess": {"EBM": {"ess": np.float64(0.0123), "pareto_k": float("-inf"), "n": 500}},
+        "distances": {
+            "E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0},
+            "T-W2 (rad)": {"unweighted": TorusDistance(0.8, 0.01, 500), "weighted": TorusDistance(0.3, 0.01, 500)},
+        },
+        "energy_cut": {"cut": 20.0, "shares": {"MD": 0.0, "flow": 0.25}},
+        "likelihood": likelihood_agreement(exact + generator.normal(size=50), exact, n_bootstrap=50),
+        "timing": {"ebm_per_sample": 0.0005, "exact_per_sample": 0.1, "stages": {"train flow": 300.0}},
+        "counts": {"drawn": np.int64(500)},
+        "notes": ["The first note."],
+    }
+
+
+def test_report(tmp_path, results):
+    figure = plotting.plot_weights({"EBM": np.random.default_rng(0).normal(size=200)})
+    path = write_report(tmp_path, results, {"weights": figure})
+    metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert metrics["ess"]["EBM"] == {"ess": 0.0123, "pareto_k": None, "n": 500}
+    assert metrics["free_energy"]["exact"]["value"] is None
+    assert metrics["free_energy"]["corrected"]["interval"] == [1.111, 99.0]
+    text = path.read_text()
+    for expected in (
+        "0 < φ < 2 rad",
+        "not reliable",
+        "too few",
+        "∞",
+        "+0.75",
+        "200 times",
+        "The first note.",
+        "(figures/weights.png)",
+        "a\\|b",
+    ):
+        assert expected in text
+    assert "1.11" not in text
+    assert "| E-W2 (kT) | 5.000 | 2.000 | 1.000 | 0.25 |" in text
+    assert "0.800 ± 0.010" in text
+    assert (tmp_path / "figures" / "weights.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "metrics.json", "report.md"]
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_summary_table(results):
+    text = summary_table(results)
+    assert text.startswith("aldp · boltznce · smoke")
+    assert "1.50" in text
+    assert "not reliable" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("kept", [(), ("system",), ("ess", "notes"), ("free_energy",)])
+def test_missing_sections_are_left_out(tmp_path, results, kept):
+    part = {key: results[key] for key in kept}
+    text = write_report(tmp_path, part, {}).read_text()
+    assert ("## Weights" in text) == ("ess" in kept)
+    assert ("## Free-energy" in text) == ("free_energy" in kept)
+    assert "## Figures" not in text
+    assert isinstance(summary_table(part), str)
+
+
+def figures():
+    generator = np.random.default_rng(0)
+    angles = generator.uniform(-np.pi, np.pi, size=(300, 2))
+    log_weights = generator.normal(size=300)
+    exact = generator.normal(size=30)
+    steps = np.arange(300)
+    yield plotting.plot_ramachandran({"MD": (angles, None), "weighted": (angles, log_weights)}), 3
+    yield plotting.plot_energy_histograms({"MD": (log_weights, None), "flow": (np.append(log_weights, np.inf), None)}), 1
+    yield plotting.plot_profiles({"EBM": free_energy_profile(angles[:, 0], log_weights, n_bins=20, n_bootstrap=20)}), 1
+    yield plotting.plot_likelihood_agreement(exact + 1.0, exact, exact > 0.0), 1
+    yield (
+        plotting.plot_learning_curves({"flow/train": (steps, np.exp(-steps / 50)), "ebm/train": (steps, np.where(steps % 2, 1.0, np.nan))}),
+        2,
+    )
+    yield plotting.plot_weights({"EBM": log_weights, "equal": np.zeros(300)}), 1
+
+
+def test_every_figure_can_be_drawn(tmp_path):
+    for number, (figure, n_axes) in enumerate(figures()):
+        assert isinstance(figure, Figure)
+        assert len(figure.axes) == n_axes
+        figure.savefig(tmp_path / f"{number}.png")

@@ -1,0 +1,179 @@
+"""A whole run, from data to report, and what a user does with it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import boltznce as bz
+from boltznce.config import compose
+from boltznce.run import RunFolder, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name, *arguments, timeout=300):
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, stdin=subprocess.DEVNULL)
+
+
+def test_a_run_leaves_its_report_figures_and_samples(tiny_run):
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert metrics["timing"]["exact_per_sample"] > metrics["timing"]["ebm_per_sample"]
+    assert {"ebm", "corrected", "exact", "unweighted"} <= set(metrics["free_energy"])
+    assert "T-W2 (rad)" in metrics["distances"]
+    for name in ("ramachandran", "energy_histograms", "profile", "learning_curves", "weights", "likelihood"):
+        assert (tiny_run / "figures" / f"{name}.png").stat().st_size > 5000
+    assert "Free-energy difference" in (tiny_run / "report.md").read_text()
+    assert all(record["finished"] for record in bz.load_run(tiny_run).folder.stages.values())
+
+
+def test_samples_of_a_loaded_run(tiny_run):
+    run = bz.load_run(tiny_run)
+    samples = run.sample(50, likelihood="ebm", seed=3)
+    assert samples.positions.shape == (50, 22, 3)
+    np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
+    np.testing.assert_allclose(samples.energy, run.system.energy(torch.from_numpy(samples.positions)).numpy(), rtol=1e-4, atol=1e-2)
+    assert (run.system.chirality(samples.positions) > 0).all()
+    np.testing.assert_array_equal(run.sample(50, likelihood="none", seed=3).positions, samples.positions)
+    assert np.isnan(run.sample(4, likelihood="none").log_prob).all()
+
+
+def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
+    run = bz.load_run(tiny_run)
+    samples = run.sample(8, likelihood="exact")
+    flow = run._work.models.flow
+    from boltznce.flows.solvers import SolverSettings
+
+    fine = SolverSettings("dopri5", rtol=1e-6, atol=1e-6)
+    x, log_q = flow.sample(8, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
+    again = flow.log_prob(x, solver=fine)
+    assert (log_q - again).abs().max() < 0.05
+    assert np.isfinite(samples.log_prob).all()
+
+
+def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, monkeypatch):
+    run = bz.load_run(tiny_run)
+    whole = run.sample(90, batch_size=32, folder=tmp_path / "whole")
+    import boltznce.methods.drawing as drawing
+
+    draw, calls = drawing.draw, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(drawing, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.sample(90, batch_size=32, folder=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(drawing, "draw", draw)
+    resumed = run.sample(90, batch_size=32, folder=tmp_path / "cut")
+    np.testing.assert_array_equal(whole.positions, resumed.positions)
+    assert resumed.meta["counts"] == whole.meta["counts"]
+
+
+def test_scripts_sample_and_free_energy(tiny_run, tmp_path):
+    done = script("sample", f"run={tiny_run}", "n_samples=64", "format=dcd", f"output={tmp_path / 'samples'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "trajectory.dcd").exists()
+    done = script("free_energy", f"run={tiny_run}", f"samples={tmp_path / 'samples'}", f"output={tmp_path / 'fe'}", "n_bootstrap=50")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fe" / "figures" / "profile.png").exists()
+    assert "ΔF" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["system=nope"], "aldp"),
+        ("train", ["method=magic"], "boltznce"),
+        ("train", ["budget=huge"], "smoke"),
+        ("train", ["resume=/does/not/exist"], "run folder"),
+        ("sample", ["run=/does/not/exist"], "run folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(name, arguments, message):
+    done = script(name, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_likelihood_ebm_of_a_run_without_one(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "ebm.safetensors").unlink()
+    with pytest.raises(bz.UserError, match="EBM"):
+        bz.load_run(tmp_path / "run").sample(4, likelihood="ebm")
+    with pytest.raises(bz.UserError, match="hutchinson"):
+        bz.load_run(tmp_path / "run").sample(4, likelihood="guess")
+
+
+def test_a_run_of_another_system_is_refused(tiny_run):
+    done = script("train", f"resume={tiny_run}", "system=aldp_amber96")
+    assert done.returncode == 2
+    assert "another system" in done.stderr
+
+
+def test_data_of_another_system_are_refused(tiny_overrides, tiny_run, tmp_path):
+    data = bz.load_run(tiny_run).config.data.folder
+    config = compose("train", [*tiny_overrides, "system=aldp_amber96", f"data.folder={data}"])
+    with pytest.raises(bz.UserError, match="another system"):
+        train(RunFolder.create(tmp_path, config, config.system.name))
+
+
+def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
+    """The published networks at full size, on real frames."""
+    from boltznce.data.dataset import Dataset
+    from boltznce.methods.models import make_ebm, make_flow
+
+    config = compose("train", ["budget=paper"])
+    run = bz.load_run(tiny_run)
+    x = torch.from_numpy(np.array(Dataset.load(Path(run.config.data.folder)).positions[:8]))
+    flow, ebm = make_flow(config, run.system), make_ebm(config, run.system).train()
+    for loss in (flow.loss(x), ebm.loss(x)["loss"]):
+        assert loss.isfinite()
+        loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in [*flow.parameters(), *ebm.parameters()])
+    assert sum(p.numel() for p in flow.parameters()) == 103_412
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["data", "flow", "ebm"])
+def test_killed_in_any_phase_and_resumed_gives_the_same_weights(tiny_run, tiny_overrides, tmp_path, phase):
+    folder, data = tmp_path / "run", tmp_path / "data"
+    overrides = [o for o in tiny_overrides if not o.startswith("data_dir=")] + [f"data_dir={data}", f"hydra.run.dir={folder}"]
+    overrides += ["flow.fit.checkpoint_every=10", "ebm.fit.checkpoint_every=5"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    sign = {
+        "data": lambda: any((data / "aldp-smoke.unfinished").glob("*/state.npz")),
+        "flow": lambda: any(folder.glob("checkpoints/flow/step_*")),
+        "ebm": lambda: any(folder.glob("checkpoints/ebm/step_*")),
+    }[phase]
+    deadline = time.time() + 300
+    while not sign():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.md").exists()
+    done = script("train", f"resume={folder}")
+    assert done.returncode == 0, done.stderr
+    for name in ("flow", "ebm"):
+        ours, theirs = (load_file(f / "checkpoints" / f"{name}.safetensors") for f in (folder, tiny_run))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,0 +1,322 @@
+"""Simulation: exact resume, the three methods on alanine dipeptide, and umbrella analysis against a known distribution."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openmm
+import pytest
+from openmm import app, unit
+
+from boltznce.config import load_system
+from boltznce.data.engine import GAS_CONSTANT, Job, dihedral_angle, read_frames, run_job, wrap
+from boltznce.data.reference import load_reference, make_reference, save_reference
+from boltznce.data.simulate import simulate, umbrella_result, working_folder
+from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, bias_energies, largest_gap, window_centres
+from boltznce.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+KT = GAS_CONSTANT * 300
+OPTIONS = {
+    "umbrella": {"n_windows": 4, "kappa": 10.0, "exchange_interval": 0.05},
+    "replica_exchange": {"n_replicas": 3, "max_temperature": 500.0, "exchange_interval": 0.05},
+    "langevin": {},
+}
+SHORT = {"frame_interval": 0.1, "segment_length": 0.5, "equilibration": 0.2}
+
+
+@pytest.fixture(scope="module")
+def aldp():
+    return load_system("aldp")
+
+
+def make_job(system, folder, method, duration):
+    job = Job(
+        method=method,
+        temperature=300.0,
+        seed=4,
+        repeat=1,
+        duration=duration,
+        timestep=0.002,
+        friction=1.0,
+        hydrogen_mass=4.0,
+        platform="auto",
+        dihedral=system.dihedrals["phi"],
+        options=OPTIONS[method],
+        **SHORT,
+    )
+    job.save(folder, system.openmm_system(), system.positions.double().numpy())
+    return job
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("method", "interruptions"), [("umbrella", (3, 33, 20)), ("replica_exchange", (3, 33, 20)), ("langevin", (2, 9, 8))]
+)
+def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions):
+    """Interrupted after so many ticks: in the equilibration, and in the middle of segments."""
+    make_job(aldp, tmp_path / "whole", method, 2.0)
+    run_job(tmp_path / "whole")
+    make_job(aldp, tmp_path / "pieces", method, 2.0)
+    for calls in interruptions:
+        left = iter(range(calls))
+
+        def alive(left=left):
+            if next(left, None) is None:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run_job(tmp_path / "pieces", alive)
+        with open(tmp_path / "pieces" / "frames.bin", "ab") as handle:
+            handle.write(b"half a frame")
+    run_job(tmp_path / "pieces")
+    assert (tmp_path / "pieces" / "frames.bin").read_bytes() == (tmp_path / "whole" / "frames.bin").read_bytes()
+    frames = read_frames(tmp_path / "whole")
+    assert frames["time"][-1] == pytest.approx(2.0)
+    assert len(np.unique(frames["energy"])) == len(frames) == 20 * (4 if method == "umbrella" else 1)
+
+
+def test_killed_worker_resumes_exactly_and_extends(aldp, tmp_path):
+    make_job(aldp, tmp_path / "killed", "umbrella", 10.0)
+    worker = start_worker(tmp_path / "killed", os.getpid())
+    while not (tmp_path / "killed" / "frames.bin").exists() or (tmp_path / "killed" / "frames.bin").stat().st_size == 0:
+        assert worker.poll() is None
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    assert len(read_frames(tmp_path / "killed")) < 400
+    run_job(tmp_path / "killed")
+    make_job(aldp, tmp_path / "whole", "umbrella", 5.0)
+    run_job(tmp_path / "whole")
+    make_job(aldp, tmp_path / "whole", "umbrella", 10.0)  # extend
+    run_job(tmp_path / "whole")
+    assert (tmp_path / "killed" / "frames.bin").read_bytes() == (tmp_path / "whole" / "frames.bin").read_bytes()
+
+
+def start_worker(folder, parent):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "boltznce.data.worker", str(folder), str(parent)], env=environment, stderr=subprocess.PIPE
+    )
+
+
+def test_worker_ends_with_its_parent(aldp, tmp_path):
+    make_job(aldp, tmp_path, "langevin", 1e6)
+    worker = start_worker(tmp_path, os.getpid() + 1)
+    assert b"parent" in worker.communicate(timeout=60)[1]
+    assert worker.returncode == 1
+
+
+def test_a_job_of_other_settings_is_refused(aldp, tmp_path):
+    make_job(aldp, tmp_path, "langevin", 2.0)
+    with pytest.raises(UserError, match=r"other settings .*method"):
+        make_job(aldp, tmp_path, "umbrella", 2.0)
+    with pytest.raises(UserError, match="force field"):
+        make_job(load_system("aldp_amber96"), tmp_path, "langevin", 2.0)
+
+
+@pytest.mark.parametrize("method", list(OPTIONS))
+def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
+    options = {**OPTIONS[method], **SHORT}
+    dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options)
+    assert not working_folder(tmp_path / "set").exists()
+    assert len(dataset) == 2 * 10 * (4 if method == "umbrella" else 1)
+    assert set(dataset.repeat) == {0, 1}
+    assert (dataset.log_weights == 0).all() == (method != "umbrella")
+    np.testing.assert_allclose(dataset.positions.mean(1), 0, atol=1e-6)
+    context = openmm.Context(aldp.openmm_system(), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    for x, u in zip(dataset.positions[::7], dataset.energies[::7], strict=True):
+        context.setPositions(x.astype(float))
+        energy = context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+        assert energy / KT == pytest.approx(u, abs=1e-3)
+    assert (
+        simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options).energies == dataset.energies
+    ).all()
+    with pytest.raises(UserError, match="other settings"):
+        simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=2, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "metadynamics"}, "choose one of umbrella"),
+        ({"dihedral": "chi7"}, "set dihedral to one of"),
+        ({"frame_interval": 0.3}, "must be a multiple"),
+        ({"n_windows": 7}, "even"),
+        ({"timestep": 0.0}, "positive"),
+        ({"platform": "Abacus"}, "no platform 'Abacus'"),
+        ({"timestep": 0.025, "exchange_interval": 0.5, "hydrogen_mass": None}, "unstable"),
+    ],
+)
+def test_bad_settings(aldp, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        simulate(aldp, tmp_path / "set", **{"duration": 20.0, "n_repeats": 1, "progress": False, **settings})
+    assert not (tmp_path / "set").exists()
+
+
+def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path):
+    make_job_folder = working_folder(tmp_path / "set") / "repeat_0"
+    with pytest.raises(UserError):
+        simulate(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, platform="Abacus", **SHORT)
+    (make_job_folder / "job.json").unlink()
+    (make_job_folder / "state.npz").write_bytes(b"not an archive")
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        simulate(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, **SHORT)
+
+
+def test_dihedral_and_wrap():
+    x = np.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 1], [np.cos(0.7), np.sin(0.7), 1]])
+    assert dihedral_angle(x, (0, 1, 2, 3)) == pytest.approx(0.7)
+    np.testing.assert_allclose(wrap(np.array([np.pi, -np.pi, 3 * np.pi + 0.1, -0.2])), [np.pi, np.pi, -np.pi + 0.1, -0.2])
+
+
+class VonMisesWindows:
+    """Samples of umbrella windows on p ∝ a vonMises(-1.5, 3) + b vonMises(1, 8) by inverse distribution function, with exact answers.
+
+    ``barrier`` adds a Gaussian barrier (kT) at 2.1 rad; ``stuck`` then samples each window on the centre's side of it only.
+    """
+
+    n_windows, kappa, top = 24, 60.0, 2.1
+    grid = np.linspace(-np.pi, np.pi, 20_001)
+
+    def __init__(self, n, seed, barrier=0.0, stuck=False):
+        self.barrier = barrier
+        rng = np.random.default_rng(seed)
+        samples = []
+        for centre, b in zip(window_centres(self.n_windows), bias_energies(self.grid, self.n_windows, self.kappa, KT), strict=True):
+            density = np.exp(self.log_p(self.grid) - b)
+            if stuck:
+                density[(wrap(self.grid - centre) > wrap(self.top - centre)) != (wrap(self.top - centre) < 0)] = 0
+            cdf = np.concatenate([[0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+            samples.append(np.interp(rng.random(n), cdf / cdf[-1], self.grid))
+        self.dihedral = np.stack(samples, 1).ravel()
+        self.window = np.tile(np.arange(self.n_windows), n)
+        self.time = np.repeat(np.arange(1, n + 1), self.n_windows).astype(float)
+
+    @property
+    def frames(self):
+        return self.dihedral, self.window, self.time, np.arange(len(self.time)) // self.n_windows % 2
+
+    def log_p(self, phi):
+        density = np.exp(3 * np.cos(phi + 1.5)) + 1e-3 * np.exp(8 * (np.cos(phi - 1) - 1))
+        return np.log(density) - self.barrier * np.exp(-0.5 * (wrap(phi - self.top) / 0.25) ** 2)
+
+    def mass(self, low, high):
+        x = np.linspace(low, high, 4001)
+        return np.trapezoid(np.exp(self.log_p(x)), x)
+
+    @property
+    def delta_f(self):
+        inside = self.mass(0, 2)
+        return -np.log(inside / (self.mass(-np.pi, np.pi) - inside))
+
+
+@pytest.mark.parametrize("cut", [None, 2.5])
+def test_umbrella_analysis_recovers_a_known_distribution(cut):
+    toy = VonMisesWindows(120, seed=0)
+    result = analyse(*toy.frames, ring=Ring(toy.n_windows, toy.kappa, KT, cut))
+    assert abs(result.delta_f - toy.delta_f) < 4 * result.delta_f_error
+    assert 0.1 < result.delta_f_error < 0.4  # over independent samples of this size ΔF has a standard deviation of 0.21
+    width = np.pi / 72
+    exact = -np.log([toy.mass(c - width, c + width) for c in result.centres])
+    lowest = np.argmin(result.profile)
+    exact -= exact[lowest]
+    others = np.arange(72) != lowest
+    z = (result.profile - exact)[others] / result.profile_error[others]
+    assert np.sqrt(np.mean(z**2)) < 2.5
+    assert np.abs(z).max() < 6
+    assert result.block_delta_f.shape == (2, 10)
+
+
+def test_windows_stuck_on_one_side_of_a_barrier_do_not_harm():
+    """Bistable windows that never cross mislead MBAR by much; cut at the barrier, they do not."""
+    toy = VonMisesWindows(200, seed=2, barrier=25.0, stuck=True)
+    cut = largest_gap(toy.dihedral)
+    assert cut == pytest.approx(toy.top, abs=0.3)
+    errors = {}
+    for name, ring in (("whole", Ring(24, 60.0, KT)), ("cut", Ring(24, 60.0, KT, cut))):
+        w = np.exp(ring.log_weights(toy.dihedral, toy.window, ring.free_energies(toy.dihedral, toy.window)))
+        inside = (toy.dihedral > 0) & (toy.dihedral < 2)
+        errors[name] = abs(-np.log(w[inside].sum() / w[~inside].sum()) - toy.delta_f)
+    assert errors["cut"] < 0.3
+    assert errors["whole"] > 0.5
+
+
+@pytest.mark.parametrize("cut", [None, -2.0])
+def test_mbar_weights_are_the_exact_ones(cut):
+    """Free energies of the states, and the mean of cos and sin under the weights, against quadrature."""
+    toy = VonMisesWindows(1000, seed=1)
+    ring = Ring(toy.n_windows, toy.kappa, KT, cut)
+    with np.errstate(divide="ignore"):
+        exact = -np.log(np.trapezoid(np.exp(toy.log_p(toy.grid) - ring.bias(toy.grid)), toy.grid, axis=1))
+    f = ring.free_energies(toy.dihedral, toy.window)
+    sampled = np.flatnonzero(np.bincount(ring.state(toy.dihedral, toy.window), minlength=48) > 50)
+    np.testing.assert_allclose((f - exact)[sampled], np.mean((f - exact)[sampled]), atol=0.4)
+    w = np.exp(ring.log_weights(toy.dihedral, toy.window, f))
+    for function in (np.cos, np.sin):
+        expected = np.trapezoid(function(toy.grid) * np.exp(toy.log_p(toy.grid)), toy.grid) / toy.mass(-np.pi, np.pi)
+        assert (w * function(toy.dihedral)).sum() / w.sum() == pytest.approx(
+            expected, abs=0.1
+        )  # standard deviation over independent samples: 0.02 to 0.03
+
+
+def test_window_centres_are_even_on_the_circle():
+    centres = window_centres(24)
+    np.testing.assert_allclose(np.abs(wrap(np.diff(centres))), 2 * np.pi / 24)
+    assert (centres > -np.pi).all()
+    assert (centres <= np.pi).all()
+
+
+def test_reference_file(aldp, tmp_path):
+    dataset = simulate(aldp, tmp_path / "set", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT)
+    centres = np.linspace(-3, 3, 72)
+    result = UmbrellaResult(5.0, 0.05, centres, np.where(centres > 2.5, np.nan, centres**2), np.full(72, 0.1), np.full((1, 10), 5.0))
+    reference = make_reference(aldp, dataset.meta, result, "python scripts/simulate.py")
+    save_reference(reference, tmp_path / "reference.json")
+    assert load_reference(tmp_path / "reference.json") == reference
+    assert reference["profile"]["f"][-1] is None
+    assert reference["made_by"]["ns_per_window"] == pytest.approx(0.002)
+    (tmp_path / "reference.json").write_text('{"system": "aldp"}')
+    with pytest.raises(UserError, match="keys are missing"):
+        load_reference(tmp_path / "reference.json")
+    assert np.isfinite(umbrella_result(dataset, n_blocks=2).profile).any()
+
+
+@pytest.mark.parametrize("name", ["aldp", "aldp_amber96"])
+def test_shipped_reference(name):
+    path = ROOT / "boltznce" / "data" / "reference" / f"{name}.json"
+    if not path.exists():
+        pytest.skip("the reference is still being simulated")
+    reference = load_reference(path)
+    assert reference["system"] == name
+    assert reference["delta_f"]["std_error"] <= 0.1
+
+
+def test_structure_is_l_trans_alanine_dipeptide():
+    pdb = app.PDBFile(str(ROOT / "boltznce" / "systems" / "structures" / "aldp.pdb"))
+    x = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    n, carbon, beta = x[6] - x[8], x[14] - x[8], x[10] - x[8]
+    assert np.cross(n, carbon) @ beta > 0  # L
+    angles = np.degrees([dihedral_angle(x, atoms) for atoms in ((4, 6, 8, 14), (6, 8, 14, 16), (1, 4, 6, 8), (8, 14, 16, 18))])
+    assert angles[0] == pytest.approx(-80, abs=15)
+    assert angles[1] == pytest.approx(150, abs=15)
+    assert (np.abs(angles[2:]) > 170).all()
+    for files in (("amber99sbildn.xml", "amber99_obc.xml"), ("amber96.xml", "amber96_obc.xml"), ("amber14-all.xml", "implicit/obc1.xml")):
+        assert app.ForceField(*files).createSystem(pdb.topology).getNumParticles() == 22
+
+
+def test_script_tells_a_mistake_without_a_trace(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), "duration=0.3", f"data_dir={tmp_path}", "sampling=langevin"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("segment_length=")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
