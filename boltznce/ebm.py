@@ -17,7 +17,7 @@ OBJECTIVES = ("both", "nce", "score")
 
 
 class EnergyBasedModel(nn.Module):
-    """E_θ(x, t), the log-density of the interpolated samples at time t up to a constant; read off at t = 0 it is the likelihood of the samples.
+    """E_θ(x, t), the log-density of the interpolated samples at time t up to a constant; at t = 0 it is the likelihood of the samples.
 
     ``network(x, t, features) -> (batch,)`` works in scaled units ``x / length_scale``. ``log_prob`` lives on the same space as the flow
     (mean-free where ``centred``) and has an unknown additive constant: ``normalized`` is False.

@@ -71,7 +71,7 @@ class Run:
         """``n`` fresh samples with weights -u - log q.
 
         Args:
-            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (with ``n_probes`` probes; unbiased log q, biased weights) or "none".
+            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none".
             seed: the same seed gives the same samples.
             folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).

@@ -18,8 +18,8 @@ def test_system_loads_from_a_wheel_in_an_empty_folder(tmp_path):
         archive.extractall(site)
     assert (site / "boltznce" / "py.typed").exists()
     code = (
-        "import boltznce as bz; assert bz.__file__.startswith(%r); system = bz.load_system('aldp');"
-        "print(system.n_atoms, system.reference() is not None)" % str(site)
+        f"import boltznce as bz; assert bz.__file__.startswith({str(site)!r}); system = bz.load_system('aldp');"
+        "print(system.n_atoms, system.reference() is not None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=empty, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True, text=True, timeout=300

@@ -3,6 +3,7 @@
 Source: BoltzNCE (arXiv 2507.00846), section 3; likelihood of a continuous flow: Chen et al. 2018 (arXiv 1806.07366).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -28,10 +29,10 @@ class InterpolantFlow(nn.Module):
 
     With ``centred`` (molecules) it lives on the mean-free subspace of dimension d = dim (n - 1): prior, noise, probes and velocities are
     projected on it; otherwise on the full space. ``log_prob`` is normalized there, per nm^d. ``objective="endpoint"`` reads the network's
-    output as E[x_0 | x_t]; its velocity is singular at t = 0, so integration ends at ``t_min`` > 0, for sampling and likelihood alike.
+    output as E[x_0 | x_t]; its velocity is singular at t = 0, so integration ends at ``t_min`` > 0, in sampling and likelihood.
 
-    With ``whiten`` the flow runs in coordinates in which the data's covariance between atoms, ⟨x_i·x_j⟩ / dim, is one: the prior is then the
-    Gaussian of that covariance, in which bonded atoms start near each other (as in harmonic diffusion, Jing et al. 2023, arXiv
+    With ``whiten`` the flow runs in coordinates in which the data's covariance between atoms, ⟨x_i·x_j⟩ / dim, is one: the prior is the
+    Gaussian of that covariance, in which bonded atoms start close together (as in harmonic diffusion, Jing et al. 2023, arXiv
     2304.02198). It commutes with rotations; the network still sees x / length_scale.
     """
 
@@ -113,7 +114,7 @@ class InterpolantFlow(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, positions: Tensor, generator: torch.Generator | None = None) -> None:
-        """Fit the whitening to data (batch, n, dim) in nm, and let a network that scales its inputs (``calibrate``) measure interpolants."""
+        """Fit the whitening to data (batch, n, dim) in nm; let a network that scales its inputs (``calibrate``) measure interpolants."""
         if self.whiten:
             self._fit_whitening(positions)
         if hasattr(self.network, "calibrate"):
@@ -193,7 +194,7 @@ class InterpolantFlow(nn.Module):
         parts = []
         for size in _batch_sizes(n_samples, batch_size, False, "samples"):
             x = self.prior.sample(size, generator, device=self.basis.device, dtype=self.basis.dtype)
-            for k, (now, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            for k, (now, following) in enumerate(itertools.pairwise(times)):
                 t = x.new_tensor(now).expand(len(x))
                 v = self.velocity(x, t)
                 drift = v + 0.5 * self.interpolant.noise_from_velocity(x, v, t)

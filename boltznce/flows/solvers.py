@@ -3,6 +3,7 @@
 The state is ``(x, l)``: positions and the running integral of div v. ``field(x, t) -> (v, div | None)``.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ SOLVERS = ("dopri5", "heun", "rk4")
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` on the grid (k / steps) ** grid_power, finer near the data."""
+    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` on the grid (k / steps) ** grid_power, finer near t = 0."""
 
     method: str = "dopri5"
     rtol: float = 1e-5
@@ -64,7 +65,7 @@ def _heun(field: Field, x: Tensor, times: list[float], divergence: bool) -> tupl
     """Heun's method; the divergence is summed by the trapezoidal rule on the accepted points, one evaluation a step."""
     integral = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     v, div = field(x, x.new_tensor(times[0]), divergence)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         h = t_next - t
         predicted, _ = field(x + h * v, x.new_tensor(t_next), False)
         x = x + 0.5 * h * (v + predicted)
@@ -80,7 +81,7 @@ def _heun(field: Field, x: Tensor, times: list[float], divergence: bool) -> tupl
 def _rk4(field: Field, x: Tensor, times: list[float], divergence: bool) -> tuple[Tensor, Tensor]:
     """The classical fourth-order method on state and divergence together."""
     integral = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         h = t_next - t
         middle = x.new_tensor(t + 0.5 * h)
         v1, d1 = field(x, x.new_tensor(t), divergence)

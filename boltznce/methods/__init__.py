@@ -1,4 +1,4 @@
-"""The methods, by name. A method is a module with ``STAGES`` (name -> function of a `Workspace`) and ``draw`` (see `boltznce.methods.boltznce`)."""
+"""The methods, by name. A method is a module with ``STAGES`` (name -> function of a `Workspace`) and ``summary`` of a `Workspace`."""
 
 import importlib
 from types import ModuleType

@@ -145,8 +145,8 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     torus = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
     distances = {
         "E-W2 (kT)": {
-            "unweighted": energy_w2(samples.energy, md["energy"], cut=cut),
-            "weighted": energy_w2(samples.energy, md["energy"], samples.weights, cut=cut),
+            "unweighted": _energy_distance(samples.energy, md["energy"], None, cut),
+            "weighted": _energy_distance(samples.energy, md["energy"], samples.weights, cut),
             "floor": energy_w2_floor(md["energy"], cut=cut),
         },
         "T-W2 (rad)": {
@@ -244,6 +244,11 @@ def _torsions(system, positions: np.ndarray) -> np.ndarray:
     return np.stack([system.dihedral(np.asarray(positions), name) for name in ("phi", "psi")], axis=-1)
 
 
+def _energy_distance(energy: np.ndarray, md: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
+    """E-W2 below the cut; NaN, a gap in the report, where a flow has nothing there."""
+    return energy_w2(energy, md, weights, cut=cut) if share_above(energy, cut, weights) < 1 else np.nan
+
+
 def _ess(log_weights: np.ndarray) -> dict:
     return {"ess": effective_sample_size(log_weights), "pareto_k": pareto_k(log_weights), "n": len(log_weights)}
 
@@ -267,18 +272,21 @@ def _learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]
 
 
 def _settings(work: Workspace) -> dict[str, str]:
-    config = work.config
+    config, stages = work.config, work.folder.stages
+
+    def network(name: str) -> str:
+        section = config[name]
+        return f"{section.network._target_.rpartition('.')[2]}, {stages[name]['steps']} steps of {section.batch_size}"
+
+    objective = config.ebm.model.objective
+    if config.ebm.regression_weight:
+        objective += f" + {config.ebm.regression_weight:g} × regression onto {config.samples.likelihood} likelihoods"
     return {
-        "flow network": f"{config.flow.network._target_.rpartition('.')[2]}, {work.folder.stages['flow']['steps']} steps of {config.flow.batch_size}",
+        "flow network": network("flow"),
         "flow": f"{config.flow.model.interpolant} interpolant, {config.flow.model.coupling} coupling",
         "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(config.flow.solver)).items()),
-        "EBM network": f"{config.ebm.network._target_.rpartition('.')[2]}, {work.folder.stages['ebm']['steps']} steps of {config.ebm.batch_size}",
-        "EBM objective": config.ebm.model.objective
-        + (
-            f" + {config.ebm.regression_weight:g} × regression onto {config.samples.likelihood} likelihoods"
-            if config.ebm.regression_weight
-            else ""
-        ),
+        "EBM network": network("ebm"),
+        "EBM objective": objective,
         "samples the EBM was trained on": str(config.samples.n_train),
         "data": f"{config.data.simulation.method}, {len(work.dataset)} frames",
         "seed": str(config.seed),

@@ -115,7 +115,7 @@ class DistanceVectorField(nn.Module):
         bonds: Sequence[tuple[int, int]] = (),
         chiral: bool = False,
     ) -> None:
-        """``n_blocks`` residual blocks a round. ``chiral``: tell a molecule from its mirror image by signed volumes (`bonded_quadruples`)."""
+        """``n_blocks``: residual blocks a round. ``chiral``: tell a molecule from its mirror image by signed volumes."""
         super().__init__()
         self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
         n_values = self.geometry.n_values

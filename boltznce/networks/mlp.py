@@ -9,7 +9,7 @@ __all__ = ["MLPEnergy", "MLPVectorField", "ResidualBlocks", "ResidualMLP", "Time
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of t and of log(t + 1e-3), so that times near the data are told apart, then one hidden layer: (batch,) -> (batch, width)."""
+    """Sines and cosines of t and, to tell times near the data apart, of log(t + 1e-3), then two layers: (batch,) -> (batch, width)."""
 
     def __init__(self, width: int = 64, n_frequencies: int = 8) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlocks(nn.Module):
-    """Pre-norm residual blocks whose normalized input is scaled and shifted by the time embedding: (batch, width), (batch, n_time) -> (batch, width)."""
+    """Pre-norm residual blocks, their normalized inputs scaled and shifted by the time embedding: (batch, width) -> (batch, width)."""
 
     def __init__(self, width: int, n_time: int, n_blocks: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class Mended:
 
 
 def mend_chirality(x: Tensor, signs: Tensor, mirror: bool) -> Mended:
-    """Keep conformers (batch, n_atoms, 3) whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect those that are all -1 first.
+    """Keep conformers (batch, n_atoms, 3) whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect first where all are -1.
 
     Mirroring is right only where energy and density do not change under x -> -x.
     """
