@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 
 import boltznce as bz
 from boltznce.config import compose
+from boltznce.data.dataset import Dataset
+from boltznce.flows.solvers import SolverSettings
+from boltznce.methods import drawing
+from boltznce.methods.models import make_ebm, make_flow
 from boltznce.run import RunFolder, train
 
 ROOT = Path(__file__).parents[1]
@@ -49,23 +53,15 @@ def test_samples_of_a_loaded_run(tiny_run):
 
 
 def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
-    run = bz.load_run(tiny_run)
-    samples = run.sample(8, likelihood="exact")
-    flow = run._work.models.flow
-    from boltznce.flows.solvers import SolverSettings
-
-    fine = SolverSettings("dopri5", rtol=1e-6, atol=1e-6)
-    x, log_q = flow.sample(8, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
-    again = flow.log_prob(x, solver=fine)
-    assert (log_q - again).abs().max() < 0.05
-    assert np.isfinite(samples.log_prob).all()
+    flow = bz.load_run(tiny_run)._work.models.flow
+    fine = SolverSettings("rk4", steps=12)
+    x, log_q = flow.sample(4, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
+    assert (flow.log_prob(x, solver=fine) - log_q).abs().max() < 0.2
 
 
 def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, monkeypatch):
     run = bz.load_run(tiny_run)
     whole = run.sample(90, batch_size=32, folder=tmp_path / "whole")
-    import boltznce.methods.drawing as drawing
-
     draw, calls = drawing.draw, []
 
     def interrupted(*args, **kwargs):
@@ -136,9 +132,6 @@ def test_data_of_another_system_are_refused(tiny_overrides, tiny_run, tmp_path):
 
 def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
     """The published networks at full size, on real frames."""
-    from boltznce.data.dataset import Dataset
-    from boltznce.methods.models import make_ebm, make_flow
-
     config = compose("train", ["budget=paper"])
     run = bz.load_run(tiny_run)
     x = torch.from_numpy(np.array(Dataset.load(Path(run.config.data.folder)).positions[:8]))

@@ -182,7 +182,7 @@ class DistanceEnergy(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         mean, spread, _ = self.geometry.statistics(t)
-        z = (self.geometry.values(x)[0] - mean) / spread
+        z = soft_clip((self.geometry.values(x)[0] - mean) / spread, 10.0)
         time = self.time(t)
         n = self.geometry.n_values
         slope, stiffness, level = self.quadratic(time).split([n, n, 1], dim=-1)
@@ -190,7 +190,7 @@ class DistanceEnergy(nn.Module):
 
 
 def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:
-    """``z`` bent to stay within ±``largest``: a bad estimate of the molecule must not grow from round to round."""
+    """``z`` bent to stay within ±``largest``, so that a molecule far from all data neither upsets later rounds nor gets a wild energy."""
     return z * torch.rsqrt(1 + (z / largest).square())
 
 
