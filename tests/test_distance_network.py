@@ -87,6 +87,17 @@ def test_quadruples_of_a_branched_chain():
     assert len(found) == 3 + 4  # torsions about 1-4; triples of the four neighbours of atom 1
 
 
+@pytest.mark.parametrize("chiral", [True, False])
+def test_density_of_mirror_images(chiral):
+    """q(x) = q(-x) for a network blind to handedness, on which mending chirality by mirroring rests, and for no other."""
+    network = randomized(DistanceVectorField(N, 16, 2, 1, BONDS, chiral))
+    flow = InterpolantFlow(network, N, 3).double()
+    flow.basis = flow.basis.double()
+    x = positions(4)
+    difference = (flow.log_prob(x, solver=SolverSettings("rk4", steps=4)) - flow.log_prob(-x, solver=SolverSettings("rk4", steps=4))).abs()
+    assert (difference.max() > 1e-3) if chiral else (difference.max() < 1e-6)
+
+
 @pytest.mark.parametrize("solver", [SolverSettings("rk4", steps=30), SolverSettings("dopri5")])
 def test_whitened_flow_is_normalized(solver):
     """With a network that adds nothing, the whitened flow is the Gaussian of the data's covariance, whose density is known."""

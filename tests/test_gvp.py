@@ -142,3 +142,21 @@ def test_published_file_that_does_not_fit(tmp_path):
     torch.save(state, path)
     with pytest.raises(UserError, match="does not hold the weights"):
         load_published_vector_field(path)
+
+
+@needs_reference
+def test_published_weights_draw_sound_molecules():
+    """Through config, flow and our atom order: bond lengths of the draws are those of alanine dipeptide."""
+    from boltznce.config import compose, load_system
+    from boltznce.flows.solvers import SolverSettings
+    from boltznce.methods.models import make_flow
+
+    config = compose("train", ["budget=paper", f"flow.published_weights={WEIGHTS}"])
+    system = load_system("aldp")
+    x, _ = make_flow(config, system).eval().sample(16, torch.Generator().manual_seed(0), solver=SolverSettings("heun", steps=20))
+    first, second = torch.tensor(system.bonds).T
+    lengths = (x[:, first] - x[:, second]).norm(dim=-1)
+    expected = (system.positions[first] - system.positions[second]).norm(dim=-1)
+    assert (lengths / expected - 1).abs().median() < 0.03
+    handed = (system.chirality(x) > 0).float().mean()
+    assert 0.1 < handed < 0.9  # an O(3)-equivariant flow makes both mirror images

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.checkpoint import save_weights
 from boltznce.data.dataset import mode_balanced_indices
 from boltznce.data.simulate import simulate
 from boltznce.methods.drawing import draw_to_folder
@@ -32,8 +33,12 @@ def make_data(work: Workspace) -> dict:
 
 
 def train_flow(work: Workspace) -> dict:
-    """Fit the flow to mode-balanced training frames; validation frames are balanced likewise."""
+    """Fit the flow to mode-balanced training frames (validation frames are balanced likewise), or take published weights."""
     section, system = work.config.flow, work.system
+    if section.get("published_weights"):
+        flow = make_flow(work.config, system)
+        save_weights(work.folder.path / "checkpoints" / "flow.safetensors", flow.state_dict(), {"published": section.published_weights})
+        return {"steps": 0, "skipped_steps": 0, "validation_loss": None}
     train, validation, _ = work.dataset.split(**work.config.data.split)
     balance = OmegaConf.to_container(section.balance, resolve=True)
     rng = work.numpy_generator("balance")

@@ -15,14 +15,15 @@ CHOICES = ("auto", "true", "false")
 
 
 def compile_forward(network: nn.Module, mode: str | bool = "auto") -> None:
-    """Compile the network's forward pass in place: ``true``, ``false``, or ``auto``, for networks that gain by it (``gains_by_compiling``).
+    """Compile the network's forward pass in place: ``true``, ``false``, or ``auto``: where there is a GPU.
 
-    Forward-mode derivatives and other shapes than the first run eagerly, so that no batch size sets off a long recompilation.
+    On a CPU the first call takes a minute or more. Other shapes than the first, and derivatives of another kind than training's, run
+    eagerly, so that no batch size sets off a recompilation.
     """
     mode = str(mode).lower()
     if mode not in CHOICES:
         raise UserError(f"Unknown compile={mode}: choose one of {', '.join(CHOICES)}.")
-    if mode == "false" or (mode == "auto" and not getattr(network, "gains_by_compiling", False)):
+    if mode == "false" or (mode == "auto" and not torch.cuda.is_available()):
         return
     if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         log.warning("There is no C++ compiler, so networks run without torch.compile; install one (g++) or set compile=false.")
@@ -31,22 +32,19 @@ def compile_forward(network: nn.Module, mode: str | bool = "auto") -> None:
 
 
 class _OneShape:
-    """Runs the compiled function for the first shape it is trained with, the eager one for everything else."""
+    """The compiled function for the first shape that it meets in training, the eager one for everything else."""
 
     def __init__(self, eager) -> None:
         self.eager, self.compiled, self.shape = eager, torch.compile(eager, dynamic=False), None
 
     def __call__(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        needs_second_order = x.requires_grad
-        if transformed or needs_second_order:
+        trains = torch.is_grad_enabled() and not x.requires_grad and torch._C._functorch.peek_interpreter_stack() is None
+        if not trains or x.shape != (self.shape or x.shape):
             return self.eager(x, t, features)
-        key = (tuple(x.shape), torch.is_grad_enabled())
-        if self.shape is None or (self.shape[0] == key[0]):
-            self.shape = key
-            try:
-                return self.compiled(x, t, features)
-            except Exception as error:  # the compiler's failures have no common class
-                log.warning("torch.compile failed (%s); going on without it.", error)
-                self.compiled = self.eager
-        return self.eager(x, t, features)
+        self.shape = x.shape
+        try:
+            return self.compiled(x, t, features)
+        except Exception as error:  # the compiler's failures have no common class
+            log.warning("torch.compile failed (%s); going on without it.", error)
+            self.compiled = self.eager
+            return self.eager(x, t, features)
