@@ -196,7 +196,7 @@ def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
         weights = normalized_weights(log_weights)
         logs[label] = np.log(weights[weights > 0.0] * len(weights))
     everything = np.concatenate(list(logs.values()))
-    low = min(float(np.quantile(everything, 0.002)), -1.0)
+    low = float(np.clip(np.quantile(everything, 0.002), -40.0, -1.0))  # the weights below count for nothing
     edges = np.linspace(low, max(float(everything.max()), 1.0), n_bins + 1)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
