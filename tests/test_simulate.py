@@ -317,6 +317,6 @@ def test_script_tells_a_mistake_without_a_trace(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("segment_length=")
+    assert done.stderr.startswith("Error: segment_length=")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
