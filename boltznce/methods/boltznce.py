@@ -19,7 +19,7 @@ from boltznce.methods.evaluation import evaluate, report, summary
 from boltznce.methods.models import make_ebm, make_flow
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.symmetry import rotate_methyls
-from boltznce.training import FitSettings, fit
+from boltznce.training import FitSettings, Loss, Validation, fit
 
 __all__ = ["STAGES", "summary"]
 
@@ -57,18 +57,7 @@ def train_flow(work: Workspace) -> dict:
     def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         return {"loss": torch.stack([flow.loss(x, generator) for x in x_validation.split(section.batch_size)]).mean()}
 
-    result = fit(
-        flow,
-        loss,
-        FitSettings(**section.fit),
-        work.folder.path,
-        fabric=work.fabric,
-        seed=work.config.seed,
-        name="flow",
-        validate=validate,
-        logger=work.logger,
-    )
-    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
+    return _fit(work, "flow", flow, loss, validate)
 
 
 def draw_training_samples(work: Workspace) -> dict:
@@ -113,19 +102,9 @@ def train_ebm(work: Workspace) -> dict:
         losses = [{key: value.detach() for key, value in parts(ebm, x, log_q, generator).items()} for x, log_q in batches]
         return {key: torch.stack([each[key] for each in losses]).mean() for key in losses[0]}
 
-    result = fit(
-        ebm,
-        loss,
-        FitSettings(**section.fit),
-        work.folder.path,
-        fabric=work.fabric,
-        seed=work.config.seed,
-        name="ebm",
-        validate=validate,
-        logger=work.logger,
-    )
+    record = _fit(work, "ebm", ebm, loss, validate)
     work.__dict__.pop("models", None)  # loaded before there was an EBM
-    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
+    return record
 
 
 STAGES = {
@@ -138,6 +117,22 @@ STAGES = {
 }
 
 CALIBRATION = 4096  # samples on which networks measure the scale of their inputs
+
+
+def _fit(work: Workspace, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
+    """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
+    result = fit(
+        module,
+        loss,
+        FitSettings(**work.config[name].fit),
+        work.folder.path,
+        fabric=work.fabric,
+        seed=work.config.seed,
+        name=name,
+        validate=validate,
+        logger=work.logger,
+    )
+    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
 
 
 def _balanced(system, frames, n: int, balance: dict, rng: np.random.Generator) -> Tensor:

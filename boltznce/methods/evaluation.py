@@ -76,22 +76,21 @@ def summary(work: Workspace) -> str:
 
 def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
     """Save exact log-likelihoods of a subset, batch by batch (a killed call goes on); returns the seconds they took in all."""
-    flow, section = work.models.flow, work.config.evaluation
-    if (folder / "meta.yaml").exists():
-        return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
-    writer = WeightedSamplesWriter(folder, getattr(work.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
-    for start in range(writer.n_written, len(subset), section.exact_batch_size):
-        part = samples[subset[start : start + section.exact_batch_size]]
-        begun = time.perf_counter()
-        log_prob = flow.log_prob(
-            torch.from_numpy(np.ascontiguousarray(part.positions)).to(work.device),
-            solver=solver_settings(section.solver),
-            batch_size=section.exact_batch_size,
-        )
-        log_prob = log_prob.cpu().numpy() + (np.log(2) if work.models.mirrors else 0.0)
-        milliseconds = round(1000 * (time.perf_counter() - begun))
-        writer.append(part.positions, part.energy, log_prob, -part.energy - log_prob, counts={"milliseconds": milliseconds})
-    writer.finish()
+    if not (folder / "meta.yaml").exists():
+        flow, section = work.models.flow, work.config.evaluation
+        writer = WeightedSamplesWriter(folder, getattr(work.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
+        for start in range(writer.n_written, len(subset), section.exact_batch_size):
+            part = samples[subset[start : start + section.exact_batch_size]]
+            begun = time.perf_counter()
+            log_prob = flow.log_prob(
+                torch.from_numpy(np.ascontiguousarray(part.positions)).to(work.device),
+                solver=solver_settings(section.solver),
+                batch_size=section.exact_batch_size,
+            )
+            log_prob = log_prob.cpu().numpy() + (np.log(2) if work.models.mirrors else 0.0)
+            milliseconds = round(1000 * (time.perf_counter() - begun))
+            writer.append(part.positions, part.energy, log_prob, -part.energy - log_prob, counts={"milliseconds": milliseconds})
+        writer.finish()
     return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
 
 
@@ -269,6 +268,8 @@ def _learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]
     }
     curves = {}
     for name, losses in wanted.items():
+        if not (folder / f"{name}.csv").exists():  # published weights: nothing was trained
+            continue
         with open(folder / f"{name}.csv", newline="") as handle:
             rows = list(csv.DictReader(handle))
         for key, title in losses.items():

@@ -8,6 +8,7 @@ from torch import nn
 
 from boltznce.checkpoint import load_weights
 from boltznce.ebm import EnergyBasedModel
+from boltznce.errors import UserError
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.solvers import SolverSettings
 from boltznce.networks.build import build_network
@@ -21,6 +22,8 @@ __all__ = ["load_trained", "make_ebm", "make_flow", "solver_settings"]
 def make_flow(config: DictConfig, system: System) -> InterpolantFlow:
     """An untrained flow; its first weights follow from the config's seed, or are those of the file ``flow.published_weights``."""
     published = config.flow.get("published_weights")
+    if published and config.flow.model.whiten:
+        raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
     return _make(InterpolantFlow, config.flow, system, config, load_published_vector_field(published) if published else None)
 
 
