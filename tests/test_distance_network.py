@@ -119,3 +119,13 @@ def test_whitened_flow_is_normalized(solver):
     exact = -0.5 * (coordinates.square() / values[1:, None]).sum((1, 2)) - 1.5 * torch.log(2 * math.pi * values[1:]).sum()
     torch.testing.assert_close(log_q, exact, atol=0.02, rtol=0)
     torch.testing.assert_close(flow.log_prob(x, solver=solver), exact, atol=0.02, rtol=0)
+
+
+def test_stiff_gradients_are_those_of_the_standardized_distances():
+    network = randomized(DistanceVectorField(N, 16, 2, 1, BONDS, True))
+    x = positions(3)
+    n_pairs = network.geometry.n_pairs
+    # (pairs, batch, n, 3) of the sum over the batch: a distance depends on its own sample only
+    jacobian = torch.autograd.functional.jacobian(lambda y: network.geometry.values(y)[0][:, :n_pairs].sum(0), x)
+    expected = (jacobian / network.geometry.spread[0, :n_pairs].reshape(-1, 1, 1, 1)).transpose(0, 1)
+    torch.testing.assert_close(network.stiff_gradients(x), expected, atol=1e-4, rtol=1e-4)

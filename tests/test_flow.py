@@ -7,7 +7,7 @@ import torch
 
 from boltznce.errors import UserError
 from boltznce.flows.coupling import COUPLINGS, rotation_onto
-from boltznce.flows.divergence import exact_divergence, hutchinson_divergence
+from boltznce.flows.divergence import Probes, exact_divergence, hutchinson_divergence
 from boltznce.flows.interpolant import INTERPOLANTS, make_interpolant
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.prior import mean_free, subspace_basis
@@ -70,9 +70,36 @@ def test_hutchinson_is_unbiased_and_exact_for_an_isotropic_field():
     x = mean_free(torch.randn(8, 3, 3, generator=generator))
     t = torch.full((8,), 0.4)
     _, exact = exact_divergence(lambda y: flow.velocity(y, t), x, flow.basis)
-    signs = flow._probes(x, 4000, generator)
-    _, estimate = hutchinson_divergence(lambda y: flow.velocity(y, t), x, signs)
+    _, estimate = hutchinson_divergence(lambda y: flow.velocity(y, t), x, Probes(4000, flow.basis, generator)(x))
     torch.testing.assert_close(estimate, exact, atol=0.15, rtol=0.03)
+
+
+def test_probes_along_the_stiffness_of_a_field_that_relaxes_it_have_no_noise():
+    """v = -H x with H = Σ g gᵀ: one probe along H's eigenvectors gives the trace; Cartesian signs do not."""
+    n, generator = 4, torch.Generator().manual_seed(4)
+    basis = subspace_basis(n, 3, True)
+    gradients = torch.randn(6, 20, n, 3, generator=generator, dtype=torch.float64)  # of every sample its own
+    on_space = gradients.flatten(2) @ basis.flatten(1).T @ basis.flatten(1)
+    stiffness = on_space.mT @ on_space
+    x = mean_free(torch.randn(6, n, 3, generator=generator, dtype=torch.float64))
+
+    def field(y):
+        return -torch.einsum("bij,bj->bi", stiffness, y.flatten(1)).unflatten(1, (n, 3))
+
+    exact = -stiffness.diagonal(dim1=-2, dim2=-1).sum(-1)
+    along = Probes(1, basis, generator, gradients=lambda y: gradients)(x)
+    torch.testing.assert_close(along.flatten(2) @ basis.flatten(1).T @ basis.flatten(1), along.flatten(2))
+    torch.testing.assert_close(hutchinson_divergence(field, x, along)[1], exact)
+    plain = Probes(1, basis, generator)(x)
+    assert ((hutchinson_divergence(field, x, plain)[1] - exact).abs() > 1e-3 * exact.abs()).all()
+
+
+def test_probes_are_drawn_anew_unless_fixed():
+    basis, x = subspace_basis(4, 3, True), torch.zeros(5, 4, 3, dtype=torch.float64)
+    fresh, fixed = (Probes(2, basis, torch.Generator().manual_seed(0), fixed=fixed) for fixed in (False, True))
+    assert fresh(x).shape == (2, 5, 4, 3)
+    assert not torch.equal(fresh(x), fresh(x))
+    assert torch.equal(fixed(x), fixed(x))
 
 
 def test_trace_on_the_subspace_equals_the_full_trace_of_a_translation_invariant_field():

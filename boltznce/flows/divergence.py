@@ -1,11 +1,16 @@
-"""Divergence of a velocity field: exactly by forward-mode derivatives along a basis, or estimated with random probes."""
+"""Divergence of a velocity field: exactly by forward-mode derivatives along a basis, or estimated with random probes.
+
+Along signs in an orthonormal basis U a probe is unbiased for any U, and its variance is 2 Σ_{i≠j} S_ij², S the symmetric part of
+UᵀJU: it vanishes in S's own eigenbasis. Near the data a flow compresses what is stiff, so the eigenvectors of the molecule's stiffness
+come close: on alanine dipeptide they leave less than half the variance of Cartesian signs, for a few eigendecompositions a path.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["exact_divergence", "hutchinson_divergence", "rademacher"]
+__all__ = ["Probes", "exact_divergence", "hutchinson_divergence", "rademacher"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -41,3 +46,43 @@ def hutchinson_divergence(field: Field, x: Tensor, probes: Tensor) -> tuple[Tens
 def rademacher(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
     """Random signs of the dtype and device of ``like``."""
     return torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype).mul_(2).sub_(1)
+
+
+class Probes:
+    """Random probes (m, batch, n, dim) for the points of a path: E[ε εᵀ] = 1 on the space that ``basis`` (d, n, dim) spans.
+
+    They are signs along ``basis``, or, where ``gradients(x)`` (batch, K, n, dim) is given, along the eigenvectors of Σ_k ∇z_k ∇z_kᵀ on
+    that space, recomputed at every ``refresh``-th point. With ``fixed`` all points get the probes of the first.
+    """
+
+    def __init__(
+        self,
+        n_probes: int,
+        basis: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        gradients: Field | None = None,
+        fixed: bool = False,
+        refresh: int = 8,
+    ) -> None:
+        self.n_probes, self.generator, self.gradients, self.fixed, self.refresh = n_probes, generator, gradients, fixed, refresh
+        self.shape, self.basis = basis.shape[1:], basis.flatten(1)
+        self.axes, self.n_calls, self.probes = self.basis, 0, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Probes at ``x`` (batch, n, dim)."""
+        if self.probes is None or not self.fixed:
+            if self.gradients is not None and self.n_calls % self.refresh == 0:
+                self.axes = self._eigenvectors(x)
+            signs = rademacher((self.n_probes, len(x), len(self.basis)), self.generator, x)
+            along = signs @ self.axes if self.axes.dim() == 2 else torch.einsum("mbk,bkj->mbj", signs, self.axes)
+            self.probes = along.unflatten(-1, self.shape)
+            self.n_calls += 1
+        return self.probes
+
+    def _eigenvectors(self, x: Tensor) -> Tensor:
+        """(batch, d, n · dim), orthonormal, in rows."""
+        gradients = self.gradients(x).flatten(2) @ self.basis.T
+        device = x.device if x.device.type != "mps" else "cpu"  # which has no eigh
+        vectors = torch.linalg.eigh((gradients.mT @ gradients).to(device)).eigenvectors.to(x.device)
+        return vectors.mT @ self.basis

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from boltznce.errors import UserError
 from boltznce.flows.coupling import make_coupling
-from boltznce.flows.divergence import exact_divergence, hutchinson_divergence, rademacher
+from boltznce.flows.divergence import Probes, exact_divergence, hutchinson_divergence
 from boltznce.flows.interpolant import make_interpolant
 from boltznce.flows.prior import GaussianPrior, subspace_basis
 from boltznce.flows.solvers import SolverSettings, integrate, time_grid
@@ -244,9 +244,8 @@ class InterpolantFlow(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         solver = solver or SolverSettings()
-        # an adaptive solver needs a smooth right-hand side, so one probe for the whole path; on a fixed grid
-        # fresh probes at every point average out
-        fixed = self._probes(x, n_probes, generator) if likelihood == "hutchinson" and solver.method == "dopri5" else None
+        # an adaptive solver needs a smooth right-hand side, so one probe for the whole path; on a fixed grid fresh ones average out
+        probes = Probes(n_probes, self.basis, generator, gradients=self._stiff_gradients, fixed=solver.method == "dopri5")
 
         def field(x: Tensor, t: Tensor, divergence: bool) -> tuple[Tensor, Tensor | None]:
             times = t.expand(len(x))
@@ -255,12 +254,17 @@ class InterpolantFlow(nn.Module):
             at_time: Callable[[Tensor], Tensor] = lambda y: self.velocity(y, times)  # noqa: E731
             if likelihood == "exact":
                 return exact_divergence(at_time, x, self.basis)
-            return hutchinson_divergence(at_time, x, self._probes(x, n_probes, generator) if fixed is None else fixed)
+            return hutchinson_divergence(at_time, x, probes(x))
 
         return integrate(field, x, t_start, t_end, solver, likelihood != "none")
 
-    def _probes(self, x: Tensor, n_probes: int, generator: torch.Generator | None) -> Tensor:
-        return self.prior.project(rademacher((n_probes, *x.shape), generator, x))
+    @property
+    def _stiff_gradients(self) -> Callable[[Tensor], Tensor] | None:
+        """The network's ``stiff_gradients`` in the flow's coordinates, where it has them."""
+        of_network = getattr(self.network, "stiff_gradients", None)
+        if of_network is None or not self.whiten:
+            return of_network
+        return lambda x: self.unwhitening @ of_network(self.unwhitening @ x)
 
     def _to_nm(self, log_prob: Tensor) -> Tensor:
         return log_prob - self.dimension * math.log(self.length_scale) - self.log_volume

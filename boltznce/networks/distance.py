@@ -84,6 +84,12 @@ class MolecularGeometry(nn.Module):
         areas = [_cross(b, c), _cross(c, a), _cross(a, b)]
         return torch.cat([distances, (a * areas[0]).sum(dim=-2)], dim=-1), [pairs, *areas]
 
+    def stiff_gradients(self, x: Tensor) -> Tensor:
+        """Gradients (batch, pairs, n, 3) of the distances over their spread in the data: long along what the data hold stiff."""
+        vectors = self.values(x)[1][0]
+        units = vectors * torch.rsqrt(vectors.square().sum(dim=-2, keepdim=True) + self.EPSILON) / self.spread[0, : self.n_pairs]
+        return torch.einsum("bcp,np->bpnc", units, self.incidence[:, : self.n_pairs])
+
     def along_gradients(self, strengths: Tensor, parts: list[Tensor], steepness: Tensor) -> Tensor:
         """Σ_k strength_k ∇value_k, each gradient scaled to about one: (batch, n, 3), mean-free."""
         strengths = (strengths / steepness).unsqueeze(-2)
@@ -138,6 +144,10 @@ class DistanceVectorField(nn.Module):
     def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
         """See `MolecularGeometry.calibrate`."""
         self.geometry.calibrate(positions_at)
+
+    def stiff_gradients(self, x: Tensor) -> Tensor:
+        """See `MolecularGeometry.stiff_gradients`."""
+        return self.geometry.stiff_gradients(x)
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         time = self.time(t)

@@ -113,7 +113,7 @@ class MolecularSystem(System):
     def dihedral(self, x: Array, name: str) -> Array:
         """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensors and arrays alike."""
         atoms = list(self._atoms(name))
-        angle = dihedral_angle(torch.as_tensor(x)[..., atoms, :])
+        angle = dihedral_angle(torch.as_tensor(x[..., atoms, :]))  # indexed first: a copy, as a dataset's arrays are read-only
         return angle if isinstance(x, Tensor) else angle.numpy()
 
     def chirality(self, x: Array) -> Array:
