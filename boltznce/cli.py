@@ -9,7 +9,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from boltznce.config import compose, config_dir
+from boltznce.config import compose, config_dir, offer_sequences
 from boltznce.errors import UserError
 
 __all__ = ["launch"]
@@ -29,6 +29,7 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
             if not Path(given[home]).is_dir():
                 raise UserError(f"There is no run folder {given[home]}: give {home}= the folder of a run that train.py has started.")
             overrides = [*overrides, f"hydra.run.dir='{given[home]}'"]
+        offer_sequences(overrides)
         if not any(word.startswith("-") for word in overrides):
             compose(config_name, overrides)  # mistakes in the settings, told before anything starts
     except UserError as error:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from boltznce.errors import UserError
 from boltznce.systems.base import System
+from boltznce.systems.peptides import looks_like_sequence, parse_sequence
 
-__all__ = ["available", "build", "compose", "config_dir", "explain", "load_system"]
+__all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "offer_sequences"]
 
 
 def config_dir() -> Path:
@@ -29,18 +31,43 @@ def available(group: str = "") -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
-def load_system(name: str | Path, **overrides: Any) -> System:
-    """A system by its name in ``configs/system``, or by the path of such a YAML file; keywords replace its settings.
+def load_system(name: str | Path, /, **overrides: Any) -> System:
+    """A system by its name in ``configs/system``, by the path of such a YAML file, or a peptide by its sequence; keywords replace settings.
 
-    Raises UserError for a name that does not exist and for settings that the system does not have.
+    ``AK`` is a peptide with charged ends, ``ACE-AAA-NME`` a capped one (see `boltznce.systems.peptides.build_peptide`). Both have the
+    settings of ``configs/system/sequence/default.yaml``: amber14 with OBC1 implicit solvent at 310 K.
+
+    Raises UserError for a name that does not exist, a sequence that cannot be built and settings that the system does not have.
     """
     shipped = config_dir() / "system" / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise UserError(
-            f"Unknown system {str(name)!r}: choose one of {', '.join(available('system'))}, or give the path of a system's YAML file."
-        )
-    return build(OmegaConf.load(path), **overrides)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return build(OmegaConf.load(path), **overrides)
+    if looks_like_sequence(str(name)):
+        return build(_sequence_config(str(name)), **overrides)
+    raise UserError(
+        f"Unknown system {str(name)!r}: choose one of {', '.join(available('system'))}, "
+        "or give the path of a system's YAML file or the sequence of a peptide, as AK or ACE-AAA-NME."
+    )
+
+
+def offer_sequences(overrides: Sequence[str]) -> None:
+    """Make ``system=AK`` a choice of Hydra's, as if it had a file in ``configs/system``; raises UserError for what cannot be built."""
+    for word in overrides:
+        key, _, names = word.partition("=")
+        for name in names.split(",") if key == "system" else ():
+            if looks_like_sequence(name) and name not in available("system"):
+                ConfigStore.instance().store(group="system", name=name, node=_sequence_config(name))
+
+
+def _sequence_config(sequence: str) -> DictConfig:
+    try:
+        parse_sequence(sequence)
+    except UserError as error:
+        raise UserError(f"Unknown system {sequence!r}: {error} Systems that have a name are {', '.join(available('system'))}.") from None
+    config = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
+    config.structure = sequence
+    return config
 
 
 def build(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
@@ -68,6 +95,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises UserError, listing what exists, for a choice or a key that does not.
     """
+    offer_sequences(overrides)
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(config_dir())):
             return hydra.compose(config_name, overrides=list(overrides))
@@ -80,7 +108,8 @@ def explain(error: HydraException | OmegaConfBaseException) -> UserError:
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         names = ", ".join(available(group)) or "none"
-        return UserError(f"Unknown {group or 'config'} {choice!r}: choose one of {names}.")
+        sequence = ", or the sequence of a peptide, as AK or ACE-AAA-NME" if group == "system" else ""
+        return UserError(f"Unknown {group or 'config'} {choice!r}: choose one of {names}{sequence}.")
     if isinstance(error, OverrideParseException):
         return UserError(f"The override {error.override!r} cannot be read: write key=value, with quotes around special characters.")
     return UserError(f"{str(error).strip().splitlines()[0]} Check its spelling: --cfg job prints every setting there is.")

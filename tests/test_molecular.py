@@ -68,6 +68,18 @@ def test_both_backends_agree(system, x):
     torch.testing.assert_close(load_system("aldp", energy_backend="openmm").energy(x), system.energy(x), rtol=1e-9, atol=1e-6)
 
 
+def test_worker_processes_compute_the_same_to_the_last_bit(x):
+    batch = x.repeat(20, 1, 1) * torch.linspace(0.99, 1.01, 320)[:, None, None]
+    alone, shared = (load_system("aldp", energy_backend="openmm", n_workers=n)._potential for n in (1, 2))
+    for here, there in zip(alone.evaluate(batch), shared.evaluate(batch), strict=True):
+        assert torch.equal(here, there)
+    assert alone.pool.pids == []
+    assert len(shared.pool.pids) == 2
+    shared.pool.close()
+    shared.evaluate(batch[:8])
+    assert shared.pool.pids == []  # small batches stay here
+
+
 def test_energy_scales_with_inverse_temperature(system, x):
     hot = system.at_temperature(1200.0)
     assert (hot.temperature, system.temperature) == (1200.0, 300.0)
@@ -186,7 +198,8 @@ def test_missing_or_unreadable_structure(tmp_path):
     [
         ({"forcefield": ["nope.xml"]}, r"nope\.xml"),
         ({"temperature": 0}, "positive"),
-        ({"energy_backend": "jax"}, "torch, openmm"),
+        ({"energy_backend": "jax"}, "torch, openmm, xtb"),
+        ({"energy_backend": "openmm", "n_workers": 0}, "n_workers"),
         ({"nonbonded_method": "Ewald"}, "NoCutoff"),
         ({"nonbonded_method": "CutoffNonPeriodic"}, "cutoff_nm"),
         ({"state": ["chi", [0.0, 1.0]]}, "phi, psi"),

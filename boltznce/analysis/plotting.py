@@ -11,6 +11,7 @@ from boltznce.analysis.free_energy import FreeEnergyProfile
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
 
 __all__ = [
+    "plot_energy_cost",
     "plot_energy_histograms",
     "plot_learning_curves",
     "plot_likelihood_agreement",
@@ -207,6 +208,27 @@ def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
         ax.axvline(0.0, color=_REFERENCE_COLOUR, linewidth=0.8)
         ax.set(xlabel="log(weight / mean weight)", ylabel="share of samples", yscale="log", xlim=(edges[0], edges[-1]))
         _legend_above(ax, columns=1)
+    return figure
+
+
+def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
+    """µs a conformer over the number of atoms, a panel for each ``kind``, a line for each ``backend``, quartiles as bars (log-log)."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.4 * len(kinds), 3.0), layout="constrained")
+        axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for ax, kind in zip(axes, kinds, strict=True):
+            for colour, backend in zip(_COLOURS, backends, strict=False):
+                here = [row for row in rows if (row["kind"], row["backend"]) == (kind, backend)]
+                n, median, low, high = (np.array([row[key] for row in here]) for key in ("n_atoms", "median", "low", "high"))
+                ax.errorbar(n, median, (median - low, high - median), color=colour, marker="o", markersize=4, capsize=2, label=backend)
+            atoms = sorted({row["n_atoms"] for row in rows})
+            ax.set(xscale="log", yscale="log", xlabel="atoms", title=f"{kind}, batch {here[0]['batch_size']}")
+            ax.set_xticks(atoms, [str(n) for n in atoms])
+            ax.minorticks_off()
+        axes[0].set_ylabel("µs a conformer")
+        axes[0].legend()
     return figure
 
 

@@ -67,9 +67,15 @@ def simulate(
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
 
-    Raises UserError for settings that do not fit, another simulation in the folder, an unstable simulation and a full disk.
+    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
+    folder, an unstable simulation and a full disk.
     """
     folder = Path(folder)
+    if system.energy_backend == "xtb":
+        raise UserError(
+            f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
+            "or set data.folder to a dataset that was made otherwise."
+        )
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},

@@ -14,14 +14,18 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.systems.base import System
+from boltznce.systems.external import ExternalEnergy
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.openmm_energy import OpenMMEnergy
+from boltznce.systems.peptides import build_peptide, looks_like_sequence
+from boltznce.systems.semiempirical import XTBEnergy
 
 __all__ = ["MolecularSystem"]
 
 GAS_CONSTANT = 0.00831446261815324  # kJ/mol/K
 STRUCTURES = Path(__file__).parent / "structures"
-BACKENDS = {"torch": TorchForceField, "openmm": OpenMMEnergy}
+BACKENDS = ("torch", "openmm", "xtb")
+XTB = ["GFN2-xTB", "ALPB water"]
 
 Four = tuple[int, int, int, int]
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -32,16 +36,20 @@ class MolecularSystem(System):
 
     Args:
         name: what to call it; also names its reference file.
-        structure: a PDB file with all hydrogens, or the name of one in ``systems/structures``.
+        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence (``AK``,
+            ``ACE-AAA-NME``; see `build_peptide`).
         forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``.
         temperature: K.
         nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
-        energy_backend: ``torch`` (batched, on any device) or ``openmm`` (Reference platform, one conformer at a time).
+        energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
+            in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
+        n_workers: processes for ``openmm`` and ``xtb``; default one a core.
 
     Attributes:
+        forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
         topology: mdtraj.Topology.
         bonds: pairs of bonded atoms.
         dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
@@ -50,7 +58,8 @@ class MolecularSystem(System):
         features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``).
         stereocentres: (centre, three neighbours), from the bond graph.
 
-    Raises UserError for a structure or a force field that cannot be read, and for residues that the force field does not know.
+    Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not know, and for
+    ``xtb`` where tblite is not installed.
     """
 
     dim = 3
@@ -67,20 +76,20 @@ class MolecularSystem(System):
         dihedrals: Mapping[str, Sequence[int]] | None = None,
         state: tuple[str, tuple[float, float]] | None = None,
         energy_backend: str = "torch",
+        n_workers: int | None = None,
     ):
         if not temperature > 0:
             raise UserError(f"A temperature must be positive, not {temperature}.")
         if energy_backend not in BACKENDS:
             raise UserError(f"Unknown energy_backend {energy_backend!r}: choose one of {', '.join(BACKENDS)}.")
         self.name, self.temperature = name, float(temperature)
-        self.forcefield = list(forcefield)
-        pdb = read_pdb(structure)
-        self._structure_nm = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-        self._openmm_topology = pdb.topology
-        self._openmm_system = build_openmm_system(pdb.topology, self.forcefield, nonbonded_method, cutoff_nm)
-        self._potential = BACKENDS[energy_backend](self._openmm_system)
+        self.energy_backend = energy_backend
+        self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
+        self._openmm_topology, self._structure_nm = read_structure(structure)
+        self._openmm_system = build_openmm_system(self._openmm_topology, list(forcefield), nonbonded_method, cutoff_nm)
+        self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers)
 
-        self.topology = mdtraj.Topology.from_openmm(pdb.topology)
+        self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
         self.n_atoms = self.topology.n_atoms
         self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
         self.dihedrals = backbone_dihedrals(self.topology) | {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
@@ -96,7 +105,7 @@ class MolecularSystem(System):
 
     @cached_property
     def positions(self) -> Tensor:
-        """The structure at the nearest energy minimum, (n_atoms, 3) in nm, float32."""
+        """The structure at the nearest minimum of the force field, (n_atoms, 3) in nm, float32."""
         integrator = openmm.VerletIntegrator(0.001)
         context = openmm.Context(self._openmm_system, integrator, openmm.Platform.getPlatformByName("Reference"))
         context.setPositions(self._structure_nm)
@@ -125,7 +134,7 @@ class MolecularSystem(System):
         return signs if isinstance(x, Tensor) else signs.numpy()
 
     def openmm_system(self) -> openmm.System:
-        """A fresh copy of the OpenMM System, without constraints, to change at will."""
+        """A fresh copy of the force field's OpenMM System, without constraints, to change at will."""
         return openmm.XmlSerializer.clone(self._openmm_system)
 
     def openmm_topology(self) -> app.Topology:
@@ -137,14 +146,21 @@ class MolecularSystem(System):
         return self.dihedrals[name]
 
 
-def read_pdb(structure: str | Path) -> app.PDBFile:
+def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
+    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, of a PDB file or of a peptide by its sequence."""
     shipped = STRUCTURES / f"{structure}.pdb"
     path = shipped if shipped.is_file() else Path(structure).expanduser()
     if not path.is_file():
+        if looks_like_sequence(str(structure)):
+            return build_peptide(str(structure))
         names = ", ".join(sorted(p.stem for p in STRUCTURES.glob("*.pdb")))
-        raise UserError(f"There is no structure file {path}: give the path of a PDB file, or one of the shipped structures: {names}.")
+        raise UserError(
+            f"There is no structure file {path}: give the path of a PDB file, one of the shipped structures ({names}), "
+            "or the sequence of a peptide, as AK or ACE-AAA-NME."
+        )
     try:
-        return app.PDBFile(str(path))
+        pdb = app.PDBFile(str(path))
+        return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
         raise UserError(f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again.") from error
 
@@ -172,6 +188,24 @@ def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_
         return forcefield.createSystem(topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff)
     except Exception as error:
         raise UserError(f"The force field {', '.join(files)} does not fit the structure: {error}") from error
+
+
+def make_potential(backend: str, system: openmm.System, topology: app.Topology, n_workers: int | None) -> TorchForceField | ExternalEnergy:
+    """What computes energies in kJ/mol: positions (batch, n_atoms, 3) in nm -> (batch,)."""
+    if backend == "torch":
+        return TorchForceField(system)
+    if backend == "openmm":
+        return OpenMMEnergy(system, n_workers)
+    return XTBEnergy([atom.element.atomic_number for atom in topology.atoms()], total_charge(system), n_workers)
+
+
+def total_charge(system: openmm.System) -> int:
+    """Sum of a force field's charges, in e."""
+    forces = [force for force in system.getForces() if isinstance(force, openmm.NonbondedForce)]
+    charges = [
+        force.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge) for force in forces for i in range(system.getNumParticles())
+    ]
+    return round(sum(charges))
 
 
 def neighbours(topology: mdtraj.Topology) -> list[list[mdtraj.core.topology.Atom]]:

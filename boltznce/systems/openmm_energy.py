@@ -1,50 +1,46 @@
 """OpenMM's own energy, one conformer at a time: the reference for the torch energy and the fallback where it does not reach."""
 
+from functools import partial
+
 import openmm
 import torch
 from torch import Tensor
 
+from boltznce.systems.external import ExternalEnergy, in_workers
+from boltznce.systems.single_point import OpenMMPoints
+from boltznce.systems.workers import WorkerPool
+
 __all__ = ["OpenMMEnergy"]
 
+MIN_IN_WORKERS = 256  # below, sending costs more than it gains
+PIECE = 512
 
-class OpenMMEnergy:
+
+class OpenMMEnergy(ExternalEnergy):
     """Potential energy on OpenMM's Reference platform: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
-    Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once.
+    Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once. Batches of 256 and more
+    are shared by worker processes where there is more than one core; the values are the same to the last bit.
+
+    Args:
+        system: openmm.System.
+        n_workers: processes at most; default one a core, 1 for none.
     """
 
-    def __init__(self, system: openmm.System):
+    def __init__(self, system: openmm.System, n_workers: int | None = None):
         self.system = system
-        self._context = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _Energy.apply(x, self)
+        self.pool = WorkerPool(partial(OpenMMPoints, system), n_workers)
+        self._points = None
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (batch,) in kJ/mol and forces (batch, n_atoms, 3) in kJ/mol/nm, float64."""
-        if self._context is None:
-            self._context = openmm.Context(self.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
-        energies, forces = torch.empty(len(x), dtype=torch.float64), torch.empty(x.shape, dtype=torch.float64)
-        for n, conformer in enumerate(x.detach().double().cpu().numpy()):
-            self._context.setPositions(conformer)
-            state = self._context.getState(energy=True, forces=True)
-            energies[n] = state.getPotentialEnergy()._value
-            forces[n] = torch.from_numpy(state.getForces(asNumpy=True)._value)
-        return energies, forces
+        positions = x.detach().double().cpu().numpy()
+        if len(positions) >= MIN_IN_WORKERS and self.pool.n_workers > 1:
+            energies, forces = in_workers(self.pool, positions, PIECE)
+        else:
+            self._points = self._points or OpenMMPoints(self.system)
+            energies, forces = self._points(positions)
+        return torch.from_numpy(energies), torch.from_numpy(forces)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_context": None}  # a Context can be neither pickled nor shared
-
-
-class _Energy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, energy: OpenMMEnergy) -> Tensor:
-        values, forces = energy.evaluate(x)
-        ctx.save_for_backward(forces.to(x))
-        return values.to(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (forces,) = ctx.saved_tensors
-        return -grad[:, None, None] * forces, None
+        return self.__dict__ | {"_points": None}  # an OpenMM Context can be neither pickled nor shared

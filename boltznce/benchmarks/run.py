@@ -1,0 +1,58 @@
+"""Run one benchmark and leave its table, figure and numbers, with the machine they belong to, in a folder."""
+
+import json
+import platform
+from datetime import date
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from boltznce.benchmarks import energy
+from boltznce.errors import UserError
+from boltznce.io import atomic_file
+from boltznce.methods.workspace import make_fabric
+from boltznce.run import set_threads
+
+__all__ = ["BENCHMARKS", "run_benchmark"]
+
+# what -> (measure(**section, device, min_seconds, seed) -> rows, rows -> Markdown, rows -> Figure)
+BENCHMARKS = {"energy": (energy.measure_energy, energy.energy_table, energy.energy_figure)}
+
+
+def run_benchmark(config: DictConfig) -> str:
+    """Measure ``config.what`` with its section of the config; returns the table that is also written to ``output``.
+
+    Raises UserError for an unknown benchmark.
+    """
+    if config.what not in BENCHMARKS:
+        raise UserError(f"Unknown what={config.what}: choose one of {', '.join(BENCHMARKS)}.")
+    measure, table, figure = BENCHMARKS[config.what]
+    set_threads(config.threads)
+    device = make_fabric(config.device).device
+    settings = OmegaConf.to_container(config[config.what], resolve=True)
+    rows = measure(**settings, device=device, min_seconds=config.min_seconds, seed=config.seed)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = machine_description(device)
+    text = f"{table(rows)}\n\nMeasured on {date.today()}: {', '.join(f'{key} {value}' for key, value in machine.items())}.\n"
+    with atomic_file(folder / f"{config.what}.json") as path:
+        path.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1))
+    with atomic_file(folder / f"{config.what}.md") as path:
+        path.write_text(text)
+    figure(rows).savefig(folder / f"{config.what}.png", bbox_inches="tight")
+    return text
+
+
+def machine_description(device: torch.device) -> dict[str, str | int]:
+    """What a number must be read with: processor or GPU, threads, versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    """The model of the CPU as Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

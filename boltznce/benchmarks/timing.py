@@ -1,0 +1,44 @@
+"""How long a call takes, with its spread."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["Timing", "time_call"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median and quartiles over ``repeats`` calls, after one that does not count."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    def per(self, n: int) -> dict[str, float]:
+        """Microseconds for each of ``n`` things done in a call."""
+        return {"median": 1e6 * self.median / n, "low": 1e6 * self.low / n, "high": 1e6 * self.high / n, "repeats": self.repeats}
+
+
+def time_call(call: Callable[[], object], min_seconds: float = 1.0, min_repeats: int = 3) -> Timing:
+    """Repeat ``call`` for at least ``min_seconds`` and ``min_repeats`` times; the first call (compilation, caches) is not counted."""
+    call()
+    _synchronize()
+    seconds = []
+    begun = time.perf_counter()
+    while len(seconds) < min_repeats or time.perf_counter() - begun < min_seconds:
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        seconds.append(time.perf_counter() - start)
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    return Timing(float(median), float(low), float(high), len(seconds))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,223 @@
+"""Peptides from their sequence: atoms, bonds and an ideal structure, zwitterionic or capped.
+
+Every heavy atom is placed from three others by a bond length, an angle and a dihedral (natural extension reference frame, Parsons et al.,
+J. Comput. Chem. 26, 1063, 2005), every hydrogen by the geometry of its heavy atom. Lengths and angles are rounded from Engh & Huber, Acta
+Cryst. A47, 392 (1991); ``MolecularSystem.positions`` is then the force field's minimum. Nothing is random, as hydrogens are in OpenMM's
+Modeller: the two of a CH2 keep their stereochemical names.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from openmm import app
+
+from boltznce.errors import UserError
+
+__all__ = ["LETTERS", "build_peptide", "looks_like_sequence", "parse_sequence"]
+
+
+class Residue(NamedTuple):
+    """A residue beyond N, CA, C and O.
+
+    name: three letters; residues that ionize are in their form at pH 7, histidine with its hydrogen on NE2.
+    side_chain: ``ATOM length angle dihedral`` (nm, degrees), bonded to the atom listed before it, or to that in ``ATOM-OTHER``; angle and
+        dihedral are those with the next two atoms on the way to N. CB is implied for all but glycine.
+    hydrogens: named after the heavy atom that they are on.
+    rings: bonds that close rings.
+    """
+
+    name: str
+    side_chain: str
+    hydrogens: str
+    rings: str = ""
+
+
+_PHENYL = "CG .151 114 -65, CD1 .139 120 90, CE1 .139 120 180, CZ .139 120 0"
+RESIDUES = {
+    "A": Residue("ALA", "", "H HA HB1 HB2 HB3"),
+    "C": Residue("CYS", "SG .181 114 -65", "H HA HB2 HB3 HG"),
+    "D": Residue("ASP", "CG .152 113 -65, OD1 .125 118 0, OD2-CG .125 118 180", "H HA HB2 HB3"),
+    "E": Residue("GLU", "CG .152 114 -65, CD .152 113 180, OE1 .125 118 0, OE2-CD .125 118 180", "H HA HB2 HB3 HG2 HG3"),
+    "F": Residue("PHE", f"{_PHENYL}, CE2 .139 120 0, CD2 .139 120 0", "H HA HB2 HB3 HD1 HE1 HZ HE2 HD2", "CD2-CG"),
+    "G": Residue("GLY", "", "H HA2 HA3"),
+    "H": Residue(
+        "HIS", "CG .150 114 -65, ND1 .138 123 -75, CE1 .132 107 180, NE2 .134 110 0, CD2 .137 108 0", "H HA HB2 HB3 HE1 HE2 HD2", "CD2-CG"
+    ),
+    "I": Residue("ILE", "CG2 .152 111 175, CG1-CB .153 111 -65, CD1 .151 114 170", "H HA HB HG12 HG13 HG21 HG22 HG23 HD11 HD12 HD13"),
+    "K": Residue(
+        "LYS",
+        "CG .152 114 -65, CD .152 111 180, CE .152 111 180, NZ .149 112 180",
+        "H HA HB2 HB3 HG2 HG3 HD2 HD3 HE2 HE3 HZ1 HZ2 HZ3",
+    ),
+    "L": Residue("LEU", "CG .153 116 -65, CD1 .152 111 175, CD2-CG .152 111 -63", "H HA HB2 HB3 HG HD11 HD12 HD13 HD21 HD22 HD23"),
+    "M": Residue("MET", "CG .152 114 -65, SD .180 113 180, CE .179 101 180", "H HA HB2 HB3 HG2 HG3 HE1 HE2 HE3"),
+    "N": Residue("ASN", "CG .152 113 -65, OD1 .123 121 -20, ND2-CG .133 116 160", "H HA HB2 HB3 HD21 HD22"),
+    "P": Residue("PRO", "CG .149 105 30, CD .150 105 -36", "HA HB2 HB3 HG2 HG3 HD2 HD3", "CD-N"),
+    "Q": Residue("GLN", "CG .152 114 -65, CD .152 113 180, OE1 .123 121 0, NE2-CD .133 116 180", "H HA HB2 HB3 HG2 HG3 HE21 HE22"),
+    "R": Residue(
+        "ARG",
+        "CG .152 114 -65, CD .152 111 180, NE .146 112 180, CZ .133 124 180, NH1 .133 120 0, NH2-CZ .133 120 180",
+        "H HA HB2 HB3 HG2 HG3 HD2 HD3 HE HH11 HH12 HH21 HH22",
+    ),
+    "S": Residue("SER", "OG .142 111 -65", "H HA HB2 HB3 HG"),
+    "T": Residue("THR", "CG2 .152 111 175, OG1-CB .143 109 -65", "H HA HB HG1 HG21 HG22 HG23"),
+    "V": Residue("VAL", "CG1 .152 111 175, CG2-CB .152 111 -63", "H HA HB HG11 HG12 HG13 HG21 HG22 HG23"),
+    "W": Residue(
+        "TRP",
+        "CG .150 114 -65, CD1 .137 127 90, NE1 .137 110 180, CE2 .137 109 0, CZ2 .139 130 180, CH2 .137 117 180, CZ3 .140 122 0, "
+        "CE3 .138 121 0, CD2 .140 119 0",
+        "H HA HB2 HB3 HD1 HE1 HZ2 HH2 HZ3 HE3",
+        "CD2-CG CD2-CE2",
+    ),
+    "Y": Residue("TYR", f"{_PHENYL}, OH .137 120 180, CE2-CZ .139 120 0, CD2 .139 120 0", "H HA HB2 HB3 HD1 HE1 HH HE2 HD2", "CD2-CG"),
+}
+LETTERS = "".join(RESIDUES)
+CAPS = {"ACE": Residue("ACE", "", "HH31 HH32 HH33"), "NME": Residue("NME", "", "H HH31 HH32 HH33")}
+CAP_ATOMS = {"ACE": {"CA": "CH3", "C": "C", "O": "O"}, "NME": {"N": "N", "CA": "CH3"}}  # what a cap keeps of a residue
+
+PSI = 145.0  # with phi = -65 a polyproline helix, in which side chains do not meet
+BACKBONE = {"N": (0.133, 117, PSI), "CA": (0.146, 122, 180), "C": (0.1525, 111, -65)}  # each from the three before it
+BETA_CARBON = (0.153, 110.5, -122)  # from C, N and CA; the sign makes an L-residue
+OXYGENS = {"O": (0.123, 120.5, PSI + 180), "OXT": (0.125, 117, PSI)}  # from N, CA and C
+HYDROGEN_DISTANCE = {"C": 0.109, "N": 0.101, "O": 0.097, "S": 0.134}
+TETRAHEDRAL = 109.5
+
+Array = np.ndarray
+
+
+def looks_like_sequence(text: str) -> bool:
+    """Whether a name is meant as a sequence, right or wrong: upper-case letters, perhaps with a cap."""
+    return re.fullmatch(r"(ACE-)?[A-Z]+(-NME)?", text) is not None
+
+
+def parse_sequence(sequence: str) -> tuple[str, bool]:
+    """The one-letter codes of a peptide such as ``AK`` or ``ACE-AAA-NME``, and whether it is capped.
+
+    Raises UserError for anything else, naming what is wrong with it.
+    """
+    capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
+    letters = sequence.removeprefix("ACE-").removesuffix("-NME")
+    if unknown := sorted(set(letters) - set(LETTERS)):
+        raise UserError(f"{', '.join(unknown)} in {sequence!r} is no amino acid: the letters of a sequence are {LETTERS}.")
+    if capped != ends:
+        raise UserError(f"{sequence!r} has one cap: give both, ACE-{letters}-NME, or none.")
+    if len(letters) < 2 - capped:
+        raise UserError(f"{sequence!r} is too short: give two residues or more, as AK, or one or more between caps, as ACE-A-NME.")
+    return letters, capped
+
+
+def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
+    """Topology and ideal structure of a peptide of L-residues with trans peptide bonds.
+
+    Args:
+        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are negative, Lys and Arg
+            positive, His has its hydrogen on NE2, Cys is reduced.
+
+    Returns:
+        The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions, (n_atoms, 3) in nm,
+        float64, an extended chain, not minimized.
+
+    Raises UserError for what is no sequence.
+    """
+    chain = _residues(*parse_sequence(sequence))
+    heavy, bonds = {}, []  # an atom is (place of its residue in the chain, name)
+    for i, (residue, backbone) in enumerate(zip(chain, _backbone(len(chain)), strict=True)):
+        positions, pairs = _heavy_atoms(residue, *backbone, end=i == len(chain) - 1)
+        heavy |= {(i, name): position for name, position in positions.items()}
+        bonds += [((i, a), (i, b)) for a, b in pairs]
+    bonds += [((i, "C"), (i + 1, "N")) for i in range(len(chain) - 1)]
+
+    x, to_hydrogens = {}, []
+    for atom, position in heavy.items():
+        x[atom] = position
+        hydrogens = [(atom[0], name) for name in chain[atom[0]].hydrogens.split() if _bearer(name, atom[0], heavy) == atom]
+        x |= zip(hydrogens, _place_hydrogens(atom, len(hydrogens), heavy, bonds), strict=True)
+        to_hydrogens += [(atom, hydrogen) for hydrogen in hydrogens]
+
+    topology = app.Topology()
+    molecule = topology.addChain()
+    residues = [topology.addResidue(residue.name, molecule) for residue in chain]
+    atoms = {(i, name): topology.addAtom(name, app.Element.getBySymbol(name[0]), residues[i]) for i, name in x}
+    for a, b in bonds + to_hydrogens:
+        topology.addBond(atoms[a], atoms[b])
+    return topology, np.array(list(x.values()))
+
+
+def _residues(letters: str, capped: bool) -> list[Residue]:
+    """The residues with their caps, or with the first one's ammonium group."""
+    chain = [RESIDUES[letter] for letter in letters]
+    if capped:
+        return [CAPS["ACE"], *chain, CAPS["NME"]]
+    first = chain[0]
+    ammonium = "H2 H3" if first.name == "PRO" else "H1 H2 H3"
+    return [first._replace(hydrogens=f"{ammonium} {first.hydrogens.removeprefix('H ')}"), *chain[1:]]
+
+
+def _backbone(n: int) -> list[list[Array]]:
+    """N, CA and C of n residues."""
+    points = list(0.1 * np.eye(3))  # three points to start from, where the residue before would be
+    for _ in range(n):
+        for how in BACKBONE.values():
+            points.append(_place(*points[-3:], *how))
+    return [points[3 * i : 3 * i + 3] for i in range(1, n + 1)]
+
+
+def _heavy_atoms(residue: Residue, n: Array, ca: Array, c: Array, end: bool) -> tuple[dict[str, Array], list[tuple[str, str]]]:
+    """Name -> position of a residue's heavy atoms, and its bonds, each atom's first with the one nearer to N; ``end``: with OXT."""
+    x, parent = {"N": n, "CA": ca}, {"CA": "N"}
+    if "HB" in residue.hydrogens:
+        x["CB"], parent["CB"] = _place(c, n, ca, *BETA_CARBON), "CA"
+    last = "CB"
+    for row in filter(None, residue.side_chain.split(", ")):
+        bond, *numbers = row.split()
+        name, _, other = bond.partition("-")
+        b = other or last
+        x[name] = _place(x[parent[parent[b]]], x[parent[b]], x[b], *map(float, numbers))
+        parent[name], last = b, name
+    x["C"], parent["C"] = c, "CA"
+    for name in ("O", "OXT") if end else ("O",):
+        x[name], parent[name] = _place(n, ca, c, *OXYGENS[name]), "C"
+    bonds = [*parent.items(), *(tuple(bond.split("-")) for bond in residue.rings.split())]
+    if (kept := CAP_ATOMS.get(residue.name)) is not None:
+        x = {kept[name]: position for name, position in x.items() if name in kept}
+        bonds = [(kept[a], kept[b]) for a, b in bonds if a in kept and b in kept]
+    return x, bonds
+
+
+def _bearer(hydrogen: str, i: int, heavy: dict[tuple[int, str], Array]) -> tuple[int, str]:
+    """The atom that a hydrogen is on: that of the same name from the second letter on (HG21 on CG2, H1 on N), perhaps but for a number."""
+    names = [name for place, name in heavy if place == i]  # N, whose name ends at once, is before C and O
+    return next((i, name) for stem in (hydrogen[1:], hydrogen[1:-1]) for name in names if name[1:] == stem)
+
+
+def _place_hydrogens(atom: tuple[int, str], n: int, heavy: dict, bonds: list) -> list[Array]:
+    """Positions of the n hydrogens of a heavy atom: away from its heavy neighbours, a pair in the order of IUPAC's names."""
+    if n == 0:
+        return []
+    near, *others = [b if a == atom else a for a, b in bonds if atom in (a, b)]
+    centre, length = heavy[atom], HYDROGEN_DISTANCE[atom[1][0]]
+    if not others:
+        beyond = next(heavy[b if a == near else a] for a, b in bonds if near in (a, b) and atom not in (a, b))
+        angle = 120 if n == 2 else TETRAHEDRAL
+        return [_place(beyond, heavy[near], centre, length, angle, 180 + 360 * k / n) for k in range(1, n + 1)]
+    directions = [_unit(heavy[other] - centre) for other in (near, *others)]
+    away = -_unit(sum(directions))
+    if n == 1:
+        return [centre + length * away]
+    across = _unit(np.cross(directions[0], directions[1]))
+    half = np.radians(TETRAHEDRAL / 2)
+    return [centre + length * (np.cos(half) * away + sign * np.sin(half) * across) for sign in (-1, 1)]
+
+
+def _place(a: Array, b: Array, c: Array, length: float, angle: float, dihedral: float) -> Array:
+    """The point at ``length`` (nm) from c, with ``angle`` at c to b and ``dihedral`` to a (degrees, IUPAC sign)."""
+    angle, dihedral = np.radians(angle), np.radians(dihedral)
+    along = _unit(c - b)
+    normal = _unit(np.cross(b - a, along))
+    inward = np.cross(normal, along)
+    return c + length * (-np.cos(angle) * along + np.sin(angle) * (np.cos(dihedral) * inward + np.sin(dihedral) * normal))
+
+
+def _unit(vector: Array) -> Array:
+    return vector / np.linalg.norm(vector)

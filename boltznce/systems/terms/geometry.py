@@ -1,0 +1,116 @@
+"""What every term is made of: the geometry of a batch, the base class, and the reading of OpenMM's parameters.
+
+Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, so that every operation
+runs over contiguous conformers. Lengths nm, energies kJ/mol, as in OpenMM.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import openmm
+import torch
+from openmm import unit
+from torch import Tensor, nn
+
+from boltznce.errors import UserError
+
+__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "pairs_of", "plain", "unknown"]
+
+COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2018, as in OpenMM
+CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
+TINY = 1e-20  # added to squared lengths (nm², nm⁴) under a root, whose gradient at zero it keeps finite
+
+Vectors = tuple[Tensor, Tensor, Tensor]
+
+
+class Geometry:
+    """Coordinates (3, n_atoms, batch) of a batch of conformers, and the pair distances that several terms share.
+
+    Args:
+        x: (batch, n_atoms, 3), nm.
+        pairs: (2, n_pairs), see ``pairs_of``.
+    """
+
+    def __init__(self, x: Tensor, pairs: Tensor):
+        self.xyz = x.permute(2, 1, 0).contiguous()
+        self.pairs = pairs
+        self._within: dict[float, Tensor] = {}
+
+    def vectors(self, start: Tensor, end: Tensor) -> Vectors:
+        """Vectors from atoms ``start`` to atoms ``end``, as their x, y and z, each (n, batch)."""
+        return (self.xyz.index_select(1, end) - self.xyz.index_select(1, start)).unbind()
+
+    def torsions(self, i: Tensor, j: Tensor, k: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        """Cosine and sine of dihedrals (IUPAC sign), each (n, batch); both 0 where three atoms lie on a line."""
+        a, b, c = self.vectors(i, j), self.vectors(j, k), self.vectors(k, l)
+        m, n = cross(a, b), cross(b, c)
+        scale = (dot(m, m) + TINY).rsqrt() * (dot(n, n) + TINY).rsqrt()
+        return dot(m, n) * scale, dot(a, n) * (dot(b, b) + TINY).sqrt() * scale
+
+    @cached_property
+    def squared_distances(self) -> Tensor:
+        """Of all pairs, (n_pairs, batch), nm²."""
+        d = self.vectors(*self.pairs)
+        return dot(d, d).clamp(min=CLOSEST**2)
+
+    @cached_property
+    def distances(self) -> Tensor:
+        return self.squared_distances.sqrt()
+
+    @cached_property
+    def inverse_distances(self) -> Tensor:
+        return 1 / self.distances
+
+    def within(self, cutoff: float) -> Tensor:
+        """1 for pairs closer than the cutoff, else 0, (n_pairs, batch)."""
+        if cutoff not in self._within:
+            self._within[cutoff] = (self.squared_distances < cutoff**2).to(self.xyz.dtype)
+        return self._within[cutoff]
+
+
+def pairs_of(n_atoms: int) -> Tensor:
+    """All pairs i < j in row-major order, (2, n_pairs): the order of every array over pairs."""
+    return torch.triu_indices(n_atoms, n_atoms, 1)
+
+
+def dot(a: Vectors, b: Vectors) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def cross(a: Vectors, b: Vectors) -> Vectors:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+class Term(nn.Module):
+    """One force: tables as buffers (floats in one dtype, indices), ``forward(geometry) -> (batch,)`` in kJ/mol."""
+
+    def table(self, **columns: Tensor | tuple) -> None:
+        """Register each column, as a tensor, under its name."""
+        for name, values in columns.items():
+            self.register_buffer(name, torch.as_tensor(values))
+
+
+def columns(get: Callable[[int], list], count: int) -> list[tuple]:
+    """Parameters of ``count`` particles or terms, one tuple for each parameter, as plain numbers."""
+    return list(zip(*(plain(get(n)) for n in range(count)), strict=True))
+
+
+def plain(parameters: list) -> list:
+    """Numbers in OpenMM's unit system (nm, ps, kJ/mol, radian, elementary charge) in place of quantities."""
+    return [p.value_in_unit_system(unit.md_unit_system) if unit.is_quantity(p) else p for p in parameters]
+
+
+def column(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def cutoff_of(force: openmm.Force) -> float | None:
+    """Cutoff in nm of a force between all pairs, or None."""
+    method = force.getNonbondedMethod()
+    if method not in (force.NoCutoff, force.CutoffNonPeriodic):
+        raise unknown(f"{type(force).__name__} with periodic boundaries")
+    return None if method == force.NoCutoff else plain([force.getCutoffDistance()])[0]
+
+
+def unknown(force: str) -> UserError:
+    return UserError(f"The torch energy does not know {force}: set energy_backend=openmm to have OpenMM compute the energy instead.")

@@ -1,0 +1,62 @@
+"""Coulomb and Lennard-Jones between all pairs of atoms."""
+
+import openmm
+import torch
+from torch import Tensor
+
+from boltznce.systems.terms.geometry import COULOMB, Geometry, Term, column, columns, cutoff_of, pairs_of, plain, unknown
+
+__all__ = ["Nonbonded"]
+
+
+class Nonbonded(Term):
+    """Σ qᵢqⱼ / (4πε₀ r) + 4ε ((σ/r)¹² - (σ/r)⁶) over all pairs, exceptions with their own parameters.
+
+    With a cutoff, pairs that are no exceptions end there, their Coulomb energy with the reaction field of a dielectric ε outside,
+    qᵢqⱼ / (4πε₀) (1/r + k r² - c), k = (ε - 1) / (2ε + 1) / r_c³, c = 3ε / (2ε + 1) / r_c (Tironi et al., J. Chem. Phys. 102,
+    5451 (1995), without salt, as in OpenMM), their Lennard-Jones energy abruptly or with OpenMM's switching function.
+    """
+
+    def __init__(self, force: openmm.NonbondedForce):
+        super().__init__()
+        if force.getNumParticleParameterOffsets() or force.getNumExceptionParameterOffsets():
+            raise unknown("NonbondedForce with parameter offsets")
+        self.cutoff = cutoff_of(force)
+        n_atoms = force.getNumParticles()
+        q, sigma, epsilon = map(column, columns(force.getParticleParameters, n_atoms))
+        charges = q[:, None] * q
+        sigmas = 0.5 * (sigma[:, None] + sigma)
+        epsilons = (epsilon[:, None] * epsilon).sqrt()
+        exception = torch.zeros_like(charges)
+        for n in range(force.getNumExceptions()):
+            i, j, *parameters = plain(force.getExceptionParameters(n))
+            for matrix, value in zip((charges, sigmas, epsilons, exception), (*parameters, 1.0), strict=True):
+                matrix[i, j] = matrix[j, i] = value
+        i, j = pairs_of(n_atoms)
+        attraction = 4 * epsilons[i, j] * sigmas[i, j] ** 6
+        self.table(coulomb=COULOMB * charges[i, j], attraction=attraction[:, None], repulsion=(attraction * sigmas[i, j] ** 6)[:, None])
+        if self.cutoff is not None:
+            dielectric = force.getReactionFieldDielectric()
+            self.curvature = (dielectric - 1) / (2 * dielectric + 1) / self.cutoff**3
+            self.shift = 3 * dielectric / (2 * dielectric + 1) / self.cutoff
+            self.switch_from = plain([force.getSwitchingDistance()])[0] if force.getUseSwitchingFunction() else None
+            self.table(exception=exception[i, j, None], field=self.coulomb * (1 - exception[i, j]))
+
+    def forward(self, geometry: Geometry) -> Tensor:
+        inverse = geometry.inverse_distances
+        square = inverse * inverse
+        sixth = square * square * square
+        lennard_jones = (self.repulsion * sixth - self.attraction) * sixth
+        if self.cutoff is None:
+            return self.coulomb @ inverse + lennard_jones.sum(0)
+        within = geometry.within(self.cutoff)
+        kept = torch.maximum(within, self.exception)
+        field = within * (self.curvature * geometry.squared_distances - self.shift)
+        return self.coulomb @ (inverse * kept) + self.field @ field + (lennard_jones * kept * self.switch(geometry)).sum(0)
+
+    def switch(self, geometry: Geometry) -> Tensor | float:
+        """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide, NonbondedForce)."""
+        if self.switch_from is None:
+            return 1.0
+        t = ((geometry.distances - self.switch_from) / (self.cutoff - self.switch_from)).clamp(0.0, 1.0) * (1 - self.exception)
+        return 1 + t * t * t * (-10 + t * (15 - 6 * t))

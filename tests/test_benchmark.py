@@ -1,0 +1,46 @@
+"""The benchmark's rows, table and figure on a small case, and its one mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from boltznce.benchmarks.energy import energy_figure, energy_table, measure_energy
+from boltznce.benchmarks.timing import time_call
+from boltznce.errors import UserError
+
+
+def test_rows_hold_quartiles_for_every_case():
+    rows = measure_energy({"aldp": {"system": "aldp"}, "AA": {"system": "AA"}}, [2, 8], ["torch", "openmm"], min_seconds=0.01)
+    assert len(rows) == 2 * 2 * 2 * 2
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
+    assert {row["n_atoms"] for row in rows} == {22, 23}
+    table = energy_table(rows)
+    assert table.count("\n| aldp") == 4
+    assert "time grows as atoms^" in table
+    assert len(energy_figure(rows).axes) == 2
+
+
+def test_the_first_call_does_not_count():
+    calls = []
+    timing = time_call(lambda: calls.append(1), min_seconds=0.0, min_repeats=3)
+    assert timing.repeats == 3
+    assert len(calls) == 4
+    assert timing.per(10)["median"] == pytest.approx(1e5 * timing.median)
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(UserError, match=r"'gpu'.*torch, openmm"):
+        measure_energy({"aldp": {"system": "aldp"}}, [1], ["gpu"])
+
+
+def test_script_leaves_table_numbers_and_figure(tmp_path):
+    others = [f"~energy.molecules.{name}" for name in ("tetrapeptide", "hexapeptide", "decapeptide")]
+    settings = [*others, "energy.batch_sizes=[2]", "min_seconds=0.01", f"output={tmp_path}"]
+    subprocess.run([sys.executable, "scripts/benchmark.py", "what=energy", *settings], check=True, capture_output=True)
+    result = json.loads((tmp_path / "energy.json").read_text())
+    assert result["machine"]["threads"] >= 1
+    assert len(result["rows"]) == 4
+    assert (tmp_path / "energy.md").exists()
+    assert (tmp_path / "energy.png").exists()
