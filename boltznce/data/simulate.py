@@ -24,6 +24,7 @@ from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.errors import UserError
 from boltznce.io import require_free_space
+from boltznce.systems.workers import available_cores
 
 __all__ = ["gather", "simulate", "umbrella_result", "working_folder"]
 
@@ -117,7 +118,7 @@ def simulate(
     folders = [work / f"repeat_{job.repeat}" for job in jobs]
     for job, path in zip(jobs, folders, strict=True):
         job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
-    _run(jobs, folders, n_processes or len(os.sched_getaffinity(0)), f"{method} {system.name}", progress)
+    _run(jobs, folders, n_processes or available_cores(), f"{method} {system.name}", progress)
     dataset = gather(system, folders, folder)
     shutil.rmtree(work)
     return dataset
