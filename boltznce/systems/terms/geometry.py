@@ -1,7 +1,8 @@
 """What every term is made of: the geometry of a batch, the base class, and the reading of OpenMM's parameters.
 
-Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, so that every operation
-runs over contiguous conformers. Lengths nm, energies kJ/mol, as in OpenMM.
+Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms, batch), so
+that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that is less work than
+gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as in OpenMM.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from boltznce.errors import UserError
 
-__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "pairs_of", "plain", "unknown"]
+__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "plain", "unknown"]
 
 COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2018, as in OpenMM
 CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
@@ -24,16 +25,10 @@ Vectors = tuple[Tensor, Tensor, Tensor]
 
 
 class Geometry:
-    """Coordinates (3, n_atoms, batch) of a batch of conformers, and the pair distances that several terms share.
+    """Coordinates (3, n_atoms, batch) of conformers x (batch, n_atoms, 3) in nm, and the distances that several terms share."""
 
-    Args:
-        x: (batch, n_atoms, 3), nm.
-        pairs: (2, n_pairs), see ``pairs_of``.
-    """
-
-    def __init__(self, x: Tensor, pairs: Tensor):
+    def __init__(self, x: Tensor):
         self.xyz = x.permute(2, 1, 0).contiguous()
-        self.pairs = pairs
         self._within: dict[float, Tensor] = {}
 
     def vectors(self, start: Tensor, end: Tensor) -> Vectors:
@@ -49,8 +44,8 @@ class Geometry:
 
     @cached_property
     def squared_distances(self) -> Tensor:
-        """Of all pairs, (n_pairs, batch), nm²."""
-        d = self.vectors(*self.pairs)
+        """Of every atom and every other, (n_atoms, n_atoms, batch), nm²; CLOSEST² of an atom and itself."""
+        d = (self.xyz.unsqueeze(1) - self.xyz.unsqueeze(2)).unbind()
         return dot(d, d).clamp(min=CLOSEST**2)
 
     @cached_property
@@ -62,15 +57,10 @@ class Geometry:
         return 1 / self.distances
 
     def within(self, cutoff: float) -> Tensor:
-        """1 for pairs closer than the cutoff, else 0, (n_pairs, batch)."""
+        """1 for pairs closer than the cutoff, else 0, (n_atoms, n_atoms, batch)."""
         if cutoff not in self._within:
             self._within[cutoff] = (self.squared_distances < cutoff**2).to(self.xyz.dtype)
         return self._within[cutoff]
-
-
-def pairs_of(n_atoms: int) -> Tensor:
-    """All pairs i < j in row-major order, (2, n_pairs): the order of every array over pairs."""
-    return torch.triu_indices(n_atoms, n_atoms, 1)
 
 
 def dot(a: Vectors, b: Vectors) -> Tensor:
