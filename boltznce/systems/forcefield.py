@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import openmm
 import torch
@@ -49,7 +51,7 @@ class TorchForceField(nn.Module):
             raise unknown("constraints")
         if any(system.isVirtualSite(n) for n in range(self.n_atoms)):
             raise unknown("virtual sites")
-        known = nn.ModuleList(term_of(force) for force in system.getForces() if not is_empty(force))
+        known = nn.ModuleList(term_of(force, self.n_atoms) for force in system.getForces() if not is_empty(force))
         # A plain dict, not submodules: the float64 tables must survive a .float() of whatever module holds this one.
         self._tables = {(torch.float64, torch.device("cpu")): known}
         self._fused = FusedKernels(self._energy) if wants_compiling(compile) else None
@@ -71,9 +73,10 @@ class TorchForceField(nn.Module):
         return max(16, 2 ** round(math.log2(pairs / self.n_atoms**2)))
 
     def _kernel(self, kind: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if self._fused is not None:
-            return self._fused(kind, x, self.chunk_size(x.device))
-        return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
+        with full_precision():
+            if self._fused is not None:
+                return self._fused(kind, x, self.chunk_size(x.device))
+            return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
 
     def _energy(self, x: Tensor) -> Tensor:
         geometry = Geometry(x)
@@ -100,17 +103,29 @@ class _EnergyWithGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         x, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient must have one too
-            (gradient,) = torch.autograd.grad(ctx.field._energy(x).sum(), x, create_graph=True)
+            with full_precision():
+                (gradient,) = torch.autograd.grad(ctx.field._energy(x).sum(), x, create_graph=True)
         return grad[:, None, None] * gradient, None
 
 
-def term_of(force: openmm.Force) -> Term:
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 would move atoms by 1e-3 of their coordinates."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def term_of(force: openmm.Force, n_atoms: int) -> Term:
     name = type(force).__name__
     if name not in TERMS:
         raise unknown(name)
     if not hasattr(force, "getNonbondedMethod") and force.usesPeriodicBoundaryConditions():
         raise unknown(f"{name} with periodic boundaries")
-    return TERMS[name](force)
+    return TERMS[name](force, n_atoms)
 
 
 def is_empty(force: openmm.Force) -> bool:

@@ -30,7 +30,7 @@ class FusedKernels:
 
     def __init__(self, energy: Energy):
         self.eager = {
-            "energy": torch.no_grad()(energy),
+            "energy": lambda x: energy(x),  # a plain function, which is what make_fx takes
             "energy_and_gradient": lambda x: energy_and_gradient(energy, x),
         }
         self.compiled = {}
@@ -50,7 +50,7 @@ class FusedKernels:
         key = (kind, x.dtype, x.device, len(x))
         if key not in self.compiled:
             try:
-                # torch.compile does not differentiate; the operations of both passes, written out, it fuses
+                # torch.compile would not fuse the gradient with the energy; once both are written out, it does
                 graph = make_fx(self.eager[kind])(x)
                 kernel = torch.compile(graph, dynamic=False)
                 kernel(x)

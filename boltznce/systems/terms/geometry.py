@@ -5,7 +5,7 @@ that every operation runs over contiguous conformers. All pairs are formed by br
 gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as in OpenMM.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import openmm
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from boltznce.errors import UserError
 
-__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "plain", "unknown"]
+__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "edges_between", "plain", "unknown"]
 
 COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2018, as in OpenMM
 CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
 TINY = 1e-20  # added to squared lengths (nm², nm⁴) under a root, whose gradient at zero it keeps finite
 
-Vectors = tuple[Tensor, Tensor, Tensor]
+Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
 
 
 class Geometry:
@@ -31,13 +31,17 @@ class Geometry:
         self.xyz = x.permute(2, 1, 0).contiguous()
         self._within: dict[float, Tensor] = {}
 
-    def vectors(self, start: Tensor, end: Tensor) -> Vectors:
-        """Vectors from atoms ``start`` to atoms ``end``, as their x, y and z, each (n, batch)."""
-        return (self.xyz.index_select(1, end) - self.xyz.index_select(1, start)).unbind()
+    def vectors(self, edges: Tensor) -> tuple[Tensor, ...]:
+        """Vectors along ``edges_between`` atoms (k, n, n_atoms), as k tensors (3, n, batch)."""
+        vectors = edges.flatten(0, 1) @ self.xyz
+        return vectors.unflatten(1, edges.shape[:2]).unbind(1)
 
-    def torsions(self, i: Tensor, j: Tensor, k: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-        """Cosine and sine of dihedrals (IUPAC sign), each (n, batch); both 0 where three atoms lie on a line."""
-        a, b, c = self.vectors(i, j), self.vectors(j, k), self.vectors(k, l)
+    def torsions(self, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of dihedrals (IUPAC sign) from the edges (3, n, n_atoms) of their chains, each (n, batch).
+
+        Both 0 where three atoms lie on a line.
+        """
+        a, b, c = self.vectors(edges)
         m, n = cross(a, b), cross(b, c)
         scale = (dot(m, m) + TINY).rsqrt() * (dot(n, n) + TINY).rsqrt()
         return dot(m, n) * scale, dot(a, n) * (dot(b, b) + TINY).sqrt() * scale
@@ -63,6 +67,15 @@ class Geometry:
         return self._within[cutoff]
 
 
+def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
+    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains - 1, n, n_atoms).
+
+    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take several times as long.
+    """
+    one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
+    return (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1).contiguous()
+
+
 def dot(a: Vectors, b: Vectors) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
@@ -72,7 +85,7 @@ def cross(a: Vectors, b: Vectors) -> Vectors:
 
 
 class Term(nn.Module):
-    """One force: tables as buffers (floats in one dtype, indices), ``forward(geometry) -> (batch,)`` in kJ/mol."""
+    """One OpenMM force, ``Term(force, n_atoms)``: tables as buffers, ``forward(geometry) -> (batch,)`` in kJ/mol."""
 
     def table(self, **columns: Tensor | tuple) -> None:
         """Register each column, as a tensor, under its name."""

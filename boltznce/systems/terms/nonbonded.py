@@ -17,12 +17,11 @@ class Nonbonded(Term):
     5451 (1995), without salt, as in OpenMM), their Lennard-Jones energy abruptly or with OpenMM's switching function.
     """
 
-    def __init__(self, force: openmm.NonbondedForce):
+    def __init__(self, force: openmm.NonbondedForce, n_atoms: int):
         super().__init__()
         if force.getNumParticleParameterOffsets() or force.getNumExceptionParameterOffsets():
             raise unknown("NonbondedForce with parameter offsets")
         self.cutoff = cutoff_of(force)
-        n_atoms = force.getNumParticles()
         q, sigma, epsilon = map(column, columns(force.getParticleParameters, n_atoms))
         charges = q[:, None] * q
         sigmas = 0.5 * (sigma[:, None] + sigma)

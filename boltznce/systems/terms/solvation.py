@@ -164,9 +164,9 @@ class Descreening(torch.autograd.Function):
 class GBSAOBC(GeneralizedBorn):
     """OpenMM's GBSAOBCForce: OBC2 radii, buried spheres as in TINKER, and a surface term 4πγ (ρ + 0.14 nm)² (ρ/B)⁶."""
 
-    def __init__(self, force: openmm.GBSAOBCForce):
+    def __init__(self, force: openmm.GBSAOBCForce, n_atoms: int):
         cutoff = cutoff_of(force)
-        charge, radius, scale = map(column, columns(force.getParticleParameters, force.getNumParticles()))
+        charge, radius, scale = map(column, columns(force.getParticleParameters, n_atoms))
         tension = plain([force.getSurfaceAreaEnergy()])[0]
         super().__init__(
             charge=charge,
@@ -190,14 +190,14 @@ class CustomGB(GeneralizedBorn):
     Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in them.
     """
 
-    def __init__(self, force: openmm.CustomGBForce):
+    def __init__(self, force: openmm.CustomGBForce, n_atoms: int):
         names = [force.getPerParticleParameterName(n) for n in range(force.getNumPerParticleParameters())]
         values = [force.getComputedValueParameters(n) for n in range(force.getNumComputedValues())]
         if [(name, kind) for name, _, kind in values] != [("I", force.ParticlePairNoExclusions), ("B", force.SingleParticle)]:
             raise unrecognized()
         if force.getNumGlobalParameters() or not {"charge", "or", "sr"} <= set(names):
             raise unrecognized()
-        atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, force.getNumParticles()), strict=True)}
+        atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, n_atoms), strict=True)}
         integral, born = (read(expression, *templates) for (_, expression, _), templates in zip(values, (INTEGRALS, RADII), strict=True))
         energies = {}
         for n in range(force.getNumEnergyTerms()):
