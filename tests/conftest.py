@@ -1,10 +1,14 @@
-"""One tiny finished run, shared by every test that needs a run folder."""
+"""One tiny finished run, shared by every test that needs a run folder; one thread a test process, as there is one on every core."""
 
-import pytest
-import torch
+import os
 
-from boltznce.config import compose
-from boltznce.run import RunFolder, train
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from boltznce.config import compose  # noqa: E402
+from boltznce.run import RunFolder, train  # noqa: E402
 
 TINY = [
     "budget=smoke",
