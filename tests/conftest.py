@@ -4,11 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from boltznce.config import compose  # noqa: E402
-from boltznce.run import RunFolder, train  # noqa: E402
+from boltznce.config import compose
+from boltznce.run import RunFolder, train
 
 TINY = [
     "budget=smoke",
