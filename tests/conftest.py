@@ -1,4 +1,8 @@
-"""One tiny finished run, shared by every test that needs a run folder."""
+"""One tiny finished run, shared by every test that needs a run folder; one thread a test process, as there is one on every core."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
 import torch

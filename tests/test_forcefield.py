@@ -8,6 +8,7 @@ import pytest
 import torch
 from openmm import app, unit
 from openmm.app.internal.customgbforces import GBSAGBn2Force, GBSAGBnForce, GBSAHCTForce, GBSAOBC1Force, GBSAOBC2Force
+from openmm_reference import absolute_terms, alone, distorted, energy_and_force, reference, relative, wild
 
 from boltznce import UserError, load_system
 from boltznce.systems.forcefield import TorchForceField
@@ -114,54 +115,6 @@ def thermal():
     return torch.stack(frames)
 
 
-def distorted(x, size, seed=0):
-    return x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-
-
-def wild(x):
-    """Noise of 0.02 to 0.05 nm; in every second conformer an atom 0.004 to 0.05 nm from one it is not bonded to."""
-    size = torch.linspace(0.02, 0.05, len(x), dtype=x.dtype)[:, None, None]
-    y = distorted(x, size)
-    gap = torch.linspace(0.004, 0.05, len(y[::2]), dtype=x.dtype)[:, None]
-    y[::2, 18] = y[::2, 5] + gap * torch.tensor([0.6, 0.0, 0.8], dtype=x.dtype)
-    return y
-
-
-def reference(system, x):
-    """Energies and forces of OpenMM."""
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
-    energies, forces = [], []
-    for conformer in x.double().numpy():
-        context.setPositions(conformer)
-        state = context.getState(energy=True, forces=True)
-        energies.append(state.getPotentialEnergy()._value)
-        forces.append(torch.from_numpy(state.getForces(asNumpy=True)._value))
-    return torch.tensor(energies, dtype=torch.float64), torch.stack(forces)
-
-
-def alone(system, kept):
-    part = openmm.XmlSerializer.clone(system)
-    for n in reversed(range(part.getNumForces())):
-        if n != kept:
-            part.removeForce(n)
-    return part
-
-
-def absolute_terms(system, x):
-    """Σ |energy| over the forces of a system, by OpenMM."""
-    return sum(reference(alone(system, n), x)[0].abs() for n in range(system.getNumForces()))
-
-
-def energy_and_force(energy, x):
-    x = x.detach().requires_grad_()
-    values = energy(x)
-    return values.detach(), -torch.autograd.grad(values.sum(), x)[0]
-
-
-def relative(forces, expected):
-    return ((forces.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max()
-
-
 @pytest.mark.parametrize(("dtype", "energy_bar", "force_bar"), [(torch.float64, 1e-8, 1e-9), (torch.float32, 1e-2, 1e-3)])
 def test_thermal_conformers_equal_openmm(system, thermal, dtype, energy_bar, force_bar):
     x = thermal.to(dtype)
@@ -219,10 +172,11 @@ def test_derivatives_are_those_of_the_energy(name, thermal):
 
 
 @pytest.mark.parametrize("name", ["amber99+obc", "amber14+gbn2, cutoff", "amber19 (CMAP)"])
-def test_pieces_of_a_batch_give_what_the_whole_gives(name, thermal):
+def test_pieces_of_a_batch_give_what_the_whole_gives(name, thermal, monkeypatch):
     build, arguments = SYSTEMS[name]
     system = build(*arguments)
-    whole, pieces = TorchForceField(system), TorchForceField(system, chunk_size=3)
+    whole, pieces = TorchForceField(system), TorchForceField(system)
+    monkeypatch.setattr(pieces, "chunk_size", lambda device: 3)
     for result, expected in zip(energy_and_force(pieces, thermal), energy_and_force(whole, thermal), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-8)
     torch.testing.assert_close(pieces(thermal), whole(thermal), rtol=1e-10, atol=1e-8)
@@ -372,5 +326,36 @@ sys.addForce(wall)
 def test_numbers_in_the_expressions_are_those_that_count():
     system = changed_born("2.909125", "3.5e0")
     x = distorted(torch.zeros(2, N_ATOMS, 3, dtype=torch.float64), 0.3)
-    assert math.isclose(float(CustomGB(system.getForce(0)).gamma[0]), 3.5)
+    assert math.isclose(float(CustomGB(system.getForce(0), N_ATOMS).gamma[0]), 3.5)
     torch.testing.assert_close(TorchForceField(system)(x), reference(system, x)[0])
+
+
+def test_reduced_precision_of_matrix_products_does_not_move_atoms(thermal):
+    field = TorchForceField(from_files(*FIELDS["amber99+obc"]))
+    exact = energy_and_force(field, thermal.float())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        reduced = energy_and_force(field, thermal.float())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for a, b in zip(reduced, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["amber99+obc", "amber14+gbn2, cutoff", "amber19 (CMAP)"])
+def test_fused_equals_eager(name, thermal):
+    """Energies and forces of batches under, at and over the size of the kernel, strained conformers among them."""
+    system = from_files(*FIELDS[name])
+    eager, fused = TorchForceField(system, compile=False), TorchForceField(system, compile=True)
+    size = fused.chunk_size(torch.device("cpu"))
+    x = torch.cat([thermal, wild(thermal)]).float()
+    x = distorted(x.repeat(size // len(x) + 1, 1, 1), 1e-3)
+    for n in (3, size // 2, size, len(x)):
+        for result, expected in zip(energy_and_force(fused, x[:n]), energy_and_force(eager, x[:n]), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-2 * float(expected.abs().median()))
+        torch.testing.assert_close(fused(x[:n]), eager(x[:n]), rtol=1e-5, atol=1e-2)
+    kernels = fused._fused.compiled
+    assert len(kernels) == 2
+    assert all(kernel is not fused._fused.eager[kind] for (kind, *_), kernel in kernels.items())

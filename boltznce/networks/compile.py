@@ -1,17 +1,15 @@
 """torch.compile as an option that falls back to eager execution with one warning."""
 
 import logging
-import shutil
 
 import torch
 from torch import Tensor, nn
 
-from boltznce.errors import UserError
+from boltznce.compiling import wants_compiling
 
 __all__ = ["compile_forward"]
 
 log = logging.getLogger(__name__)
-CHOICES = ("auto", "true", "false")
 
 
 def compile_forward(network: nn.Module, mode: str | bool = "auto") -> None:
@@ -20,15 +18,8 @@ def compile_forward(network: nn.Module, mode: str | bool = "auto") -> None:
     On a CPU the first call takes a minute or more. Other shapes than the first, and derivatives of another kind than training's, run
     eagerly, so that no batch size sets off a recompilation.
     """
-    mode = str(mode).lower()
-    if mode not in CHOICES:
-        raise UserError(f"Unknown compile={mode}: choose one of {', '.join(CHOICES)}.")
-    if mode == "false" or (mode == "auto" and not torch.cuda.is_available()):
-        return
-    if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        log.warning("There is no C++ compiler, so networks run without torch.compile; install one (g++) or set compile=false.")
-        return
-    network.forward = _OneShape(network.forward)
+    if wants_compiling(mode):
+        network.forward = _OneShape(network.forward)
 
 
 class _OneShape:

@@ -1,14 +1,18 @@
 """An OpenMM System as a batched, differentiable torch function. Lengths nm, energies kJ/mol, as in OpenMM."""
 
 import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import openmm
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from boltznce.compiling import wants_compiling
 from boltznce.systems import terms
-from boltznce.systems.terms.geometry import Geometry, Term, pairs_of, unknown
+from boltznce.systems.fused import FusedKernels, energy_and_gradient
+from boltznce.systems.terms.geometry import Geometry, Term, unknown
 
 __all__ = ["TorchForceField"]
 
@@ -23,58 +27,105 @@ TERMS = {
     "CustomGBForce": terms.CustomGB,
 }
 WITHOUT_ENERGY = ("CMMotionRemover",)
+PAIRS_ON_CPU, PAIRS_ON_GPU = 2**18, 2**23  # atoms² times conformers
 
 
 class TorchForceField(nn.Module):
     """Potential energy of an OpenMM System: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Differentiable any number of times; computed in the dtype and on the device of the positions. Atoms closer than
-    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. Batches beyond ``chunk_size`` go piece by
-    piece, and their gradients recompute each piece, so that memory does not grow with the batch.
+    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces are
+    computed with the energies where positions require a gradient, so that memory does not grow with the batch.
+
+    Args:
+        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes half a minute
+            at the first call, see `boltznce.systems.fused`.
 
     Raises UserError for a force that is not among ``TERMS``, periodic boundaries, constraints and virtual sites.
     """
 
-    def __init__(self, system: openmm.System, chunk_size: int = 1024):
+    def __init__(self, system: openmm.System, compile: str | bool = "auto"):
         super().__init__()
         self.n_atoms = system.getNumParticles()
-        self.chunk_size = chunk_size
         if system.getNumConstraints():
             raise unknown("constraints")
         if any(system.isVirtualSite(n) for n in range(self.n_atoms)):
             raise unknown("virtual sites")
-        known = nn.ModuleList(term_of(force) for force in system.getForces() if not is_empty(force))
+        known = nn.ModuleList(term_of(force, self.n_atoms) for force in system.getForces() if not is_empty(force))
         # A plain dict, not submodules: the float64 tables must survive a .float() of whatever module holds this one.
-        self._tables = {(torch.float64, torch.device("cpu")): (pairs_of(self.n_atoms), known)}
+        self._tables = {(torch.float64, torch.device("cpu")): known}
+        self._fused = FusedKernels(self._energy) if wants_compiling(compile) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= self.chunk_size:
-            return self._energy(x)
-        pieces = x.split(self.chunk_size)
         if torch.is_grad_enabled() and x.requires_grad:
-            return torch.cat([checkpoint(self._energy, piece, use_reentrant=False) for piece in pieces])
-        return torch.cat([self._energy(piece) for piece in pieces])
+            return _EnergyWithGradient.apply(x, self)
+        return torch.cat([self._kernel("energy", piece) for piece in x.split(self.chunk_size(x.device))])
+
+    def energy_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (batch,) in kJ/mol and their gradients (batch, n_atoms, 3) in kJ/mol/nm, without a graph."""
+        pieces = [self._kernel("energy_and_gradient", piece) for piece in x.detach().split(self.chunk_size(x.device))]
+        energies, gradients = zip(*pieces, strict=True)
+        return torch.cat(energies), torch.cat(gradients)
+
+    def chunk_size(self, device: torch.device) -> int:
+        """Conformers computed at a time: as many as the caches of a CPU hold, or as occupy a GPU."""
+        pairs = PAIRS_ON_CPU if device.type == "cpu" else PAIRS_ON_GPU
+        return max(16, 2 ** round(math.log2(pairs / self.n_atoms**2)))
+
+    def _kernel(self, kind: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        with full_precision():
+            if self._fused is not None:
+                return self._fused(kind, x, self.chunk_size(x.device))
+            return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
 
     def _energy(self, x: Tensor) -> Tensor:
-        pairs, known = self._tables_like(x)
-        geometry = Geometry(x, pairs)
-        return sum((term(geometry) for term in known), x.new_zeros(len(x)))
+        geometry = Geometry(x)
+        return sum((term(geometry) for term in self._terms_like(x)), x.new_zeros(len(x)))
 
-    def _tables_like(self, x: Tensor) -> tuple[Tensor, nn.ModuleList]:
+    def _terms_like(self, x: Tensor) -> nn.ModuleList:
         key = (x.dtype, x.device)
         if key not in self._tables:
-            pairs, known = self._tables[torch.float64, torch.device("cpu")]
-            self._tables[key] = (pairs.to(x.device), copy.deepcopy(known).to(x))
+            self._tables[key] = copy.deepcopy(self._tables[torch.float64, torch.device("cpu")]).to(x)
         return self._tables[key]
 
 
-def term_of(force: openmm.Force) -> Term:
+class _EnergyWithGradient(torch.autograd.Function):
+    """Energies whose gradient is computed with them, piece by piece; higher derivatives go through the terms themselves."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, field: TorchForceField) -> Tensor:
+        energy, gradient = field.energy_and_gradient(x)
+        ctx.save_for_backward(x, gradient)
+        ctx.field = field
+        return energy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        x, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the gradient must have one too
+            with full_precision():
+                (gradient,) = torch.autograd.grad(ctx.field._energy(x).sum(), x, create_graph=True)
+        return grad[:, None, None] * gradient, None
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 would move atoms by 1e-3 of their coordinates."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def term_of(force: openmm.Force, n_atoms: int) -> Term:
     name = type(force).__name__
     if name not in TERMS:
         raise unknown(name)
     if not hasattr(force, "getNonbondedMethod") and force.usesPeriodicBoundaryConditions():
         raise unknown(f"{name} with periodic boundaries")
-    return TERMS[name](force)
+    return TERMS[name](force, n_atoms)
 
 
 def is_empty(force: openmm.Force) -> bool:

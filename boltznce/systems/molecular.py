@@ -47,6 +47,7 @@ class MolecularSystem(System):
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
             in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
+        compile: fuse the ``torch`` energy by torch.compile: ``true``, ``false``, or ``auto`` (where there is a GPU).
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
@@ -77,6 +78,7 @@ class MolecularSystem(System):
         state: tuple[str, tuple[float, float]] | None = None,
         energy_backend: str = "torch",
         n_workers: int | None = None,
+        compile: str | bool = "auto",
     ):
         if not temperature > 0:
             raise UserError(f"A temperature must be positive, not {temperature}.")
@@ -87,7 +89,7 @@ class MolecularSystem(System):
         self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
         self._openmm_topology, self._structure_nm = read_structure(structure)
         self._openmm_system = build_openmm_system(self._openmm_topology, list(forcefield), nonbonded_method, cutoff_nm)
-        self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers)
+        self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers, compile)
 
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
         self.n_atoms = self.topology.n_atoms
@@ -190,10 +192,12 @@ def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_
         raise UserError(f"The force field {', '.join(files)} does not fit the structure: {error}") from error
 
 
-def make_potential(backend: str, system: openmm.System, topology: app.Topology, n_workers: int | None) -> TorchForceField | ExternalEnergy:
+def make_potential(
+    backend: str, system: openmm.System, topology: app.Topology, n_workers: int | None, compile: str | bool
+) -> TorchForceField | ExternalEnergy:
     """What computes energies in kJ/mol: positions (batch, n_atoms, 3) in nm -> (batch,)."""
     if backend == "torch":
-        return TorchForceField(system)
+        return TorchForceField(system, compile)
     if backend == "openmm":
         return OpenMMEnergy(system, n_workers)
     return XTBEnergy([atom.element.atomic_number for atom in topology.atoms()], total_charge(system), n_workers)

@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
-from boltznce.systems.terms.geometry import TINY, Geometry, Term, column, columns, cross, dot
+from boltznce.systems.terms.geometry import TINY, Geometry, Term, column, columns, cross, dot, edges_between
 
 __all__ = ["CMAPTorsions", "HarmonicAngles", "HarmonicBonds", "PeriodicTorsions", "RyckaertBellemansTorsions"]
 
@@ -18,13 +18,13 @@ Four = tuple[int, int, int, int]
 class HarmonicBonds(Term):
     """Σ ½ k (r - r₀)² (Cornell et al., J. Am. Chem. Soc. 117, 5179 (1995), eq. 1, whose k is half of this one)."""
 
-    def __init__(self, force: openmm.HarmonicBondForce):
+    def __init__(self, force: openmm.HarmonicBondForce, n_atoms: int):
         super().__init__()
-        i, j, length, k = columns(force.getBondParameters, force.getNumBonds())
-        self.table(i=i, j=j, length=column(length)[:, None], half_k=0.5 * column(k))
+        *atoms, length, k = columns(force.getBondParameters, force.getNumBonds())
+        self.table(edges=edges_between(rows(atoms), n_atoms), length=column(length)[:, None], half_k=0.5 * column(k))
 
     def forward(self, geometry: Geometry) -> Tensor:
-        d = geometry.vectors(self.i, self.j)
+        (d,) = geometry.vectors(self.edges)
         r = (dot(d, d) + TINY).sqrt()
         return self.half_k @ (r - self.length).square()
 
@@ -32,31 +32,30 @@ class HarmonicBonds(Term):
 class HarmonicAngles(Term):
     """Σ ½ k (θ - θ₀)² (Cornell et al. 1995, eq. 1), with θ from sine and cosine, which is accurate at 180° as well."""
 
-    def __init__(self, force: openmm.HarmonicAngleForce):
+    def __init__(self, force: openmm.HarmonicAngleForce, n_atoms: int):
         super().__init__()
-        i, j, k, angle, stiffness = columns(force.getAngleParameters, force.getNumAngles())
-        self.table(i=i, j=j, k=k, angle=column(angle)[:, None], half_k=0.5 * column(stiffness))
+        *atoms, angle, k = columns(force.getAngleParameters, force.getNumAngles())
+        self.table(edges=edges_between(rows(atoms), n_atoms), angle=column(angle)[:, None], half_k=0.5 * column(k))
 
     def forward(self, geometry: Geometry) -> Tensor:
-        a, b = geometry.vectors(self.j, self.i), geometry.vectors(self.j, self.k)
+        a, b = geometry.vectors(self.edges)
         normal = cross(a, b)
-        theta = torch.atan2((dot(normal, normal) + TINY).sqrt(), dot(a, b))
+        theta = torch.atan2((dot(normal, normal) + TINY).sqrt(), -dot(a, b))
         return self.half_k @ (theta - self.angle).square()
 
 
 class TorsionSeries(Term):
     """Σ aₙ cos nφ + bₙ sin nφ: one Fourier series for each four atoms, whatever number of terms it came from."""
 
-    def __init__(self, series: dict[Four, Tensor]):
+    def __init__(self, series: dict[Four, Tensor], n_atoms: int):
         """``series``: four atoms -> (2, orders) float64, the aₙ and the bₙ, n from 0, in kJ/mol."""
         super().__init__()
-        i, j, k, l = zip(*series, strict=True)  # noqa: E741
         cosine, sine = torch.stack(list(series.values()), dim=-1)
-        self.table(i=i, j=j, k=k, l=l, cosine=cosine, sine=sine)
+        self.table(edges=edges_between(list(series), n_atoms), cosine=cosine, sine=sine)
         self.constant = float(cosine[0].sum())
 
     def forward(self, geometry: Geometry) -> Tensor:
-        cos, sin = geometry.torsions(self.i, self.j, self.k, self.l)
+        cos, sin = geometry.torsions(self.edges)
         total = self.constant
         cos_n, sin_n = cos, sin  # of nφ, by the addition theorems
         for order in range(1, len(self.cosine)):
@@ -69,26 +68,26 @@ class TorsionSeries(Term):
 class PeriodicTorsions(TorsionSeries):
     """Σ k (1 + cos(nφ - δ)) (Cornell et al. 1995, eq. 1)."""
 
-    def __init__(self, force: openmm.PeriodicTorsionForce):
+    def __init__(self, force: openmm.PeriodicTorsionForce, n_atoms: int):
         terms = list(zip(*columns(force.getTorsionParameters, force.getNumTorsions()), strict=True))
         series = defaultdict(lambda: torch.zeros(2, 1 + max(1, *(n for *_, n, _, _ in terms)), dtype=torch.float64))
         for *atoms, n, phase, k in terms:
             series[tuple(atoms)][0, 0] += k
             series[tuple(atoms)][:, n] += torch.tensor((k * math.cos(phase), k * math.sin(phase)), dtype=torch.float64)
-        super().__init__(series)
+        super().__init__(series, n_atoms)
 
 
 class RyckaertBellemansTorsions(TorsionSeries):
     """Σ cₙ (cos(φ - π))ⁿ, n = 0 to 5 (Ryckaert & Bellemans, Chem. Phys. Lett. 30, 123 (1975)), as a Fourier series."""
 
-    def __init__(self, force: openmm.RBTorsionForce):
+    def __init__(self, force: openmm.RBTorsionForce, n_atoms: int):
         series = defaultdict(lambda: torch.zeros(2, 6, dtype=torch.float64))
         for n in range(force.getNumTorsions()):
             i, j, k, l, *powers = force.getTorsionParameters(n)  # noqa: E741
             polynomial = [(-1) ** order * c._value for order, c in enumerate(powers)]  # in cos φ = -cos(φ - π)
             cosine = chebyshev.poly2cheb(polynomial)  # cos nφ is the n-th Chebyshev polynomial of cos φ
             series[i, j, k, l][0, : len(cosine)] += torch.from_numpy(cosine)
-        super().__init__(series)
+        super().__init__(series, n_atoms)
 
 
 class CMAPTorsions(Term):
@@ -97,7 +96,7 @@ class CMAPTorsions(Term):
     Bicubic between the points of a map, with the slopes there of periodic cubic splines through them.
     """
 
-    def __init__(self, force: openmm.CMAPTorsionForce):
+    def __init__(self, force: openmm.CMAPTorsionForce, n_atoms: int):
         super().__init__()
         number, *atoms = columns(force.getTorsionParameters, force.getNumTorsions())
         maps = [force.getMapParameters(n) for n in range(force.getNumMaps())]
@@ -107,17 +106,14 @@ class CMAPTorsions(Term):
         patches = [bicubic(column(tuple(energy._value)).view(size, size).T).flatten(2) for size, energy in maps]
         number = torch.tensor(number)
         self.table(
-            i=atoms[0] + atoms[4],
-            j=atoms[1] + atoms[5],
-            k=atoms[2] + atoms[6],
-            l=atoms[3] + atoms[7],
+            edges=edges_between(rows(atoms[:4]) + rows(atoms[4:]), n_atoms),
             size=sizes[number].repeat(2)[:, None],
             start=starts[number][:, None],
             coefficients=torch.cat(patches, dim=2),
         )
 
     def forward(self, geometry: Geometry) -> Tensor:
-        cos, sin = geometry.torsions(self.i, self.j, self.k, self.l)
+        cos, sin = geometry.torsions(self.edges)
         undefined = cos.square() + sin.square() < 0.5  # atoms on a line: any angle will do, as long as its gradient is finite
         angle = torch.atan2(sin.masked_fill(undefined, 0.0), cos.masked_fill(undefined, 1.0))
         place = (angle * self.size / (2 * math.pi)).remainder(self.size)
@@ -128,6 +124,11 @@ class CMAPTorsions(Term):
         c = self.coefficients[:, :, self.start + row * size + col]
         c = ((c[:, 3] * b + c[:, 2]) * b + c[:, 1]) * b + c[:, 0]
         return (((c[3] * a + c[2]) * a + c[1]) * a + c[0]).sum(0)
+
+
+def rows(columns: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The atoms of each term, from a column for each of their places."""
+    return list(zip(*columns, strict=True))
 
 
 def bicubic(energy: Tensor) -> Tensor:

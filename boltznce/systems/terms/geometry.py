@@ -1,10 +1,11 @@
 """What every term is made of: the geometry of a batch, the base class, and the reading of OpenMM's parameters.
 
-Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, so that every operation
-runs over contiguous conformers. Lengths nm, energies kJ/mol, as in OpenMM.
+Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms, batch), so
+that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that is less work than
+gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as in OpenMM.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import openmm
@@ -14,43 +15,41 @@ from torch import Tensor, nn
 
 from boltznce.errors import UserError
 
-__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "pairs_of", "plain", "unknown"]
+__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "edges_between", "plain", "unknown"]
 
 COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2018, as in OpenMM
 CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
 TINY = 1e-20  # added to squared lengths (nm², nm⁴) under a root, whose gradient at zero it keeps finite
 
-Vectors = tuple[Tensor, Tensor, Tensor]
+Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
 
 
 class Geometry:
-    """Coordinates (3, n_atoms, batch) of a batch of conformers, and the pair distances that several terms share.
+    """Coordinates (3, n_atoms, batch) of conformers x (batch, n_atoms, 3) in nm, and the distances that several terms share."""
 
-    Args:
-        x: (batch, n_atoms, 3), nm.
-        pairs: (2, n_pairs), see ``pairs_of``.
-    """
-
-    def __init__(self, x: Tensor, pairs: Tensor):
+    def __init__(self, x: Tensor):
         self.xyz = x.permute(2, 1, 0).contiguous()
-        self.pairs = pairs
         self._within: dict[float, Tensor] = {}
 
-    def vectors(self, start: Tensor, end: Tensor) -> Vectors:
-        """Vectors from atoms ``start`` to atoms ``end``, as their x, y and z, each (n, batch)."""
-        return (self.xyz.index_select(1, end) - self.xyz.index_select(1, start)).unbind()
+    def vectors(self, edges: Tensor) -> tuple[Tensor, ...]:
+        """Vectors along ``edges_between`` atoms (k, n, n_atoms), as k tensors (3, n, batch)."""
+        vectors = edges.flatten(0, 1) @ self.xyz
+        return vectors.unflatten(1, edges.shape[:2]).unbind(1)
 
-    def torsions(self, i: Tensor, j: Tensor, k: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-        """Cosine and sine of dihedrals (IUPAC sign), each (n, batch); both 0 where three atoms lie on a line."""
-        a, b, c = self.vectors(i, j), self.vectors(j, k), self.vectors(k, l)
+    def torsions(self, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of dihedrals (IUPAC sign) from the edges (3, n, n_atoms) of their chains, each (n, batch).
+
+        Both 0 where three atoms lie on a line.
+        """
+        a, b, c = self.vectors(edges)
         m, n = cross(a, b), cross(b, c)
         scale = (dot(m, m) + TINY).rsqrt() * (dot(n, n) + TINY).rsqrt()
         return dot(m, n) * scale, dot(a, n) * (dot(b, b) + TINY).sqrt() * scale
 
     @cached_property
     def squared_distances(self) -> Tensor:
-        """Of all pairs, (n_pairs, batch), nm²."""
-        d = self.vectors(*self.pairs)
+        """Of every atom and every other, (n_atoms, n_atoms, batch), nm²; CLOSEST² of an atom and itself."""
+        d = (self.xyz.unsqueeze(1) - self.xyz.unsqueeze(2)).unbind()
         return dot(d, d).clamp(min=CLOSEST**2)
 
     @cached_property
@@ -62,15 +61,19 @@ class Geometry:
         return 1 / self.distances
 
     def within(self, cutoff: float) -> Tensor:
-        """1 for pairs closer than the cutoff, else 0, (n_pairs, batch)."""
+        """1 for pairs closer than the cutoff, else 0, (n_atoms, n_atoms, batch)."""
         if cutoff not in self._within:
             self._within[cutoff] = (self.squared_distances < cutoff**2).to(self.xyz.dtype)
         return self._within[cutoff]
 
 
-def pairs_of(n_atoms: int) -> Tensor:
-    """All pairs i < j in row-major order, (2, n_pairs): the order of every array over pairs."""
-    return torch.triu_indices(n_atoms, n_atoms, 1)
+def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
+    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains - 1, n, n_atoms).
+
+    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take several times as long.
+    """
+    one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
+    return (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1).contiguous()
 
 
 def dot(a: Vectors, b: Vectors) -> Tensor:
@@ -82,7 +85,7 @@ def cross(a: Vectors, b: Vectors) -> Vectors:
 
 
 class Term(nn.Module):
-    """One force: tables as buffers (floats in one dtype, indices), ``forward(geometry) -> (batch,)`` in kJ/mol."""
+    """One OpenMM force, ``Term(force, n_atoms)``: tables as buffers, ``forward(geometry) -> (batch,)`` in kJ/mol."""
 
     def table(self, **columns: Tensor | tuple) -> None:
         """Register each column, as a tensor, under its name."""

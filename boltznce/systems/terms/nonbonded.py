@@ -4,7 +4,7 @@ import openmm
 import torch
 from torch import Tensor
 
-from boltznce.systems.terms.geometry import COULOMB, Geometry, Term, column, columns, cutoff_of, pairs_of, plain, unknown
+from boltznce.systems.terms.geometry import COULOMB, Geometry, Term, column, columns, cutoff_of, plain, unknown
 
 __all__ = ["Nonbonded"]
 
@@ -17,12 +17,11 @@ class Nonbonded(Term):
     5451 (1995), without salt, as in OpenMM), their Lennard-Jones energy abruptly or with OpenMM's switching function.
     """
 
-    def __init__(self, force: openmm.NonbondedForce):
+    def __init__(self, force: openmm.NonbondedForce, n_atoms: int):
         super().__init__()
         if force.getNumParticleParameterOffsets() or force.getNumExceptionParameterOffsets():
             raise unknown("NonbondedForce with parameter offsets")
         self.cutoff = cutoff_of(force)
-        n_atoms = force.getNumParticles()
         q, sigma, epsilon = map(column, columns(force.getParticleParameters, n_atoms))
         charges = q[:, None] * q
         sigmas = 0.5 * (sigma[:, None] + sigma)
@@ -32,27 +31,28 @@ class Nonbonded(Term):
             i, j, *parameters = plain(force.getExceptionParameters(n))
             for matrix, value in zip((charges, sigmas, epsilons, exception), (*parameters, 1.0), strict=True):
                 matrix[i, j] = matrix[j, i] = value
-        i, j = pairs_of(n_atoms)
-        attraction = 4 * epsilons[i, j] * sigmas[i, j] ** 6
-        self.table(coulomb=COULOMB * charges[i, j], attraction=attraction[:, None], repulsion=(attraction * sigmas[i, j] ** 6)[:, None])
+        # every pair counts half, being there twice, and an atom with itself not at all
+        half = 0.5 * (1 - torch.eye(n_atoms, dtype=torch.float64))
+        coulomb, attraction = COULOMB * half * charges, 4 * half * epsilons * sigmas**6
+        self.table(coulomb=coulomb[..., None], attraction=attraction[..., None], repulsion=(attraction * sigmas**6)[..., None])
         if self.cutoff is not None:
             dielectric = force.getReactionFieldDielectric()
             self.curvature = (dielectric - 1) / (2 * dielectric + 1) / self.cutoff**3
             self.shift = 3 * dielectric / (2 * dielectric + 1) / self.cutoff
             self.switch_from = plain([force.getSwitchingDistance()])[0] if force.getUseSwitchingFunction() else None
-            self.table(exception=exception[i, j, None], field=self.coulomb * (1 - exception[i, j]))
+            self.table(exception=exception[..., None], field=self.coulomb * (1 - exception[..., None]))
 
     def forward(self, geometry: Geometry) -> Tensor:
         inverse = geometry.inverse_distances
         square = inverse * inverse
         sixth = square * square * square
-        lennard_jones = (self.repulsion * sixth - self.attraction) * sixth
+        coulomb, lennard_jones = self.coulomb * inverse, (self.repulsion * sixth - self.attraction) * sixth
         if self.cutoff is None:
-            return self.coulomb @ inverse + lennard_jones.sum(0)
+            return (coulomb + lennard_jones).sum((0, 1))
         within = geometry.within(self.cutoff)
         kept = torch.maximum(within, self.exception)
-        field = within * (self.curvature * geometry.squared_distances - self.shift)
-        return self.coulomb @ (inverse * kept) + self.field @ field + (lennard_jones * kept * self.switch(geometry)).sum(0)
+        field = self.field * within * (self.curvature * geometry.squared_distances - self.shift)
+        return ((coulomb + lennard_jones * self.switch(geometry)) * kept + field).sum((0, 1))
 
     def switch(self, geometry: Geometry) -> Tensor | float:
         """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide, NonbondedForce)."""

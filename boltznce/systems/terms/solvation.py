@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from boltznce.errors import UserError
-from boltznce.systems.terms.geometry import COULOMB, Geometry, Term, column, columns, cutoff_of, pairs_of, plain, unknown
+from boltznce.systems.terms.geometry import COULOMB, Geometry, Term, column, columns, cutoff_of, plain, unknown
 
 __all__ = ["GBSAOBC", "CustomGB"]
 
@@ -60,27 +60,16 @@ class GeneralizedBorn(Term):
     ):
         super().__init__()
         n_atoms = len(charge)
-        i, j = pairs_of(n_atoms)
-        pair_number = torch.zeros(n_atoms, n_atoms, dtype=torch.long)
-        pair_number[i, j] = pair_number[j, i] = torch.arange(len(i))
-        others = ~torch.eye(n_atoms, dtype=torch.bool)
-
-        def ordered(matrix: Tensor) -> Tensor:
-            """Of each atom and every other, (n_atoms, n_atoms - 1, 1)."""
-            return matrix.expand(n_atoms, n_atoms)[others].view(n_atoms, n_atoms - 1, 1)
-
+        others = 1 - torch.eye(n_atoms, dtype=torch.float64)  # by which no atom descreens itself
         self.cutoff, self.shift, self.kappa, self.buried = cutoff, shift, kappa, buried
         self.solute, self.solvent = solute, solvent
         prefactor = -coulomb * (1.0 if kappa else 1 / solute - 1 / solvent)
         alpha, beta, gamma = (torch.as_tensor(c, dtype=torch.float64).expand(n_atoms)[:, None].clone() for c in curve)
         self.table(
-            i=i,
-            j=j,
-            ordered=pair_number[others],
             own=own[:, None],
             inverse_radius=1 / radius[:, None],
-            scaled=ordered(scaled),
-            pair=prefactor * charge[i] * charge[j],
+            scaled=(scaled * others)[..., None],
+            pair=(0.5 * prefactor * charge[:, None] * charge * others)[..., None],
             self_energy=0.5 * prefactor * charge.square(),
             surface=surface,
             alpha=alpha,
@@ -90,12 +79,12 @@ class GeneralizedBorn(Term):
         self.negative = bool((scaled < 0).any())  # as GBn2's sulfur has it
         self.neck = neck is not None
         if neck is not None:
-            height, centre, end = map(ordered, neck)
-            self.table(neck_height=height, neck_centre=centre, neck_end=end)
+            height, centre, end = (matrix[..., None] for matrix in neck)
+            self.table(neck_height=height * others[..., None], neck_centre=centre, neck_end=end)
 
     def forward(self, geometry: Geometry) -> Tensor:
         inverse_born = self.inverse_born_radii(geometry)
-        inverse_product = inverse_born.index_select(0, self.i) * inverse_born.index_select(0, self.j)
+        inverse_product = inverse_born.unsqueeze(0) * inverse_born.unsqueeze(1)
         r2 = geometry.squared_distances
         pair = (r2 + torch.exp(-0.25 * r2 * inverse_product) / inverse_product).rsqrt()
         own = inverse_born
@@ -107,7 +96,7 @@ class GeneralizedBorn(Term):
             pair = pair * screening
         if self.cutoff is not None:
             pair = pair * geometry.within(self.cutoff)
-        return self.pair @ pair + self.self_energy @ own + self.surface @ inverse_born.square() ** 3
+        return (self.pair * pair).sum((0, 1)) + self.self_energy @ own + self.surface @ inverse_born.square() ** 3
 
     def screening(self, inverse: Tensor) -> Tensor:
         """1/ε_in - exp(-κf)/ε_out, from 1/f."""
@@ -118,15 +107,14 @@ class GeneralizedBorn(Term):
 
         I is half the descreening by all others, and in GBn and GBn2 what fills the necks between spheres too close for water.
         """
-        shape = (len(self.own), len(self.own) - 1, -1)
-        r = geometry.distances.index_select(0, self.ordered).view(shape)
+        r = geometry.distances
         integral = Descreening.apply(r, self.own[:, None], self.scaled, self.buried)
         if self.negative:
             integral = integral * (r + self.scaled > self.own[:, None])
         if self.neck:
             integral = integral + 2 * self.neck_integral(r)
         if self.cutoff is not None:
-            integral = integral * geometry.within(self.cutoff).index_select(0, self.ordered).view(shape)
+            integral = integral * geometry.within(self.cutoff)
         psi = 0.5 * self.own * integral.sum(1)
         return 1 / self.own - torch.tanh(psi * (self.alpha + psi * (-self.beta + psi * self.gamma))) * self.inverse_radius
 
@@ -176,9 +164,9 @@ class Descreening(torch.autograd.Function):
 class GBSAOBC(GeneralizedBorn):
     """OpenMM's GBSAOBCForce: OBC2 radii, buried spheres as in TINKER, and a surface term 4πγ (ρ + 0.14 nm)² (ρ/B)⁶."""
 
-    def __init__(self, force: openmm.GBSAOBCForce):
+    def __init__(self, force: openmm.GBSAOBCForce, n_atoms: int):
         cutoff = cutoff_of(force)
-        charge, radius, scale = map(column, columns(force.getParticleParameters, force.getNumParticles()))
+        charge, radius, scale = map(column, columns(force.getParticleParameters, n_atoms))
         tension = plain([force.getSurfaceAreaEnergy()])[0]
         super().__init__(
             charge=charge,
@@ -202,14 +190,14 @@ class CustomGB(GeneralizedBorn):
     Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in them.
     """
 
-    def __init__(self, force: openmm.CustomGBForce):
+    def __init__(self, force: openmm.CustomGBForce, n_atoms: int):
         names = [force.getPerParticleParameterName(n) for n in range(force.getNumPerParticleParameters())]
         values = [force.getComputedValueParameters(n) for n in range(force.getNumComputedValues())]
         if [(name, kind) for name, _, kind in values] != [("I", force.ParticlePairNoExclusions), ("B", force.SingleParticle)]:
             raise unrecognized()
         if force.getNumGlobalParameters() or not {"charge", "or", "sr"} <= set(names):
             raise unrecognized()
-        atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, force.getNumParticles()), strict=True)}
+        atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, n_atoms), strict=True)}
         integral, born = (read(expression, *templates) for (_, expression, _), templates in zip(values, (INTEGRALS, RADII), strict=True))
         energies = {}
         for n in range(force.getNumEnergyTerms()):

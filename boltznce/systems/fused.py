@@ -1,0 +1,61 @@
+"""Energies and their gradients fused into one kernel each by torch.compile."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = ["FusedKernels", "energy_and_gradient"]
+
+log = logging.getLogger(__name__)
+Energy = Callable[[Tensor], Tensor]
+
+
+def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies (batch,) and their gradients (batch, n_atoms, 3), without a graph."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        values = energy(leaf)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradient
+
+
+class FusedKernels:
+    """One compiled kernel for each kind of result, dtype and device, all for batches of one size; smaller ones are filled up.
+
+    One size, because each new one costs half a minute. A batch under an eighth of it, or a failure to compile, runs eagerly.
+    """
+
+    def __init__(self, energy: Energy):
+        self.eager = {
+            "energy": lambda x: energy(x),  # a plain function, which is what make_fx takes
+            "energy_and_gradient": lambda x: energy_and_gradient(energy, x),
+        }
+        self.compiled = {}
+
+    def __call__(self, kind: str, x: Tensor, size: int) -> Tensor | tuple[Tensor, Tensor]:
+        if 8 * len(x) < size:
+            return self.eager[kind](x)
+        n = len(x)
+        x = x.detach().contiguous()
+        if n < size:
+            x = torch.cat([x, x[-1:].expand(size - n, -1, -1)])
+        kernel = self._kernel(kind, x)
+        result = kernel(x)
+        return result[:n] if kind == "energy" else tuple(part[:n] for part in result)
+
+    def _kernel(self, kind: str, x: Tensor) -> Callable:
+        key = (kind, x.dtype, x.device, len(x))
+        if key not in self.compiled:
+            try:
+                # torch.compile would not fuse the gradient with the energy; once both are written out, it does
+                graph = make_fx(self.eager[kind])(x)
+                kernel = torch.compile(graph, dynamic=False)
+                kernel(x)
+            except Exception as error:  # the compiler's failures have no common class
+                log.warning("torch.compile failed on the energy (%s); going on without it.", error)
+                kernel = self.eager[kind]
+            self.compiled[key] = kernel
+        return self.compiled[key]
