@@ -20,6 +20,7 @@ __all__ = [
     "plot_weights",
 ]
 
+HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -112,7 +113,7 @@ def plot_profiles(
 ) -> Figure:
     """Free-energy profiles on the circle with bands of 1.96 standard errors; the reference in black, the state shaded.
 
-    Where a curve has no standard error there is no band; gaps stay gaps.
+    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps.
     """
     curves = ({} if reference is None else {"reference": reference}) | dict(profiles)
     with matplotlib.rc_context(_STYLE):
@@ -122,9 +123,10 @@ def plot_profiles(
         for position, (label, profile) in enumerate(curves.items()):
             is_reference = reference is not None and position == 0
             colour = _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
-            band = 1.96 * profile.std_error
-            ax.fill_between(profile.centres, profile.free_energy - band, profile.free_energy + band, color=colour, alpha=0.25, linewidth=0)
-            ax.plot(profile.centres, profile.free_energy, color=colour, label=label, linewidth=2.0 if is_reference else 1.3)
+            known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
+            values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
+            ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
+            ax.plot(profile.centres, values, color=colour, label=label, linewidth=2.0 if is_reference else 1.3)
         top = max(float(np.nanmax(profile.free_energy)) for profile in curves.values()) if highest is None else highest
         ax.set(xlabel=f"{angle_name} (rad)", ylabel="free energy (kT)", xlim=(-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
         ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
