@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["FusedKernels", "energy_and_gradient"]
+__all__ = ["FusedKernels", "energy_and_gradient", "fuse"]
 
 log = logging.getLogger(__name__)
 Energy = Callable[[Tensor], Tensor]
@@ -20,6 +20,19 @@ def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
         values = energy(leaf)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), gradient
+
+
+def fuse(function: Callable, *example: Tensor) -> Callable:
+    """``function`` compiled for tensors like the examples, gradients within it included; itself, with a warning, where that fails."""
+    function(*example)  # tables made at the first call are no part of the graph
+    try:
+        # torch.compile does not differentiate; the operations of both passes, written out, it fuses
+        kernel = torch.compile(make_fx(lambda *inputs: function(*inputs))(*example), dynamic=False)
+        kernel(*example)
+    except Exception as error:  # the compiler's failures have no common class
+        log.warning("torch.compile failed on the energy (%s); going on without it.", error)
+        return function
+    return kernel
 
 
 class FusedKernels:
@@ -49,13 +62,5 @@ class FusedKernels:
     def _kernel(self, kind: str, x: Tensor) -> Callable:
         key = (kind, x.dtype, x.device, len(x))
         if key not in self.compiled:
-            try:
-                # torch.compile does not differentiate; the operations of both passes, written out, it fuses
-                graph = make_fx(self.eager[kind])(x)
-                kernel = torch.compile(graph, dynamic=False)
-                kernel(x)
-            except Exception as error:  # the compiler's failures have no common class
-                log.warning("torch.compile failed on the energy (%s); going on without it.", error)
-                kernel = self.eager[kind]
-            self.compiled[key] = kernel
+            self.compiled[key] = fuse(self.eager[kind], x)
         return self.compiled[key]
