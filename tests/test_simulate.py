@@ -1,5 +1,6 @@
 """Simulation: exact resume, the three methods on alanine dipeptide, and umbrella analysis against a known distribution."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def aldp():
     return load_system("aldp")
 
 
-def make_job(system, folder, method, duration):
+def make_job(system, folder, method, duration, engine="openmm"):
     job = Job(
         method=method,
         temperature=300.0,
@@ -47,6 +48,7 @@ def make_job(system, folder, method, duration):
         platform="auto",
         dihedral=system.dihedrals["phi"],
         options=OPTIONS[method],
+        engine=engine,
         **SHORT,
     )
     job.save(folder, system.openmm_system(), system.positions.double().numpy())
@@ -58,13 +60,19 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    ("method", "interruptions"), [("umbrella", (3, 33, 20)), ("replica_exchange", (3, 33, 20)), ("langevin", (2, 9, 8))]
+    ("method", "interruptions", "engine", "duration"),
+    [
+        ("umbrella", (3, 33, 20), "openmm", 2.0),
+        ("replica_exchange", (3, 33, 20), "openmm", 2.0),
+        ("langevin", (2, 9, 8), "openmm", 2.0),
+        ("umbrella", (3, 20), "torch", 1.0),
+    ],
 )
-def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions):
+def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions, engine, duration):
     """Interrupted after so many ticks: in the equilibration, and in the middle of segments."""
-    make_job(aldp, tmp_path / "whole", method, 2.0)
+    make_job(aldp, tmp_path / "whole", method, duration, engine)
     run_job(tmp_path / "whole")
-    make_job(aldp, tmp_path / "pieces", method, 2.0)
+    make_job(aldp, tmp_path / "pieces", method, duration, engine)
     for calls in interruptions:
         left = iter(range(calls))
 
@@ -79,8 +87,8 @@ def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, 
     run_job(tmp_path / "pieces")
     assert (tmp_path / "pieces" / "frames.bin").read_bytes() == (tmp_path / "whole" / "frames.bin").read_bytes()
     frames = read_frames(tmp_path / "whole")
-    assert frames["time"][-1] == pytest.approx(2.0)
-    assert len(np.unique(frames["energy"])) == len(frames) == 20 * (4 if method == "umbrella" else 1)
+    assert frames["time"][-1] == pytest.approx(duration)
+    assert len(np.unique(frames["energy"])) == len(frames) == round(10 * duration) * (4 if method == "umbrella" else 1)
 
 
 def test_killed_worker_resumes_exactly_and_extends(aldp, tmp_path):
@@ -120,12 +128,22 @@ def test_a_job_of_other_settings_is_refused(aldp, tmp_path):
         make_job(aldp, tmp_path, "umbrella", 2.0)
     with pytest.raises(UserError, match="force field"):
         make_job(load_system("aldp_amber96"), tmp_path, "langevin", 2.0)
+    with pytest.raises(UserError, match=r"other settings .*engine"):
+        make_job(aldp, tmp_path, "langevin", 2.0, "torch")
+    description = json.loads((tmp_path / "job.json").read_text())
+    assert description.pop("engine") == "openmm"  # as written before there were engines
+    (tmp_path / "job.json").write_text(json.dumps(description))
+    assert make_job(aldp, tmp_path, "langevin", 2.0) == Job.load(tmp_path)
 
 
-@pytest.mark.parametrize("method", list(OPTIONS))
-def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "engine"), [("umbrella", "openmm"), ("replica_exchange", "openmm"), ("langevin", "openmm"), ("replica_exchange", "torch")]
+)
+def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method, engine):
     options = {**OPTIONS[method], **SHORT}
-    dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options)
+    dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, engine=engine, **options)
+    assert dataset.meta["engine"] == engine
+    assert "engine" not in dataset.meta["settings"]  # the distribution does not depend on it
     assert not working_folder(tmp_path / "set").exists()
     assert len(dataset) == 2 * 10 * (4 if method == "umbrella" else 1)
     assert set(dataset.repeat) == {0, 1}

@@ -7,7 +7,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import stats
 
 from boltznce.config import load_system
 from boltznce.data.engine import GAS_CONSTANT, Job, dihedral_angle, read_frames, run_job, wrap
@@ -134,9 +134,9 @@ def total_energy(walkers, masses, x, v):
     return (energy + 0.5 * (masses * v.square()).sum((1, 2))).numpy()
 
 
-def conserved(aldp, thermal, timestep, dtype, duration=0.2, interval=0.01):
+def conserved(aldp, thermal, timestep, dtype, duration=0.1, interval=0.01):
     """Total energies (n, K) along a run without friction, from the same positions and velocities for every timestep."""
-    job = dataclasses.replace(JOB, timestep=timestep, friction=0.0)
+    job = dataclasses.replace(JOB, timestep=timestep, friction=0.0, compile=duration > 1)
     walkers = TorchWalkers(job, aldp.openmm_system(), np.full(4, 300.0), dtype=dtype)
     masses = job.timestep / walkers.kick.double()
     x, v = (array.copy() for array in thermal)
@@ -160,7 +160,7 @@ def test_energy_is_conserved_to_second_order_and_float32_suffices(aldp, thermal)
     assert errors[0.002] / errors[0.001] == pytest.approx(4, rel=0.15)
     assert errors[0.001] / errors[0.0005] == pytest.approx(4, rel=0.15)
     rounded = conserved(aldp, thermal, 0.0005, torch.float32)
-    assert rms(rounded - rounded[0] - (energies - energies[0])) < 0.1 * errors[0.0005]
+    assert rms(rounded - rounded[0] - (energies - energies[0])) < 1e-3  # kJ/mol; the error of 2 fs is 0.7
 
 
 @pytest.mark.slow
@@ -173,14 +173,13 @@ def test_float32_does_not_heat(aldp, thermal):
 
 def energy_moments(aldp, engine, duration, n=12, seed=0):
     """Mean and variance over time (2 n, 2) of the energy of n walkers at 300 K and n at 600 K, and their φ (frames, 2 n)."""
-    job = dataclasses.replace(JOB, engine=engine)
+    job = dataclasses.replace(JOB, engine=engine, compile=duration > 10)
     temperatures = np.repeat([300.0, 600.0], n)
     walkers = make_walkers(job, aldp.openmm_system(), temperatures)
     rng = np.random.default_rng(seed)
     walkers.reseed(rng)
     start = [walkers.prepare(k, aldp.positions.double().numpy(), rng, 1.0) for k in range(2 * n)]
     x, v = (np.stack(arrays) for arrays in zip(*start, strict=True))
-    walkers.run(x, v, 1.0)
     energies = np.array([walkers.run(x, v, 0.05) for _ in range(round(duration / 0.05))])
     return np.stack((energies.mean(0), energies.var(0)), axis=1)
 
@@ -196,7 +195,7 @@ def assert_equal_moments(aldp, duration):
 
 
 def test_energies_of_alanine_dipeptide_are_those_of_openmm(aldp):
-    assert_equal_moments(aldp, 2.0)
+    assert_equal_moments(aldp, 1.5)
 
 
 @pytest.mark.slow
@@ -210,7 +209,7 @@ def window_angles(aldp, folder, engine, duration, seed):
     job = dataclasses.replace(
         JOB, method="umbrella", duration=duration, frame_interval=0.5, segment_length=10.0, equilibration=20.0, seed=seed, options=options
     )
-    job = dataclasses.replace(job, engine=engine, dihedral=PHI)
+    job = dataclasses.replace(job, engine=engine, compile=True, dihedral=PHI)
     job.save(folder, aldp.openmm_system(), aldp.positions.double().numpy())
     run_job(folder)
     return read_frames(folder)["dihedral"].reshape(-1, 24)
@@ -270,16 +269,17 @@ def test_replica_exchange_keeps_every_temperature():
         return x, v, 0.5 * (x**2).sum((1, 2))
 
     sampler.walkers, sampler.shape = Drawn(draw), (3, 3, 3)
-    n = 20_000
+    n = 10_000
     x, v, moved = exchanges(sampler, n, seed=2)
     for low in (0, 1):
         pair = temperatures[low : low + 2] / 300.0
         gap = 1 / pair[0] - 1 / pair[1]
-        cold, hot = (stats.gamma(4.5, scale=t) for t in pair)
-        expected = integrate.dblquad(lambda e, f, a=cold, b=hot, g=gap: a.pdf(e) * b.pdf(f) * min(1, np.exp(g * (e - f))), 0, 90, 0, 60)[0]
+        grid = np.linspace(0.0, 100.0, 2001)
+        cold, hot = (stats.gamma(4.5, scale=t).pdf(grid) * grid[1] for t in pair)
+        expected = cold @ np.minimum(1, np.exp(gap * (grid[:, None] - grid))) @ hot
         tried = moved[low::2]
         assert tried[:, low].mean() == pytest.approx(expected, abs=4 * np.sqrt(0.25 / len(tried)))
-        assert not (moved[1 - low :: 2, 0 if low else 2]).any()  # at the end of the ladder, without a neighbour
+        assert not tried[:, 2 - 2 * low].any()  # at the end of the ladder, without a neighbour
     for sample in (x / np.sqrt(temperatures / 300.0)[:, None, None], v / np.sqrt(temperatures)[:, None, None]):
         squares = (sample**2).sum((2, 3))  # 9 on average, variance 18
         assert np.abs((squares.mean(0) - 9) / np.sqrt(18 / n)).max() < 4
@@ -288,7 +288,7 @@ def test_replica_exchange_keeps_every_temperature():
 
 def test_umbrella_exchange_keeps_every_window():
     """Without another potential windows are Gaussian: acceptance erfc(δ √(κ/kT) / 2), and no change in the distributions."""
-    n_windows, kappa, n = 12, 20.0, 10_000
+    n_windows, kappa, n = 12, 20.0, 5_000
     job = dataclasses.replace(
         JOB, method="umbrella", dihedral=(0, 1, 2, 3), options={"n_windows": n_windows, "kappa": kappa, "exchange_interval": 0.1}
     )
@@ -353,7 +353,8 @@ def test_compiled_step_is_the_eager_one(aldp, thermal):
     bias = Bias(PHI, 60.0, np.array([-2.0, -1.0, 1.0, 3.1]))
     ends = []
     for compile in (False, True):
-        walkers = TorchWalkers(JOB, aldp.openmm_system(), np.full(4, 300.0), bias, compile=compile)
+        job = dataclasses.replace(JOB, compile=compile)
+        walkers = TorchWalkers(job, aldp.openmm_system(), np.full(4, 300.0), bias)
         walkers.reseed(np.random.default_rng(0))
         a, b = (array.copy() for array in thermal)
         walkers.run(a, b, 0.02)

@@ -69,6 +69,7 @@ class Job:
     dihedral: tuple[int, int, int, int] | None = None
     options: dict = dataclasses.field(default_factory=dict)
     engine: str = "openmm"
+    compile: str | bool = "auto"  # of the torch engine
 
     @property
     def kT(self) -> float:

@@ -66,8 +66,8 @@ def simulate(
         method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
         duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an unfinished run.
         n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time (default: one a core).
-        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see `choose_engine`. Both sample
-            the same distribution.
+        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch, compiled as ``system.compile`` says; or
+            ``auto``, see `choose_engine`. Both sample the same distribution.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``.
         frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues from.
         timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow 2 fs.
@@ -111,6 +111,7 @@ def simulate(
             dihedral=atoms,
             options=options[method],
             engine=engine,
+            compile=system.compile,
         )
         for repeat in range(n_repeats)
     ]
@@ -295,7 +296,8 @@ def _identity(system) -> dict:
 def _settings(jobs: list[Job]) -> dict:
     """What the distribution of the frames depends on, in types that YAML keeps."""
     settings = json.loads(json.dumps(dataclasses.asdict(jobs[0])))
-    del settings["repeat"], settings["platform"], settings["engine"]
+    for name in ("repeat", "platform", "engine", "compile"):
+        del settings[name]
     return {**settings, "n_repeats": len(jobs)}
 
 

@@ -20,11 +20,8 @@ __all__ = ["TorchWalkers"]
 class TorchWalkers:
     """`Walkers` of the same distribution as OpenMM's: same scheme, timestep, masses and bias. OpenMM still prepares their structures.
 
-    float32 is enough: its rounding changes the energy by far less than a timestep of 1 fs does. Energies are computed in float64. A
-    continued run gives identical frames on a CPU, where sums have one order.
-
-    Args:
-        compile: fuse a whole step by torch.compile, as in `TorchForceField`.
+    float32 is enough: without friction its rounding changes the total energy of alanine dipeptide by 4e-4 kJ/mol, a timestep of 2 fs by
+    0.7. Energies are computed in float64. A continued run gives identical frames on a CPU; on a GPU sums have no fixed order.
     """
 
     def __init__(
@@ -35,11 +32,10 @@ class TorchWalkers:
         bias: Bias | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        compile: str | bool = "auto",
     ):
         self.job, self.system, self.temperatures, self.bias = job, system, temperatures, bias
         self.device = _device(job.repeat)
-        self.dtype, self.compile = dtype, compile
+        self.dtype = dtype
         self.field = TorchForceField(system, compile=False)  # before a bias becomes part of the system
         masses = self._tensor(heavy_hydrogens(system, job.hydrogen_mass))[:, None]
         self.half_step = 0.5 * job.timestep
@@ -65,7 +61,7 @@ class TorchWalkers:
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
         x, v = self._tensor(positions), self._tensor(velocities)
         if self._kernel is None:
-            self._kernel = fuse(self.step, x, v, torch.zeros_like(x)) if wants_compiling(self.compile) else self.step
+            self._kernel = fuse(self.step, x, v, torch.zeros_like(x)) if wants_compiling(self.job.compile) else self.step
         for _ in range(round(duration / self.job.timestep)):
             x, v = self._kernel(x, v, torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype))
         x = x - x.mean(1, keepdim=True)
