@@ -138,6 +138,9 @@ def simulate(
 def choose_engine(engine: str, system) -> str:
     """The engine that ``engine`` means for a system: ``auto`` is torch where there is a GPU, else OpenMM.
 
+    On one core a step of alanine dipeptide takes OpenMM 36 µs a walker, torch 30 with 24 walkers and 96 with 6, once it has compiled for
+    up to a minute, and 167 and 713 without (``compile=false``): too little to gain where simulations are short or walkers few.
+
     Raises UserError for an unknown engine, and for torch where the system's energy is not the torch energy.
     """
     if engine not in (*ENGINES, "auto"):

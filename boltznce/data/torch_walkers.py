@@ -43,7 +43,8 @@ class TorchWalkers:
         self.kept = math.exp(-job.friction * job.timestep)
         warmth = GAS_CONSTANT * self._tensor(temperatures)[:, None, None]
         self.spread = (-math.expm1(-2 * job.friction * job.timestep) * warmth / masses).sqrt()
-        self.centres = None if bias is None else self._tensor(bias.centres)
+        if bias is not None:
+            self.atoms, self.centres = torch.tensor(bias.atoms, device=self.device), self._tensor(bias.centres)
         self.generator = torch.Generator(self.device)
         self._kernel = None
         self._openmm = None
@@ -87,7 +88,7 @@ class TorchWalkers:
 
     def bias_energy(self, x: Tensor) -> Tensor:
         """(K,) in kJ/mol."""
-        difference = dihedral_angle(x[:, list(self.bias.atoms)]) - self.centres
+        difference = dihedral_angle(x.index_select(1, self.atoms)) - self.centres
         turns = (difference / (2 * math.pi)).round()
         return 0.5 * self.bias.kappa * (difference - 2 * math.pi * turns).square()
 
