@@ -207,7 +207,7 @@ def window_angles(aldp, folder, engine, duration, seed):
     """Dihedrals (frames, windows) of umbrella sampling with exchange."""
     options = {"n_windows": 24, "kappa": 60.0, "exchange_interval": 0.5}
     job = dataclasses.replace(
-        JOB, method="umbrella", duration=duration, frame_interval=0.5, segment_length=10.0, equilibration=20.0, seed=seed, options=options
+        JOB, method="umbrella", duration=duration, frame_interval=0.5, segment_length=10.0, equilibration=10.0, seed=seed, options=options
     )
     job = dataclasses.replace(job, engine=engine, compile=True, dihedral=PHI)
     job.save(folder, aldp.openmm_system(), aldp.positions.double().numpy())
@@ -220,7 +220,7 @@ def test_windows_of_alanine_dipeptide_are_those_of_openmm(aldp, tmp_path):
     """Mean and variance of φ about the centre in each of 24 windows, errors from 20 blocks of time."""
     moments = []
     for engine in ENGINES:
-        d = wrap(window_angles(aldp, tmp_path / engine, engine, 200.0, seed=1) - window_centres(24))
+        d = wrap(window_angles(aldp, tmp_path / engine, engine, 100.0, seed=1) - window_centres(24))
         blocks = d.reshape(20, -1, 24)
         moments.append(np.stack((blocks.mean(1), blocks.var(1)), axis=-1))
     error = np.sqrt(sum(m.var(0) for m in moments) / 19)
