@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import app, unit
 
 from boltznce.config import load_system
@@ -35,7 +36,7 @@ def aldp():
     return load_system("aldp")
 
 
-def make_job(system, folder, method, duration, engine="openmm"):
+def make_job(system, folder, method, duration, engine="openmm", **lengths):
     job = Job(
         method=method,
         temperature=300.0,
@@ -49,7 +50,7 @@ def make_job(system, folder, method, duration, engine="openmm"):
         dihedral=system.dihedrals["phi"],
         options=OPTIONS[method],
         engine=engine,
-        **SHORT,
+        **{**SHORT, **lengths},
     )
     job.save(folder, system.openmm_system(), system.positions.double().numpy())
     return job
@@ -60,19 +61,22 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    ("method", "interruptions", "engine", "duration"),
-    [
-        ("umbrella", (3, 33, 20), "openmm", 2.0),
-        ("replica_exchange", (3, 33, 20), "openmm", 2.0),
-        ("langevin", (2, 9, 8), "openmm", 2.0),
-        ("umbrella", (3, 20), "torch", 1.0),
-    ],
+    ("method", "interruptions"), [("umbrella", (3, 33, 20)), ("replica_exchange", (3, 33, 20)), ("langevin", (2, 9, 8))]
 )
-def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions, engine, duration):
+def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions):
     """Interrupted after so many ticks: in the equilibration, and in the middle of segments."""
-    make_job(aldp, tmp_path / "whole", method, duration, engine)
+    check_resume(aldp, tmp_path, method, interruptions, 2.0)
+
+
+def test_interrupted_torch_engine_gives_identical_frames(aldp, tmp_path):
+    """In the equilibration, and in the middle of the second segment."""
+    check_resume(aldp, tmp_path, "umbrella", (3, 14), 0.4, engine="torch", segment_length=0.2, equilibration=0.1)
+
+
+def check_resume(aldp, tmp_path, method, interruptions, duration, **settings):
+    make_job(aldp, tmp_path / "whole", method, duration, **settings)
     run_job(tmp_path / "whole")
-    make_job(aldp, tmp_path / "pieces", method, duration, engine)
+    make_job(aldp, tmp_path / "pieces", method, duration, **settings)
     for calls in interruptions:
         left = iter(range(calls))
 
@@ -136,14 +140,20 @@ def test_a_job_of_other_settings_is_refused(aldp, tmp_path):
     assert make_job(aldp, tmp_path, "langevin", 2.0) == Job.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("method", "engine"), [("umbrella", "openmm"), ("replica_exchange", "openmm"), ("langevin", "openmm"), ("replica_exchange", "torch")]
-)
-def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method, engine):
+def test_a_dataset_by_torch_has_true_energies_and_serves_in_place_of_openmms(aldp, tmp_path):
+    options = {"n_repeats": 1, "duration": 0.5, "progress": False, **OPTIONS["replica_exchange"], **SHORT}
+    dataset = simulate(aldp, tmp_path / "set", "replica_exchange", engine="torch", **options)
+    assert dataset.meta["engine"] == "torch"
+    expected = aldp.energy(torch.from_numpy(np.array(dataset.positions)).double())
+    np.testing.assert_allclose(dataset.energies, expected, rtol=0, atol=1e-6)
+    same = simulate(aldp, tmp_path / "set", "replica_exchange", engine="openmm", **options)
+    assert same.meta == dataset.meta
+
+
+@pytest.mark.parametrize("method", list(OPTIONS))
+def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
     options = {**OPTIONS[method], **SHORT}
-    dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, engine=engine, **options)
-    assert dataset.meta["engine"] == engine
-    assert "engine" not in dataset.meta["settings"]  # the distribution does not depend on it
+    dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options)
     assert not working_folder(tmp_path / "set").exists()
     assert len(dataset) == 2 * 10 * (4 if method == "umbrella" else 1)
     assert set(dataset.repeat) == {0, 1}
