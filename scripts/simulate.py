@@ -1,4 +1,4 @@
-"""Reference data by OpenMM. `python scripts/simulate.py system=aldp`; with reference=true also the system's reference free energy."""
+"""Reference data by simulation. `python scripts/simulate.py system=aldp`; with reference=true also the system's reference free energy."""
 
 import shlex
 import sys
@@ -25,6 +25,7 @@ def main(config: DictConfig) -> None:
         duration=config.duration,
         n_repeats=config.n_repeats,
         n_processes=config.n_processes,
+        engine=config.engine,
         seed=config.seed,
         **OmegaConf.to_container(config.settings),
     )

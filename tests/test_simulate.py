@@ -1,5 +1,6 @@
 """Simulation: exact resume, the three methods on alanine dipeptide, and umbrella analysis against a known distribution."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import app, unit
 
 from boltznce.config import load_system
@@ -34,7 +36,7 @@ def aldp():
     return load_system("aldp")
 
 
-def make_job(system, folder, method, duration):
+def make_job(system, folder, method, duration, engine="openmm", **lengths):
     job = Job(
         method=method,
         temperature=300.0,
@@ -47,7 +49,8 @@ def make_job(system, folder, method, duration):
         platform="auto",
         dihedral=system.dihedrals["phi"],
         options=OPTIONS[method],
-        **SHORT,
+        engine=engine,
+        **{**SHORT, **lengths},
     )
     job.save(folder, system.openmm_system(), system.positions.double().numpy())
     return job
@@ -62,9 +65,18 @@ class Interrupted(Exception):
 )
 def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, interruptions):
     """Interrupted after so many ticks: in the equilibration, and in the middle of segments."""
-    make_job(aldp, tmp_path / "whole", method, 2.0)
+    check_resume(aldp, tmp_path, method, interruptions, 2.0)
+
+
+def test_interrupted_torch_engine_gives_identical_frames(aldp, tmp_path):
+    """In the equilibration, and in the middle of the second segment."""
+    check_resume(aldp, tmp_path, "umbrella", (3, 14), 0.4, engine="torch", segment_length=0.2, equilibration=0.1)
+
+
+def check_resume(aldp, tmp_path, method, interruptions, duration, **settings):
+    make_job(aldp, tmp_path / "whole", method, duration, **settings)
     run_job(tmp_path / "whole")
-    make_job(aldp, tmp_path / "pieces", method, 2.0)
+    make_job(aldp, tmp_path / "pieces", method, duration, **settings)
     for calls in interruptions:
         left = iter(range(calls))
 
@@ -79,8 +91,8 @@ def test_interrupted_and_resumed_gives_identical_frames(aldp, tmp_path, method, 
     run_job(tmp_path / "pieces")
     assert (tmp_path / "pieces" / "frames.bin").read_bytes() == (tmp_path / "whole" / "frames.bin").read_bytes()
     frames = read_frames(tmp_path / "whole")
-    assert frames["time"][-1] == pytest.approx(2.0)
-    assert len(np.unique(frames["energy"])) == len(frames) == 20 * (4 if method == "umbrella" else 1)
+    assert frames["time"][-1] == pytest.approx(duration)
+    assert len(np.unique(frames["energy"])) == len(frames) == round(10 * duration) * (4 if method == "umbrella" else 1)
 
 
 def test_killed_worker_resumes_exactly_and_extends(aldp, tmp_path):
@@ -120,6 +132,22 @@ def test_a_job_of_other_settings_is_refused(aldp, tmp_path):
         make_job(aldp, tmp_path, "umbrella", 2.0)
     with pytest.raises(UserError, match="force field"):
         make_job(load_system("aldp_amber96"), tmp_path, "langevin", 2.0)
+    with pytest.raises(UserError, match=r"other settings .*engine"):
+        make_job(aldp, tmp_path, "langevin", 2.0, "torch")
+    description = json.loads((tmp_path / "job.json").read_text())
+    assert description.pop("engine") == "openmm"  # as written before there were engines
+    (tmp_path / "job.json").write_text(json.dumps(description))
+    assert make_job(aldp, tmp_path, "langevin", 2.0) == Job.load(tmp_path)
+
+
+def test_a_dataset_by_torch_has_true_energies_and_serves_in_place_of_openmms(aldp, tmp_path):
+    options = {"n_repeats": 1, "duration": 0.5, "progress": False, **OPTIONS["replica_exchange"], **SHORT}
+    dataset = simulate(aldp, tmp_path / "set", "replica_exchange", engine="torch", **options)
+    assert dataset.meta["engine"] == "torch"
+    expected = aldp.energy(torch.from_numpy(np.array(dataset.positions)).double())
+    np.testing.assert_allclose(dataset.energies, expected, rtol=0, atol=1e-6)
+    same = simulate(aldp, tmp_path / "set", "replica_exchange", engine="openmm", **options)
+    assert same.meta == dataset.meta
 
 
 @pytest.mark.parametrize("method", list(OPTIONS))

@@ -1,4 +1,4 @@
-"""What all simulations share: the job on disk, the OpenMM context, and a loop over segments that a kill cannot harm.
+"""What all simulations share: the job on disk, its frames, and a loop over segments that a kill cannot harm.
 
 A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds that depend only
 on (seed, repeat, segment), so a run that was killed and continued gives the same frames as one that was not.
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import openmm
@@ -26,9 +26,10 @@ __all__ = [
     "GAS_CONSTANT",
     "Job",
     "Sampler",
-    "Walker",
+    "Unstable",
     "dihedral_angle",
     "frame_dtype",
+    "named",
     "picoseconds_done",
     "read_frames",
     "run_job",
@@ -36,8 +37,6 @@ __all__ = [
 ]
 
 GAS_CONSTANT = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)
-BIAS_GROUP = 1  # OpenMM force group of everything that is not part of the molecule's own energy
-REFERENCE_PLATFORM_MAX_ATOMS = 100  # up to here the Reference platform is the fastest on a CPU
 LOCK_PATIENCE = 30.0  # s
 PROGRESS_INTERVAL = 1.0  # s
 SAMPLERS = {
@@ -51,7 +50,7 @@ SAMPLERS = {
 class Job:
     """One process's share of a simulation. Times in ps, temperature in K, masses in amu.
 
-    ``duration`` is per window (umbrella), per replica (replica exchange) or in all (Langevin), after the equilibration;
+    ``duration`` is per window (umbrella), replica (replica exchange) or trajectory (Langevin), after the equilibration;
     ``options`` are the settings of the method alone.
     """
 
@@ -69,6 +68,8 @@ class Job:
     platform: str
     dihedral: tuple[int, int, int, int] | None = None
     options: dict = dataclasses.field(default_factory=dict)
+    engine: str = "openmm"
+    compile: str | bool = "auto"  # of the torch engine
 
     @property
     def kT(self) -> float:
@@ -90,12 +91,12 @@ class Job:
 
     def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
         """Write the job to ``folder``; a folder with another simulation is refused, a shorter run of this one is extended."""
-        description = json.loads(json.dumps(dataclasses.asdict(self)))
         xml = openmm.XmlSerializer.serialize(system)
         path = folder / "job.json"
         if path.exists():
-            old = json.loads(path.read_text())
-            changed = sorted(key for key in description if key != "duration" and description[key] != old.get(key))
+            old = Job.load(folder)
+            names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
+            changed = sorted(name for name in names if getattr(self, name) != getattr(old, name))
             if (folder / "system.xml").read_text() != xml:
                 changed.append("the molecule or its force field")
             if changed:
@@ -104,7 +105,7 @@ class Job:
                     "delete the folder to start anew, or restore the settings to continue."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("system.xml", xml), ("job.json", json.dumps(description, indent=1))):
+        for name, text in (("system.xml", xml), ("job.json", json.dumps(dataclasses.asdict(self), indent=1))):
             with atomic_file(folder / name) as temporary:
                 temporary.write_text(text)
         if not (folder / "start.npy").exists():
@@ -119,6 +120,10 @@ class Job:
         return cls(**description)
 
 
+class Unstable(Exception):
+    """Energies that are not finite."""
+
+
 class Sampler(Protocol):
     """A method: K walkers with positions and velocities (K, n_atoms, 3) in nm and nm/ps. It calls ``tick(ps)`` after every few steps."""
 
@@ -131,6 +136,12 @@ class Sampler(Protocol):
         self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
     ) -> np.ndarray:
         """Move all walkers on by one segment, in place; return the frames (an array of ``frame_dtype``)."""
+
+
+def named(path: str) -> Any:
+    """What ``module:name`` names."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def frame_dtype(n_atoms: int) -> np.dtype:
@@ -149,64 +160,6 @@ def dihedral_angle(positions: np.ndarray, atoms: tuple[int, int, int, int]) -> n
     b1, b2, b3 = j - i, k - j, l - k
     n1, n2 = np.cross(b1, b2), np.cross(b2, b3)
     return np.arctan2(np.linalg.norm(b2, axis=-1) * (b1 * n2).sum(-1), (n1 * n2).sum(-1))
-
-
-class Walker:
-    """One OpenMM context that is lent to walker after walker: set positions and velocities, run, take them back."""
-
-    def __init__(self, system: openmm.System, job: Job, temperature: float | None = None):
-        if job.hydrogen_mass is not None:
-            for i in range(system.getNumParticles()):
-                if 0.5 < system.getParticleMass(i).value_in_unit(unit.dalton) < 1.5:
-                    system.setParticleMass(i, job.hydrogen_mass)
-        self.kT = job.kT
-        self.masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())])
-        self.timestep = job.timestep
-        self.integrator = openmm.LangevinMiddleIntegrator(
-            job.temperature if temperature is None else temperature, job.friction, job.timestep
-        )
-        self.integrator.setIntegrationForceGroups({0, BIAS_GROUP})
-        self.context = openmm.Context(system, self.integrator, *_platform(job.platform, system.getNumParticles()))
-
-    def reseed(self, rng: np.random.Generator) -> None:
-        """Give the integrator a new random stream. The Reference platform reads a seed only when a context is made."""
-        self.integrator.setRandomNumberSeed(int(rng.integers(1, 2**31 - 1)))
-        self.context.reinitialize()
-
-    def minimize(self, positions: np.ndarray, iterations: int = 200) -> np.ndarray:
-        self.context.setPositions(positions)
-        openmm.LocalEnergyMinimizer.minimize(self.context, 10.0, iterations)
-        return self.context.getState(getPositions=True).getPositions(asNumpy=True)._value
-
-    def thermal_velocities(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.standard_normal((len(self.masses), 3)) * np.sqrt(self.kT / self.masses)[:, None]
-
-    def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (mean-free) and velocities after ``duration`` ps."""
-        self.context.setPositions(positions)
-        self.context.setVelocities(velocities)
-        self.integrator.step(round(duration / self.timestep))
-        state = self.context.getState(getPositions=True, getVelocities=True)
-        positions = state.getPositions(asNumpy=True)._value
-        return positions - positions.mean(0), state.getVelocities(asNumpy=True)._value
-
-    def energy(self, positions: np.ndarray | None = None) -> float:
-        """The molecule's own energy in kT, of the context's positions or the given ones."""
-        if positions is not None:
-            self.context.setPositions(positions)
-        return self.context.getState(getEnergy=True, groups={0}).getPotentialEnergy()._value / self.kT
-
-
-def _platform(name: str, n_atoms: int) -> tuple:
-    """What to hand to ``openmm.Context``: nothing, for OpenMM's own choice of the fastest, or a platform and its properties."""
-    if name == "auto":
-        if n_atoms > REFERENCE_PLATFORM_MAX_ATOMS:
-            return ()
-        name = "Reference"
-    available = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
-    if name not in available:
-        raise UserError(f"OpenMM has no platform '{name}' here: choose platform=auto or one of {', '.join(available)}.")
-    return (openmm.Platform.getPlatformByName(name), {"Threads": "1"} if name == "CPU" else {})
 
 
 def picoseconds_done(folder: Path) -> float:
@@ -232,11 +185,12 @@ def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
     folder = Path(folder)
     job = Job.load(folder)
     system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
-    module, name = SAMPLERS[job.method].split(":")
     with _only_process(folder, alive):
-        sampler: Sampler = getattr(importlib.import_module(module), name)(job, system, np.load(folder / "start.npy"))
+        sampler: Sampler = named(SAMPLERS[job.method])(job, system, np.load(folder / "start.npy"))
         try:
             _run_segments(folder, job, sampler, frame_dtype(system.getNumParticles()), alive)
+        except Unstable as error:
+            raise _unstable(folder) from error
         except openmm.OpenMMException as error:
             if "NaN" not in str(error):
                 raise

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import openmm
 
-from boltznce.data.engine import Job, Walker, dihedral_angle, frame_dtype
+from boltznce.data.engine import Job, dihedral_angle, frame_dtype
+from boltznce.data.walkers import make_walkers
 
 __all__ = ["ReplicaExchangeSampler", "temperature_ladder"]
 
@@ -16,20 +17,20 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
 
 
 class ReplicaExchangeSampler:
-    """All replicas in one context. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps)."""
+    """One replica at each temperature of a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
         self.job, self.start = job, start
         self.temperatures = temperature_ladder(job.temperature, job.options["max_temperature"], job.options["n_replicas"])
         self.interval = job.options["exchange_interval"]
-        self.walker = Walker(system, job)
+        self.walkers = make_walkers(job, system, self.temperatures)
 
     def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
         """Every replica from the minimized structure, then with exchange for the equilibration time."""
-        self.walker.reseed(rng)
-        x = self.walker.minimize(self.start)
-        positions = np.stack([x for _ in self.temperatures])
-        velocities = np.stack([self.walker.thermal_velocities(rng) * np.sqrt(t / self.job.temperature) for t in self.temperatures])
+        self.walkers.reseed(rng)
+        positions, velocities = np.empty((2, len(self.temperatures), *self.start.shape))
+        for k in range(len(self.temperatures)):
+            positions[k], velocities[k] = self.walkers.prepare(k, self.start, rng)
         for block in range(round(self.job.equilibration / self.interval)):
             self._block(positions, velocities, block, rng, tick)
         return positions, velocities
@@ -38,7 +39,7 @@ class ReplicaExchangeSampler:
         self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
     ) -> np.ndarray:
         """One segment; frames of the lowest temperature, energies in kT of that temperature."""
-        self.walker.reseed(rng)
+        self.walkers.reseed(rng)
         n_blocks = round(self.job.segment_length / self.interval)
         stride = round(self.job.frame_interval / self.interval)
         frames = np.zeros(n_blocks // stride, dtype=frame_dtype(len(self.start)))
@@ -54,11 +55,7 @@ class ReplicaExchangeSampler:
 
     def _block(self, positions, velocities, block, rng, tick) -> tuple[np.ndarray, float]:
         """Run every replica, exchange neighbours by turns; the lowest replica's positions and energy before the exchange."""
-        energies = np.empty(len(self.temperatures))
-        for i, temperature in enumerate(self.temperatures):
-            self.walker.integrator.setTemperature(temperature)
-            positions[i], velocities[i] = self.walker.run(positions[i], velocities[i], self.interval)
-            energies[i] = self.walker.energy()
+        energies = self.walkers.run(positions, velocities, self.interval)
         tick(self.interval)
         target = positions[0].copy(), float(energies[0])
         reduced_beta = self.job.temperature / self.temperatures

@@ -12,7 +12,8 @@ import numpy as np
 import openmm
 from scipy.special import logsumexp
 
-from boltznce.data.engine import BIAS_GROUP, Job, Walker, dihedral_angle, frame_dtype, wrap
+from boltznce.data.engine import Job, dihedral_angle, frame_dtype, wrap
+from boltznce.data.walkers import Bias, make_walkers
 
 __all__ = ["Ring", "UmbrellaResult", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "window_centres"]
 
@@ -32,33 +33,27 @@ DRAG_TIME = 2.0  # ps in each window on the way around the circle
 
 
 class UmbrellaSampler:
-    """A ring of windows in one context. Options: ``n_windows`` (even), ``kappa`` (kJ/mol/rad²), ``exchange_interval`` (ps)."""
+    """A ring of windows. Options: ``n_windows`` (even), ``kappa`` (kJ/mol/rad²), ``exchange_interval`` (ps)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
         self.job, self.start = job, start
         self.n_windows, self.kappa = job.options["n_windows"], job.options["kappa"]
         self.interval = job.options["exchange_interval"]
         self.centres = window_centres(self.n_windows)
-        bias = openmm.CustomTorsionForce("0.5*kappa*d^2; d=min(a, 6.283185307179586-a); a=abs(theta-centre)")
-        bias.addGlobalParameter("kappa", self.kappa)
-        bias.addGlobalParameter("centre", 0.0)
-        bias.addTorsion(*job.dihedral, [])
-        bias.setForceGroup(BIAS_GROUP)
-        system.addForce(bias)
-        self.walker = Walker(system, job)
+        temperatures = np.full(self.n_windows, job.temperature)
+        self.walkers = make_walkers(job, system, temperatures, Bias(job.dihedral, self.kappa, self.centres))
 
     def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
         """Drag the dihedral from where it is around the circle, both ways, then run with exchange for the equilibration time."""
         positions, velocities = np.empty((2, self.n_windows, *self.start.shape))
         first = int(np.abs(wrap(self.centres - dihedral_angle(self.start, self.job.dihedral))).argmin())
         half = self.n_windows // 2
-        self.walker.reseed(rng)
+        self.walkers.reseed(rng)
         for path in (range(half + 1), range(0, half - self.n_windows, -1)):
             x = self.start
             for step in path:
                 window = (first + step) % self.n_windows
-                self.walker.context.setParameter("centre", self.centres[window])
-                x, v = self.walker.run(self.walker.minimize(x), self.walker.thermal_velocities(rng), DRAG_TIME)
+                x, v = self.walkers.prepare(window, x, rng, DRAG_TIME)
                 positions[window], velocities[window] = x, v
                 tick(0.0)
         for block in range(round(self.job.equilibration / self.interval)):
@@ -69,7 +64,7 @@ class UmbrellaSampler:
         self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
     ) -> np.ndarray:
         """One segment; frames are ordered by time, then window."""
-        self.walker.reseed(rng)
+        self.walkers.reseed(rng)
         n_blocks = round(self.job.segment_length / self.interval)
         stride = round(self.job.frame_interval / self.interval)
         frames = np.zeros((n_blocks // stride, self.n_windows), dtype=frame_dtype(len(self.start)))
@@ -83,15 +78,12 @@ class UmbrellaSampler:
 
     def _block(self, positions, velocities, block, rng, tick, frame=None) -> None:
         """Run every window for one exchange interval, record the frames, and exchange neighbours (even and odd pairs by turns)."""
-        for window, centre in enumerate(self.centres):
-            self.walker.context.setParameter("centre", centre)
-            positions[window], velocities[window] = self.walker.run(positions[window], velocities[window], self.interval)
-            if frame is not None:
-                frame["energy"][window] = self.walker.energy()
+        energies = self.walkers.run(positions, velocities, self.interval)
         tick(self.interval)
         angles = dihedral_angle(positions, self.job.dihedral)
         if frame is not None:
-            frame["positions"], frame["dihedral"], frame["window"] = positions, angles, np.arange(self.n_windows)
+            frame["positions"], frame["energy"] = positions, energies
+            frame["dihedral"], frame["window"] = angles, np.arange(self.n_windows)
         bias = bias_energies(angles, self.n_windows, self.kappa, self.job.kT)
         left = np.arange(block % 2, self.n_windows, 2)
         right = (left + 1) % self.n_windows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["FusedKernels", "energy_and_gradient"]
+__all__ = ["FusedKernels", "energy_and_gradient", "fuse"]
 
 log = logging.getLogger(__name__)
 Energy = Callable[[Tensor], Tensor]
@@ -22,6 +22,19 @@ def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     return values.detach(), gradient
 
 
+def fuse(function: Callable, *example: Tensor) -> Callable:
+    """``function`` compiled for tensors like the examples, gradients within it included; itself, with a warning, where that fails."""
+    function(*example)  # tables made at the first call are no part of the graph
+    try:
+        # torch.compile would not fuse a gradient with what it is of; once the operations of both are written out, it does
+        kernel = torch.compile(make_fx(lambda *inputs: function(*inputs))(*example), dynamic=False)
+        kernel(*example)
+    except Exception as error:  # the compiler's failures have no common class
+        log.warning("torch.compile failed on the energy (%s); going on without it.", error)
+        return function
+    return kernel
+
+
 class FusedKernels:
     """One compiled kernel for each kind of result, dtype and device, all for batches of one size; smaller ones are filled up.
 
@@ -30,7 +43,7 @@ class FusedKernels:
 
     def __init__(self, energy: Energy):
         self.eager = {
-            "energy": lambda x: energy(x),  # a plain function, which is what make_fx takes
+            "energy": energy,
             "energy_and_gradient": lambda x: energy_and_gradient(energy, x),
         }
         self.compiled = {}
@@ -49,13 +62,5 @@ class FusedKernels:
     def _kernel(self, kind: str, x: Tensor) -> Callable:
         key = (kind, x.dtype, x.device, len(x))
         if key not in self.compiled:
-            try:
-                # torch.compile would not fuse the gradient with the energy; once both are written out, it does
-                graph = make_fx(self.eager[kind])(x)
-                kernel = torch.compile(graph, dynamic=False)
-                kernel(x)
-            except Exception as error:  # the compiler's failures have no common class
-                log.warning("torch.compile failed on the energy (%s); going on without it.", error)
-                kernel = self.eager[kind]
-            self.compiled[key] = kernel
+            self.compiled[key] = fuse(self.eager[kind], x)
         return self.compiled[key]

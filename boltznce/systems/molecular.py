@@ -47,7 +47,8 @@ class MolecularSystem(System):
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
             in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
-        compile: fuse the ``torch`` energy by torch.compile: ``true``, ``false``, or ``auto`` (where there is a GPU).
+        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``, or ``auto`` (where
+            there is a GPU).
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
@@ -85,7 +86,7 @@ class MolecularSystem(System):
         if energy_backend not in BACKENDS:
             raise UserError(f"Unknown energy_backend {energy_backend!r}: choose one of {', '.join(BACKENDS)}.")
         self.name, self.temperature = name, float(temperature)
-        self.energy_backend = energy_backend
+        self.energy_backend, self.compile = energy_backend, compile
         self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
         self._openmm_topology, self._structure_nm = read_structure(structure)
         self._openmm_system = build_openmm_system(self._openmm_topology, list(forcefield), nonbonded_method, cutoff_nm)

@@ -1,0 +1,138 @@
+"""Walkers: what moves copies of a molecule on. The methods that exchange between walkers know no engine, and an engine no method."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+import openmm
+from openmm import unit
+
+from boltznce.data.engine import Job, Unstable, named
+from boltznce.errors import UserError
+
+__all__ = ["ENGINES", "Bias", "OpenMMWalkers", "Walkers", "heavy_hydrogens", "make_walkers"]
+
+ENGINES = {
+    "openmm": "boltznce.data.walkers:OpenMMWalkers",
+    "torch": "boltznce.data.torch_walkers:TorchWalkers",
+}
+BIAS_GROUP = 1  # OpenMM force group of everything that is not part of the molecule's own energy
+REFERENCE_PLATFORM_MAX_ATOMS = 100  # up to here the Reference platform is the fastest on a CPU
+MINIMIZER_TOLERANCE = 10.0  # kJ/mol/nm
+MINIMIZER_ITERATIONS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """Walker k feels kappa/2 (wrapped difference of its dihedral from centres[k])²; kJ/mol and rad."""
+
+    atoms: tuple[int, int, int, int]
+    kappa: float
+    centres: np.ndarray
+
+
+class Walkers(Protocol):
+    """K walkers, each at a temperature (K) and under a bias of its own; positions and velocities (K, n_atoms, 3) in nm and nm/ps.
+
+    They follow the Langevin middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)), whose velocities are those of half a
+    step before the positions.
+    """
+
+    def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None) -> None: ...
+
+    def reseed(self, rng: np.random.Generator) -> None:
+        """Start a random stream that depends on ``rng`` alone."""
+
+    def prepare(self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """A structure (n_atoms, 3) minimized under walker k's bias, and thermal velocities; both after ``duration`` ps by itself."""
+
+    def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
+        """Move all on by ``duration`` ps, in place, and make them mean-free; energies (K,) without bias, in kT of the job's temperature.
+
+        Raises Unstable for energies that are not finite.
+        """
+
+
+def make_walkers(job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None) -> Walkers:
+    """The walkers of the job's engine. ``system`` is changed."""
+    return named(ENGINES[job.engine])(job, system, temperatures, bias)
+
+
+def heavy_hydrogens(system: openmm.System, mass: float | None) -> np.ndarray:
+    """Give every hydrogen this mass (amu; None: leave them); the masses (n_atoms,) of all."""
+    for i in range(system.getNumParticles()):
+        if mass is not None and 0.5 < system.getParticleMass(i).value_in_unit(unit.dalton) < 1.5:
+            system.setParticleMass(i, mass)
+    return np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())])
+
+
+class OpenMMWalkers:
+    """One OpenMM context that is lent to walker after walker: set positions and velocities, run, take them back."""
+
+    def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None):
+        self.job, self.temperatures, self.bias = job, temperatures, bias
+        self.masses = heavy_hydrogens(system, job.hydrogen_mass)
+        if bias is not None:
+            system.addForce(bias_force(bias))
+        self.integrator = openmm.LangevinMiddleIntegrator(job.temperature, job.friction, job.timestep)
+        self.integrator.setIntegrationForceGroups({0, BIAS_GROUP})
+        self.context = openmm.Context(system, self.integrator, *_platform(job.platform, system.getNumParticles()))
+
+    def reseed(self, rng: np.random.Generator) -> None:
+        # The Reference platform reads a seed only when a context is made.
+        self.integrator.setRandomNumberSeed(int(rng.integers(1, 2**31 - 1)))
+        self.context.reinitialize()
+
+    def prepare(self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        self._lend_to(k)
+        self.context.setPositions(structure)
+        openmm.LocalEnergyMinimizer.minimize(self.context, MINIMIZER_TOLERANCE, MINIMIZER_ITERATIONS)
+        x = self.context.getState(getPositions=True).getPositions(asNumpy=True)._value
+        v = rng.standard_normal(x.shape) * np.sqrt(self.job.kT / self.masses)[:, None]
+        v = v * np.sqrt(self.temperatures[k] / self.job.temperature)
+        return self._move(x, v, duration) if duration else (x, v)
+
+    def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
+        energies = np.empty(len(positions))
+        for k in range(len(positions)):
+            self._lend_to(k)
+            positions[k], velocities[k] = self._move(positions[k], velocities[k], duration)
+            energies[k] = self.context.getState(getEnergy=True, groups={0}).getPotentialEnergy()._value / self.job.kT
+        if not np.isfinite(energies).all():
+            raise Unstable
+        return energies
+
+    def _lend_to(self, k: int) -> None:
+        self.integrator.setTemperature(self.temperatures[k])
+        if self.bias is not None:
+            self.context.setParameter("centre", self.bias.centres[k])
+
+    def _move(self, x: np.ndarray, v: np.ndarray, duration: float) -> tuple[np.ndarray, np.ndarray]:
+        self.context.setPositions(x)
+        self.context.setVelocities(v)
+        self.integrator.step(round(duration / self.job.timestep))
+        state = self.context.getState(getPositions=True, getVelocities=True)
+        x = state.getPositions(asNumpy=True)._value
+        return x - x.mean(0), state.getVelocities(asNumpy=True)._value
+
+
+def bias_force(bias: Bias) -> openmm.CustomTorsionForce:
+    """The bias around the context's parameter ``centre``."""
+    force = openmm.CustomTorsionForce("0.5*kappa*d^2; d=min(a, 6.283185307179586-a); a=abs(theta-centre)")
+    force.addGlobalParameter("kappa", bias.kappa)
+    force.addGlobalParameter("centre", 0.0)
+    force.addTorsion(*bias.atoms, [])
+    force.setForceGroup(BIAS_GROUP)
+    return force
+
+
+def _platform(name: str, n_atoms: int) -> tuple:
+    """What to hand to ``openmm.Context``: nothing, for OpenMM's own choice of the fastest, or a platform and its properties."""
+    if name == "auto":
+        if n_atoms > REFERENCE_PLATFORM_MAX_ATOMS:
+            return ()
+        name = "Reference"
+    available = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    if name not in available:
+        raise UserError(f"OpenMM has no platform '{name}' here: choose platform=auto or one of {', '.join(available)}.")
+    return (openmm.Platform.getPlatformByName(name), {"Threads": "1"} if name == "CPU" else {})
