@@ -15,11 +15,12 @@ import torch
 from openmm import app, unit
 
 from boltznce.config import load_system
-from boltznce.data.engine import GAS_CONSTANT, Job, dihedral_angle, read_frames, run_job, wrap
+from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
 from boltznce.data.reference import load_reference, make_reference, save_reference
 from boltznce.data.simulate import simulate, umbrella_result, working_folder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, bias_energies, largest_gap, window_centres
 from boltznce.errors import UserError
+from boltznce.units import GAS_CONSTANT
 
 ROOT = Path(__file__).parents[1]
 KT = GAS_CONSTANT * 300

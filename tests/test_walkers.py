@@ -10,13 +10,14 @@ import torch
 from scipy import stats
 
 from boltznce.config import load_system
-from boltznce.data.engine import GAS_CONSTANT, Job, dihedral_angle, read_frames, run_job, wrap
+from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
 from boltznce.data.replica_exchange import ReplicaExchangeSampler
 from boltznce.data.simulate import choose_engine
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.data.umbrella import UmbrellaSampler, bias_energies, window_centres
 from boltznce.data.walkers import ENGINES, Bias, OpenMMWalkers, make_walkers
 from boltznce.errors import UserError
+from boltznce.units import GAS_CONSTANT
 
 JOB = Job(
     method="langevin",

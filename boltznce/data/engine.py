@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import openmm
-from openmm import unit
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, full_disk_is_a_user_error
+from boltznce.units import GAS_CONSTANT
 
 __all__ = [
-    "GAS_CONSTANT",
     "Job",
     "Sampler",
     "Unstable",
@@ -36,7 +35,6 @@ __all__ = [
     "wrap",
 ]
 
-GAS_CONSTANT = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)
 LOCK_PATIENCE = 30.0  # s
 PROGRESS_INTERVAL = 1.0  # s
 SAMPLERS = {

@@ -20,13 +20,14 @@ from openmm import app
 from tqdm import tqdm
 
 from boltznce.data.dataset import Dataset
-from boltznce.data.engine import GAS_CONSTANT, SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames
+from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.io import require_free_space
 from boltznce.systems.workers import available_cores
+from boltznce.units import GAS_CONSTANT
 
 __all__ = ["choose_engine", "gather", "simulate", "umbrella_result", "working_folder"]
 

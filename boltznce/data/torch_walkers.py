@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from boltznce.compiling import wants_compiling
-from boltznce.data.engine import GAS_CONSTANT, Job, Unstable
+from boltznce.data.engine import Job, Unstable
 from boltznce.data.walkers import Bias, OpenMMWalkers, heavy_hydrogens
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.fused import energy_and_gradient, fuse
 from boltznce.systems.molecular import dihedral_angle
+from boltznce.units import GAS_CONSTANT
 
 __all__ = ["TorchWalkers"]
 

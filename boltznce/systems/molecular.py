@@ -19,10 +19,10 @@ from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.openmm_energy import OpenMMEnergy
 from boltznce.systems.peptides import build_peptide, looks_like_sequence
 from boltznce.systems.semiempirical import XTBEnergy
+from boltznce.units import GAS_CONSTANT
 
 __all__ = ["MolecularSystem"]
 
-GAS_CONSTANT = 0.00831446261815324  # kJ/mol/K
 STRUCTURES = Path(__file__).parent / "structures"
 BACKENDS = ("torch", "openmm", "xtb")
 XTB = ["GFN2-xTB", "ALPB water"]
