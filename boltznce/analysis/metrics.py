@@ -9,11 +9,13 @@ from boltznce.errors import UserError
 
 __all__ = [
     "LikelihoodAgreement",
-    "TorusDistance",
+    "SampledDistance",
     "energy_cut",
     "energy_w2",
     "energy_w2_floor",
     "likelihood_agreement",
+    "plane_w2",
+    "plane_w2_floor",
     "share_above",
     "torsion_kl",
     "torus_w2",
@@ -24,8 +26,8 @@ _MOST_PIVOTS = 10_000_000
 
 
 @dataclass(frozen=True)
-class TorusDistance:
-    """Wasserstein-2 distance in radians: ``mean`` and ``std`` over subsets of ``n_points`` each."""
+class SampledDistance:
+    """Wasserstein-2 distance (radians on the torus): ``mean`` and ``std`` over subsets of ``n_points`` each."""
 
     mean: float
     std: float
@@ -88,28 +90,43 @@ def torus_w2(
     n_points: int = 5000,
     n_subsets: int = 5,
     generator: np.random.Generator | None = None,
-) -> TorusDistance:
+) -> SampledDistance:
     """Wasserstein-2 distance (radians) on the torus between angles (n1, k) and (n2, k), differences wrapped to (-pi, pi].
 
     Exact optimal transport between subsets of ``n_points`` (at most n1, n2): drawn with replacement by weight where weights are given,
     else without. The value has a floor that falls with n_points: compare with :func:`torus_w2_floor` at the same n_points.
     BoltzNCE's code wraps differences modulo pi: its figures cannot be compared with these.
     """
-    generator = np.random.default_rng(0) if generator is None else generator
-    angles1, angles2 = np.asarray(angles1, dtype=np.float64), np.asarray(angles2, dtype=np.float64)
-    n = min(n_points, len(angles1), len(angles2))
-    if n == 0 or angles1.ndim != 2 or angles1.shape[1:] != angles2.shape[1:]:
-        raise UserError(f"A torus distance needs angles (n, k) on both sides: got {angles1.shape} and {angles2.shape}.")
-    distances = [_torus_assignment(_subset(angles1, w1, n, generator), _subset(angles2, w2, n, generator)) for _ in range(n_subsets)]
-    return TorusDistance(float(np.mean(distances)), float(np.std(distances)), n)
+    return _sampled_w2(angles1, angles2, w1, w2, n_points, n_subsets, generator, _torus_costs)
 
 
 def torus_w2_floor(
     angles: np.ndarray, n_points: int = 5000, n_subsets: int = 5, generator: np.random.Generator | None = None
-) -> TorusDistance:
+) -> SampledDistance:
     """T-W2 between the two halves of one set (n, k), in order of time."""
     half = len(angles) // 2
     return torus_w2(angles[:half], angles[half:], n_points=n_points, n_subsets=n_subsets, generator=generator)
+
+
+def plane_w2(
+    points1: np.ndarray,
+    points2: np.ndarray,
+    w1: np.ndarray | None = None,
+    w2: np.ndarray | None = None,
+    n_points: int = 5000,
+    n_subsets: int = 5,
+    generator: np.random.Generator | None = None,
+) -> SampledDistance:
+    """Wasserstein-2 distance of points (n1, k) and (n2, k), by Euclidean distances; otherwise as :func:`torus_w2`."""
+    return _sampled_w2(points1, points2, w1, w2, n_points, n_subsets, generator, _plane_costs)
+
+
+def plane_w2_floor(
+    points: np.ndarray, n_points: int = 5000, n_subsets: int = 5, generator: np.random.Generator | None = None
+) -> SampledDistance:
+    """W2 between the two halves of one set (n, k)."""
+    half = len(points) // 2
+    return plane_w2(points[:half], points[half:], n_points=n_points, n_subsets=n_subsets, generator=generator)
 
 
 def torsion_kl(
@@ -189,11 +206,30 @@ def _subset(angles: np.ndarray, weights: np.ndarray | None, n: int, generator: n
     return angles[generator.choice(len(angles), size=n, p=weights / weights.sum())]
 
 
-def _torus_assignment(a: np.ndarray, b: np.ndarray) -> float:
-    """( min over permutations of the mean squared wrapped distance )^(1/2) of (n, k) and (n, k)."""
+def _sampled_w2(points1, points2, w1, w2, n_points: int, n_subsets: int, generator, costs) -> SampledDistance:
+    """( min over permutations of the mean cost )^(1/2) of pairs of subsets; ``costs`` (n, k), (n, k) -> (n, n)."""
+    generator = np.random.default_rng(0) if generator is None else generator
+    points1, points2 = np.asarray(points1, dtype=np.float64), np.asarray(points2, dtype=np.float64)
+    n = min(n_points, len(points1), len(points2))
+    if n == 0 or points1.ndim != 2 or points1.shape[1:] != points2.shape[1:]:
+        raise UserError(f"A distance needs angles or points (n, k) on both sides: got {points1.shape} and {points2.shape}.")
+    uniform = np.full(n, 1.0 / n)
+    distances = []
+    for _ in range(n_subsets):
+        cost = costs(_subset(points1, w1, n, generator), _subset(points2, w2, n, generator))
+        distances.append(float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=_MOST_PIVOTS))))
+    return SampledDistance(float(np.mean(distances)), float(np.std(distances)), n)
+
+
+def _plane_costs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances."""
+    return ot.dist(a, b)
+
+
+def _torus_costs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared wrapped distances."""
     cost = np.zeros((len(a), len(b)))
     for i in range(a.shape[1]):
         distance = np.abs(_wrap(a[:, None, i]) - _wrap(b[None, :, i]))
         cost += np.minimum(distance, 2.0 * np.pi - distance) ** 2
-    uniform = np.full(len(a), 1.0 / len(a))
-    return float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=_MOST_PIVOTS)))
+    return cost

@@ -16,7 +16,7 @@ free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {va
                 one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
                 it counts as true.
 ess             {which weights: {ess, pareto_k, n}}, ess relative
-distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as TorusDistance has
+distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
 likelihood      the fields of LikelihoodAgreement
 timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
