@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import ot
+from scipy.special import logsumexp
 
 from boltznce.errors import UserError
 
 __all__ = [
+    "DensityErrors",
     "LikelihoodAgreement",
     "SampledDistance",
+    "density_errors",
     "energy_cut",
     "energy_w2",
     "energy_w2_floor",
@@ -47,6 +50,38 @@ class LikelihoodAgreement:
     pearson_r: float
     slope: float
     per_state: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class DensityErrors:
+    """A learned density against the true one on a grid, both normalized on it; KL divergences in nats.
+
+    ``reverse_kl``, KL(learned ‖ true), is infinite where the true density vanishes: then None, and ``leaked_mass`` tells how much of the
+    learned density lies there. ``mode_weight_error`` is Σ |learned - true| over ``mode_weights`` (learned, true).
+    """
+
+    forward_kl: float
+    reverse_kl: float | None
+    leaked_mass: float | None
+    mode_weight_error: float
+    mode_weights: list[tuple[float, float]]
+
+
+def density_errors(log_p: np.ndarray, log_q: np.ndarray, mode: np.ndarray, support: np.ndarray) -> DensityErrors:
+    """``log_p`` (true) and ``log_q`` (learned), up to constants, in the cells of a grid; ``mode`` numbers the mode of each cell and
+    ``support`` is where the true density is above zero; all (cells,).
+    """
+    log_p, log_q = (np.where(where, log - logsumexp(log[where]), log) for log, where in ((log_p, support), (log_q, np.full_like(support, True))))
+    p, q = np.where(support, np.exp(log_p), 0.0), np.exp(log_q)
+    weights = [np.bincount(mode, density, minlength=mode.max() + 1) for density in (q, p)]
+    everywhere = bool(support.all())
+    return DensityErrors(
+        forward_kl=float((p * (log_p - log_q))[support].sum()),
+        reverse_kl=float((q * (log_q - log_p)).sum()) if everywhere else None,
+        leaked_mass=None if everywhere else float(q[~support].sum()),
+        mode_weight_error=float(np.abs(weights[0] - weights[1]).sum()),
+        mode_weights=[(float(learned), float(true)) for learned, true in zip(*weights, strict=True)],
+    )
 
 
 def energy_cut(u_md: np.ndarray, quantile: float = 0.9999, margin: float = 50.0) -> float:

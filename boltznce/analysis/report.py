@@ -19,6 +19,7 @@ ess             {which weights: {ess, pareto_k, n}}, ess relative
 distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
 likelihood      the fields of LikelihoodAgreement
+density         the fields of DensityErrors
 timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
 notes           [sentence, ...]
 ==============  ==============================================================================================
@@ -36,7 +37,7 @@ from matplotlib.figure import Figure
 
 from boltznce.io import atomic_file
 
-__all__ = ["summary_table", "write_report"]
+__all__ = ["markdown_table", "summary_table", "write_report"]
 
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
@@ -47,11 +48,13 @@ _FREE_ENERGY_ROWS = {
 }
 _CAPTIONS = {
     "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
+    "plane": "Free energy over x and y, on one colour scale with one zero (the lowest bin of the first panel).",
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
-    "profile": "Free-energy profile along φ; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
+    "profile": "Free-energy profile along the state's coordinate; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, the mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",
+    "density": "The true density and the learned one, on one colour scale.",
 }
 
 
@@ -89,7 +92,7 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
 
     def section(heading: str, rows: list[list[str]], text: str = "") -> None:
         if rows:
-            parts.extend([f"## {heading}", *([text] if text else []), _markdown(rows)])
+            parts.extend([f"## {heading}", *([text] if text else []), markdown_table(rows)])
 
     where = f" of the state {results['state']}" if "state" in results else ""
     section(
@@ -113,8 +116,13 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
     section(
         "Distances to the reference data",
         _distance_rows(results),
-        "Wasserstein-2 distances of energies (kT) and of (φ, ψ) on the torus (rad). The floor is the distance between two halves of the "
+        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane. The floor is the distance between two halves of the "
         "reference data; the last column is (weighted − floor) / (unweighted − floor).",
+    )
+    section(
+        "Density on a grid",
+        _density_rows(results),
+        "Both densities normalized on the grid; divergences in nats. The mode-weight error is the sum of |learned - true| over the modes.",
     )
     section("Energies above the cut", _energy_cut_rows(results))
     section("EBM against exact likelihood", _likelihood_rows(results), "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.")
@@ -171,6 +179,14 @@ def _distance_rows(results: dict[str, Any]) -> list[list[str]]:
     return [["distance", "unweighted", "weighted", "floor", "excess ratio"], *rows] if rows else []
 
 
+def _density_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("density") or {}
+    names = {"forward_kl": "KL(true ‖ learned)", "reverse_kl": "KL(learned ‖ true)", "leaked_mass": "learned mass where there is none"}
+    names["mode_weight_error"] = "mode-weight error"
+    rows = [[name, _number(table.get(key), ".4f")] for key, name in names.items() if table.get(key) is not None]
+    return [["what", "value"], *rows] if rows else []
+
+
 def _energy_cut_rows(results: dict[str, Any]) -> list[list[str]]:
     table = results.get("energy_cut") or {}
     rows = [[name, _number(share, ".3%")] for name, share in (table.get("shares") or {}).items()]
@@ -203,7 +219,8 @@ def _key_value_rows(table: Mapping[str, Any] | None, key: str, value: str) -> li
     return [[key, value], *([name, _short(entry)] for name, entry in table.items())] if table else []
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the header."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -107,6 +107,10 @@ class PlaneSystem(System):
         """Normalized log-density (batch,) in the plane, float64."""
         return -self.energy(x.double()) - self.log_normalizer
 
+    def support(self, x: Tensor) -> Tensor:
+        """Where the density is above zero, (batch,): everywhere, but for the checkerboard."""
+        return torch.ones(len(x), dtype=torch.bool)
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` independent, exact draws (n, 1, 2), float32, on the generator's device.
 
@@ -345,6 +349,9 @@ class Checkerboard(PlaneSystem):
         column = torch.floor((r + self.half_width) / self.cell)
         on_board = ((column >= 0) & (column < self.n_cells)).all(-1)
         return on_board & (column.sum(-1) % 2 == 0)
+
+    def support(self, x: Tensor) -> Tensor:
+        return self.inside(x[:, 0])
 
     def potential(self, r: Tensor) -> Tensor:
         if torch.is_grad_enabled() and r.requires_grad:
