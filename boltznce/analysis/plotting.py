@@ -89,7 +89,7 @@ def plot_plane(panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 1
         surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
     zero = np.nanmin(next(iter(surfaces.values())))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.6), layout="constrained")
+        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.9), layout="constrained")
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
             mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)

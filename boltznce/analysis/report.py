@@ -20,6 +20,7 @@ distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, 
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
 likelihood      the fields of LikelihoodAgreement
 density         the fields of DensityErrors
+modes           {whose: [population of each mode]}, the exact ones first
 timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
 notes           [sentence, ...]
 ==============  ==============================================================================================
@@ -39,6 +40,7 @@ from boltznce.io import atomic_file
 
 __all__ = ["markdown_table", "summary_table", "write_report"]
 
+MOST_MODES = 12  # of a table of their populations
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
@@ -78,7 +80,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     """The figures that matter most, as lines for a terminal."""
     results = _plain(results, keep_infinities=True)
     lines = [" · ".join(str(results[key]) for key in ("system", "method", "budget") if key in results)]
-    for rows in (_free_energy_rows(results), _ess_rows(results), _distance_rows(results), _likelihood_rows(results), _timing_rows(results)):
+    sections = (_free_energy_rows, _ess_rows, _mode_rows, _distance_rows, _likelihood_rows, _timing_rows)
+    for rows in (rows_of(results) for rows_of in sections):
         if rows:
             widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
             lines.append("")
@@ -124,6 +127,7 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
         _density_rows(results),
         "Both densities normalized on the grid; divergences in nats. The mode-weight error is the sum of |learned - true| over the modes.",
     )
+    section("Populations of the modes", _mode_rows(results))
     section("Energies above the cut", _energy_cut_rows(results))
     section("EBM against exact likelihood", _likelihood_rows(results), "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.")
     section("Time", _timing_rows(results))
@@ -185,6 +189,17 @@ def _density_rows(results: dict[str, Any]) -> list[list[str]]:
     names["mode_weight_error"] = "mode-weight error"
     rows = [[name, _number(table.get(key), ".4f")] for key, name in names.items() if table.get(key) is not None]
     return [["what", "value"], *rows] if rows else []
+
+
+def _mode_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("modes") or {}
+    if not table:
+        return []
+    (name, exact), *others = table.items()
+    modes = [[str(k), _number(weight, ".4f"), *(_number(values[k], ".4f") for _, values in others)] for k, weight in enumerate(exact)]
+    errors = [_number(max(abs(a - b) for a, b in zip(values, exact, strict=True)), ".4f") for _, values in others]
+    shown = modes if len(modes) <= MOST_MODES else []
+    return [["mode", name, *(other for other, _ in others)], *shown, ["largest error", "", *errors]]
 
 
 def _energy_cut_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -32,9 +32,6 @@ from boltznce.systems.symmetry import is_trans
 
 __all__ = ["evaluate", "report", "summary"]
 
-HIGHEST_FREE_ENERGY = 25.0  # kT, of the profile's figure: above, samples are noise
-
-
 def evaluate(work: Workspace) -> dict:
     """Draw fresh samples with EBM weights, and give two subsets of them exact likelihoods.
 
@@ -84,7 +81,7 @@ def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.nda
             part = samples[subset[start : start + section.exact_batch_size]]
             begun = time.perf_counter()
             log_prob = flow.log_prob(
-                torch.from_numpy(np.ascontiguousarray(part.positions)).to(work.device),
+                torch.from_numpy(np.array(part.positions)).to(work.device),
                 solver=solver_settings(section.solver),
                 batch_size=section.exact_batch_size,
             )
@@ -97,7 +94,7 @@ def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.nda
 
 def _ebm_seconds(work: Workspace, samples: WeightedSamples, n: int = 4096) -> float:
     """Seconds a sample of the EBM's likelihood, in batches of the size that sampling uses."""
-    x = torch.from_numpy(np.ascontiguousarray(samples.positions[:n])).to(work.device)
+    x = torch.from_numpy(np.array(samples.positions[:n])).to(work.device)
     work.models.ebm.log_prob_in_batches(x)
     begun = time.perf_counter()
     work.models.ebm.log_prob_in_batches(x).cpu()
@@ -183,6 +180,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
                 "weighted": share_above(samples.energy, cut, samples.weights),
             },
         },
+        "modes": _mode_weights(system, samples),
         "likelihood": agreement,
         "timing": {
             "ebm_per_sample": cost["ebm_seconds_per_sample"],
@@ -215,7 +213,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
             reference_profile(reference),
             state,
             angle_name=symbol,
-            highest=HIGHEST_FREE_ENERGY,
+            highest=view.highest,
             limits=limits,
         ),
         "learning_curves": plotting.plot_learning_curves(_learning_curves(work.folder.path)),
@@ -247,6 +245,17 @@ def _held_out(work: Workspace) -> dict[str, np.ndarray]:
     n = work.config.evaluation.n_samples
     index = np.sort(boltzmann_indices(test.log_weights, n, work.numpy_generator("held out")))
     return {"energy": test.energies[index], "points": view_of(work.system).points(test.positions[index])}
+
+
+def _mode_weights(system, samples: WeightedSamples) -> dict[str, list[float]] | None:
+    """Populations of the modes, where they are known."""
+    if not hasattr(system, "mode_weights"):
+        return None
+    exact = system.mode_weights
+    mode = system.mode(torch.from_numpy(np.array(samples.positions))).numpy()
+    found = {"flow": None, "flow, weighted": samples.weights}
+    shares = {name: np.bincount(mode, weights, minlength=len(exact)) for name, weights in found.items()}
+    return {"exact": exact} | {name: counts / counts.sum() for name, counts in shares.items()}
 
 
 def _molecular_counts(counts: dict, drawn: WeightedSamples, samples: WeightedSamples) -> dict[str, int]:

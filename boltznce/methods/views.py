@@ -20,6 +20,7 @@ class TorsionView:
     data = "MD"
     figure = "ramachandran"
     distance = "T-W2 (rad)"
+    highest = 25.0  # kT, of the profile's figure: above, samples are noise
     symbols = {"phi": "φ", "psi": "ψ"}
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",)
 
@@ -46,6 +47,7 @@ class PlaneView:
     data = "data"
     figure = "plane"
     distance = "W2"
+    highest = 12.0  # kT, of the profile's figure
     symbols: Mapping[str, str] = {}
     notes = ()
 

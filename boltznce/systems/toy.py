@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 COORDINATES = ("angle", "diagonal", "x", "y")
-N_CELLS = 600  # of the table, along each side
+N_CELLS = 400  # of the table, along each side
 NEGLIGIBLE = 30.0  # kT above the lowest energy: what lies outside the table is as high or higher
 SEEN = 1e-11  # a bin of a profile with less probability is a gap
 
@@ -213,8 +213,9 @@ class GaussianMixture(PlaneSystem):
         self.log_weights = (weights.double() / weights.double().sum()).log()
 
     def potential(self, r: Tensor) -> Tensor:
-        squares = (r.unsqueeze(-2) - self.means.to(r)).square().sum(-1) / (2 * self.std**2)
-        return math.log(2 * math.pi * self.std**2) - torch.logsumexp(self.log_weights.to(r) - squares, dim=-1)
+        means = self.means.to(r)
+        squares = r.square().sum(-1, keepdim=True) - 2 * r @ means.T + means.square().sum(-1)
+        return math.log(2 * math.pi * self.std**2) - torch.logsumexp(self.log_weights.to(r) - squares / (2 * self.std**2), dim=-1)
 
     def mode(self, x: Tensor) -> Tensor:
         return torch.cdist(x[:, 0], self.means.to(x)).argmin(-1)
