@@ -71,7 +71,7 @@ def density_errors(log_p: np.ndarray, log_q: np.ndarray, mode: np.ndarray, suppo
     """``log_p`` (true) and ``log_q`` (learned), up to constants, in the cells of a grid; ``mode`` numbers the mode of each cell and
     ``support`` is where the true density is above zero; all (cells,).
     """
-    log_p, log_q = (np.where(where, log - logsumexp(log[where]), log) for log, where in ((log_p, support), (log_q, np.full_like(support, True))))
+    log_p, log_q = log_p - logsumexp(log_p[support]), log_q - logsumexp(log_q)
     p, q = np.where(support, np.exp(log_p), 0.0), np.exp(log_q)
     weights = [np.bincount(mode, density, minlength=mode.max() + 1) for density in (q, p)]
     everywhere = bool(support.all())

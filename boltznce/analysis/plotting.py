@@ -40,7 +40,7 @@ _STYLE = {
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
 _STATE_COLOUR = "#F0E442"
-_DENSITY_MAP = "magma_r"
+_DENSITY_MAP = "Blues"
 _ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
 _ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
 
@@ -101,29 +101,31 @@ def plot_plane(panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 1
     return figure
 
 
-def plot_densities(rows: Mapping[str, Mapping[str, np.ndarray]], boxes: Mapping[str, Box]) -> Figure:
+def plot_densities(
+    rows: Mapping[str, Mapping[str, np.ndarray]], boxes: Mapping[str, Box], notes: Mapping[tuple[str, str], str] | None = None
+) -> Figure:
     """Densities in the plane, rows = systems, columns = the true density and what was learned, on one linear colour scale a row.
 
     ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest value is the
-    darkest colour. ``boxes``: system -> the ranges of x and y.
+    darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below the panel.
     """
+    notes = notes or {}
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.75 * len(titles), 1.75 * len(rows) + 0.2), layout="constrained")
+        figure = Figure(figsize=(1.75 * len(titles), (1.95 if notes else 1.75) * len(rows) + 0.2), layout="constrained")
         axes = figure.subplots(len(rows), len(titles), squeeze=False)
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-        for row, (system, columns) in zip(axes, rows.items(), strict=True):
+        for number, (row, (system, columns)) in enumerate(zip(axes, rows.items(), strict=True)):
             box, highest = boxes[system], max(float(np.quantile(next(iter(columns.values())), 0.9999)), 1e-300)
             for ax, title in zip(row, titles, strict=True):
                 ax.set(aspect="equal", xticks=[], yticks=[])
                 for spine in ax.spines.values():
                     spine.set(visible=True, linewidth=0.6, color="0.6")
-                if row is axes[0]:
+                if number == 0:
                     ax.set_title(title)
+                ax.set_xlabel(notes.get((system, title), ""), fontsize=7.5, labelpad=2)
                 if title in columns:
-                    ax.imshow(
-                        columns[title].T, cmap=_DENSITY_MAP, vmin=0.0, vmax=highest, origin="lower", extent=(*box[0], *box[1]), aspect="equal"
-                    )
+                    ax.imshow(columns[title].T, cmap=_DENSITY_MAP, vmin=0.0, vmax=highest, origin="lower", extent=(*box[0], *box[1]))
                 else:
                     ax.set_axis_off()
             row[0].set_ylabel(system.replace("_", " "))
@@ -169,7 +171,7 @@ def plot_profiles(
     highest: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Free-energy profiles on the circle, or between ``limits``, with bands of 1.96 standard errors; the reference in black, the state shaded.
+    """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
 
     Where a curve has no standard error there is no band; gaps stay gaps.
     """

@@ -52,7 +52,7 @@ _CAPTIONS = {
     "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
     "plane": "Free energy over x and y, on one colour scale with one zero (the lowest bin of the first panel).",
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
-    "profile": "Free-energy profile along the state's coordinate; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
+    "profile": "Free-energy profile; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, the mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",
@@ -119,8 +119,8 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
     section(
         "Distances to the reference data",
         _distance_rows(results),
-        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane. The floor is the distance between two halves of the "
-        "reference data; the last column is (weighted − floor) / (unweighted − floor).",
+        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane. The floor is the "
+        "distance between two halves of the reference data; the last column is (weighted − floor) / (unweighted − floor).",
     )
     section(
         "Density on a grid",

@@ -18,5 +18,9 @@ def draw_dataset(system, folder: Path, n_samples: int, seed: int = 0) -> Dataset
     if not hasattr(system, "sample"):
         raise UserError(f"{system.name} cannot be drawn from exactly: give data.simulation, how to simulate it.")
     x = system.sample(n_samples, step_generator(seed, "data", 0))
-    meta = {"system": system.identity, "settings": {"method": "exact", "n_samples": n_samples, "seed": seed}, "date": date.today().isoformat()}
+    meta = {
+        "system": system.identity,
+        "settings": {"method": "exact", "n_samples": n_samples, "seed": seed},
+        "date": date.today().isoformat(),
+    }
     return Dataset.write(folder, x.numpy(), system.energy(x).double().numpy(), meta=meta)

@@ -1,4 +1,4 @@
-"""BoltzNCE (arXiv 2507.00846): a flow trained on data (MD, or exact draws in the plane), an EBM trained on the flow's draws, weights from the EBM's likelihood.
+"""BoltzNCE (arXiv 2507.00846): a flow trained on data, an EBM trained on the flow's draws, weights from the EBM's likelihood.
 
 Stages: data -> flow -> samples -> ebm -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
 """

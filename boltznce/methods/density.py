@@ -106,11 +106,12 @@ def draw_sweep(folder: Path) -> str:
 
     The figure shows the first seed of each system and objective, the table mean ± standard deviation over all seeds.
     """
-    runs = [_load(path.parent) for path in sorted(folder.rglob("density.npz")) if (path.parent / "metrics.json").exists()]
+    done = [path.parent for path in folder.rglob("density.npz") if (path.parent / "metrics.json").exists()]
+    runs = [_load(run) for run in sorted(done, key=lambda run: json.loads((run / "run.json").read_text())["started"])]
     if not runs:
         raise UserError(f"{folder} has no finished runs of method=density: give the folder of a sweep.")
     systems = list(dict.fromkeys(run["metrics"]["system"] for run in runs))
-    rows, table, boxes = {}, [], {}
+    rows, table, boxes, notes = {}, [], {}, {}
     for name in systems:
         here = [run for run in runs if run["metrics"]["system"] == name]
         rows[name], boxes[name] = {}, here[0]["box"]
@@ -120,6 +121,7 @@ def draw_sweep(folder: Path) -> str:
                 log_p, log_q = same[0]["log_p"], same[0]["log_q"]
                 rows[name] |= _densities(log_p, log_q, len(log_p), title)
                 table.append({"system": name, "objective": objective, "seeds": len(same), **_over_seeds(same)})
+                notes[name, title] = _note(table[-1])
     text = markdown_table(
         [["system", "objective", "seeds", *COLUMNS.values()]]
         + [[row["system"], row["objective"], str(row["seeds"]), *(_mean_and_std(row[key]) for key in COLUMNS)] for row in table]
@@ -129,7 +131,7 @@ def draw_sweep(folder: Path) -> str:
     with atomic_file(folder / "table.md") as path:
         path.write_text(text + "\n", encoding="utf-8")
     with atomic_file(folder / "figure.png") as path:
-        plotting.plot_densities(rows, boxes).savefig(path, format="png", dpi=200)
+        plotting.plot_densities(rows, boxes, notes).savefig(path, format="png", dpi=200)
     return f"{text}\n\nFigure: {folder / 'figure.png'}"
 
 
@@ -151,6 +153,13 @@ def _over_seeds(runs: list[dict]) -> dict[str, dict[str, float] | None]:
         spread = float(np.std(values, ddof=1)) if None not in values and len(values) > 1 else 0.0
         found[key] = None if None in values else {"mean": float(np.mean(values)), "std": spread}
     return found
+
+
+def _note(row: dict) -> str:
+    """What stands below a panel: the divergence, and the error of the mode weights or the leaked mass."""
+    other = "leaked_mass" if row["leaked_mass"] else "mode_weight_error"
+    name = "leak" if other == "leaked_mass" else "weights"
+    return f"KL {row['forward_kl']['mean']:.3f}   {name} {100 * row[other]['mean']:.1f}%"
 
 
 def _mean_and_std(entry: dict[str, float] | None) -> str:

@@ -32,6 +32,7 @@ from boltznce.systems.symmetry import is_trans
 
 __all__ = ["evaluate", "report", "summary"]
 
+
 def evaluate(work: Workspace) -> dict:
     """Draw fresh samples with EBM weights, and give two subsets of them exact likelihoods.
 
@@ -199,9 +200,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         "notes": _notes(work),
     }
     figures = {
-        view.figure: view.draw(
-            {view.data: (md["points"], None), "flow": (points, None), "flow, weighted": (points, samples.log_weights)}
-        ),
+        view.figure: view.draw({view.data: (md["points"], None), "flow": (points, None), "flow, weighted": (points, samples.log_weights)}),
         "energy_histograms": plotting.plot_energy_histograms(
             {view.data: (md["energy"], None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
         ),

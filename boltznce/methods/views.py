@@ -1,6 +1,7 @@
 """What is compared and drawn of positions: backbone torsions of a molecule, or the plane itself."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ class TorsionView:
     figure = "ramachandran"
     distance = "T-W2 (rad)"
     highest = 25.0  # kT, of the profile's figure: above, samples are noise
-    symbols = {"phi": "φ", "psi": "ψ"}
+    symbols: ClassVar = {"phi": "φ", "psi": "ψ"}
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",)
 
     def __init__(self, system: System) -> None:
@@ -48,7 +49,7 @@ class PlaneView:
     figure = "plane"
     distance = "W2"
     highest = 12.0  # kT, of the profile's figure
-    symbols: Mapping[str, str] = {}
+    symbols: ClassVar = {}
     notes = ()
 
     def __init__(self, system: System) -> None:

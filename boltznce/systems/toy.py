@@ -262,7 +262,7 @@ class RandomGaussians(GaussianMixture):
 
 
 class TwoMoons(GaussianMixture):
-    """Two interlocked half circles of radius 1, blurred by a Gaussian: a mixture of 32 Gaussians along each, about as far apart as they are wide."""
+    """Two interlocked half circles of radius 1, blurred: a mixture of 32 Gaussians along each, about as far apart as they are wide."""
 
     POINTS = 32
 
