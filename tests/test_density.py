@@ -14,6 +14,7 @@ from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose, fit_budget
 from boltznce.data.exact import draw_dataset
 from boltznce.methods.density import draw_sweep
+from boltznce.methods.free_energy import write_free_energy
 from boltznce.run import RunFolder, train
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +158,15 @@ def test_samples_of_the_line(line, tmp_path):
     assert np.isfinite(bz.free_energy_difference(angle, samples.log_weights, run.system.state[1], n_bootstrap=20).value)
 
 
+@pytest.mark.parametrize(("coordinate", "state", "words"), [(None, None, "< angle <"), ("x", (0.0, np.inf), "x > 0")])
+def test_free_energy_of_saved_samples(line, tmp_path, coordinate, state, words):
+    system = bz.load_run(line).system
+    write_free_energy(system, line / "samples" / "weighted", tmp_path, coordinate=coordinate, state=state, n_bootstrap=20)
+    assert words in (tmp_path / "report.md").read_text()
+    assert len(json.loads((tmp_path / "profile.json").read_text())["free_energy"]) == 72
+    assert (tmp_path / "figures" / "profile.png").exists()
+
+
 def test_data_of_other_settings_are_refused(line, tmp_path):
     data = bz.load_run(line).config.data.folder
     with pytest.raises(bz.UserError, match="another system"):
@@ -178,3 +188,22 @@ def test_there_is_nothing_to_simulate():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
     assert done.returncode == 2
     assert "nothing to simulate" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_truth_lies_in_the_interval_as_often_as_it_says(tmp_path):
+    """Twenty short runs of the whole line: exact ΔF in at least 17 of the 95% intervals, weighted populations within 0.01."""
+    short = ["flow.fit.steps=800", "ebm.fit.steps=600", "samples.n_train=16384", "evaluation.n_bootstrap=400", "evaluation.n_torus=500"]
+    inside, errors = {"ebm": 0, "corrected": 0}, []
+    for seed in range(20):
+        folder = run(tmp_path / str(seed), ["system=gaussians8", "budget=cpu", f"seed={seed}", f"data_dir={tmp_path / 'data'}", *short])
+        metrics = json.loads((folder / "metrics.json").read_text())
+        exact = metrics["free_energy"]["reference"]["value"]
+        for key in inside:
+            low, high = metrics["free_energy"][key]["interval"]
+            inside[key] += low <= exact <= high
+        weights = (np.array(metrics["modes"][key]) for key in ("exact", "flow, weighted"))
+        errors.append(float(np.abs(np.subtract(*weights)).max()))
+        print(seed, metrics["free_energy"]["corrected"], errors[-1])
+    assert inside["corrected"] >= 17, inside
+    assert max(errors) <= 0.01, errors
