@@ -146,6 +146,14 @@ def test_the_whole_line(line):
     assert "peptide" not in text
 
 
+@pytest.mark.parametrize("system", ["checkerboard", "mueller_brown", "two_moons"])
+def test_the_line_ends_on_other_systems(tmp_path, system):
+    tiny = ["flow.fit.steps=5", "ebm.fit.steps=5", "samples.n_train=256", "samples.n_validation=64", "evaluation.n_samples=256"]
+    tiny += ["evaluation.n_exact=32", "evaluation.n_correction=32", "evaluation.n_bootstrap=20", f"data_dir={tmp_path}"]
+    folder = run(tmp_path / "run", [f"system={system}", "budget=smoke", *tiny])
+    assert (folder / "report.md").exists()
+
+
 def test_samples_of_the_line(line, tmp_path):
     run = bz.load_run(line)
     samples = run.sample(100, likelihood="exact", seed=1)

@@ -142,7 +142,7 @@ def plot_energy_histograms(
     """
     first = np.asarray(next(iter(panels.values()))[0])
     if energy_range is None:
-        width = np.ptp(np.quantile(first, [0.001, 0.999]))
+        width = np.ptp(np.quantile(first, [0.001, 0.999])) or 1.0  # a flat energy has none
         medians = [np.median(energies) for energies, _ in panels.values()]
         energy_range = (float(np.quantile(first, 0.001) - 0.1 * width), float(max(np.quantile(first, 0.999), *medians) + 0.8 * width))
     edges = np.linspace(*energy_range, n_bins + 1)
