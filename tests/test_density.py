@@ -13,6 +13,7 @@ import boltznce as bz
 from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose, fit_budget
 from boltznce.data.exact import draw_dataset
+from boltznce.data.simulate import simulate
 from boltznce.methods.density import draw_sweep
 from boltznce.methods.free_energy import write_free_energy
 from boltznce.run import RunFolder, train
@@ -191,11 +192,9 @@ def test_exact_data_are_those_of_the_seed(tmp_path):
         draw_dataset(bz.load_system("aldp"), tmp_path / "aldp", 10)
 
 
-def test_there_is_nothing_to_simulate():
-    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), "system=gaussians8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 2
-    assert "nothing to simulate" in done.stderr
+def test_there_is_nothing_to_simulate(tmp_path):
+    with pytest.raises(bz.UserError, match="nothing to simulate in gaussians8"):
+        simulate(bz.load_system("gaussians8"), tmp_path / "data", duration=1.0)
 
 
 @pytest.mark.slow
