@@ -224,3 +224,14 @@ def test_profile_between_limits_is_a_histogram():
     np.testing.assert_allclose(outside.free_energy, profile.free_energy)
     with pytest.raises(UserError, match="kappa"):
         free_energy_profile(x, None, limits=(-2.0, 3.0), kappa=10.0)
+
+
+def test_repeated_draws_of_an_ebm_without_error_are_reliable():
+    generator = np.random.default_rng(0)
+    angle, log_weights = generator.uniform(-np.pi, np.pi, size=5000), generator.normal(scale=0.7, size=5000)
+    subset = choose_subset(angle, log_weights, 1000, generator, drawn_by="weights")
+    exact = generator.normal(size=len(np.unique(subset)))
+    ebm = exact + generator.normal(scale=0.05, size=len(exact))
+    place = np.searchsorted(np.unique(subset), subset)
+    found = corrected_free_energy_difference(angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100)
+    assert found.reliable, found.message

@@ -228,7 +228,8 @@ def corrected_free_energy_difference(
         sums = (term, base) if drawn_by == "uniform" else (term,)
         per_sample = [summands[first] + np.log(repeats) for summands in sums]
         effective.append(min(_effective_number(summands) for summands in per_sample))
-        tails.append(float(np.max([pareto_k(summands) for summands in per_sample])))  # NaN, unknown, wins
+        # the tail is that of the summands themselves: how often each was drawn makes steps of whole numbers, which have no tail
+        tails.append(float(np.max([pareto_k(summands[first]) for summands in sums])))  # NaN, unknown, wins
     diagnostics = {
         "n_state": len(np.unique(subset[members[0]])),
         "n_rest": len(np.unique(subset[members[1]])),
