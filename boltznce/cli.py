@@ -9,7 +9,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from boltznce.config import compose, config_dir, offer_sequences
+from boltznce.config import compose, config_dir, fit_budget, offer_sequences
 from boltznce.errors import UserError
 
 __all__ = ["launch"]
@@ -23,8 +23,10 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
     overrides = sys.argv[1:]
     try:
         given = _values(overrides)
-        if config_name == "train" and "budget" not in given:
+        if config_name == "train" and not {"budget", "experiment"} & given.keys():
             overrides = [*overrides, f"budget={'paper' if torch.cuda.is_available() else 'cpu'}"]
+        if config_name == "train":
+            overrides = fit_budget(overrides)
         if home in given and "hydra.run.dir" not in given:
             if not Path(given[home]).is_dir():
                 raise UserError(f"There is no run folder {given[home]}: give {home}= the folder of a run that train.py has started.")

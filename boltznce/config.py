@@ -16,7 +16,7 @@ from boltznce.errors import UserError
 from boltznce.systems.base import System
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
 
-__all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "offer_sequences"]
+__all__ = ["available", "build", "compose", "config_dir", "explain", "fit_budget", "load_system", "offer_sequences"]
 
 
 def config_dir() -> Path:
@@ -70,6 +70,53 @@ def _sequence_config(sequence: str) -> DictConfig:
     return config
 
 
+def fit_budget(overrides: Sequence[str]) -> list[str]:
+    """Overrides of ``train`` with the budget that fits method and system: ``budget=cpu`` may become ``budget=plane/cpu``.
+
+    A folder ``configs/budget/<method>`` has the budgets of a method, ``configs/budget/plane`` those of BoltzNCE for systems in the plane,
+    and ``configs/budget`` itself those of BoltzNCE for molecules. An experiment without a budget on the command line keeps its own.
+    """
+    folder = _budget_folder(overrides)
+    if folder is None:
+        return list(overrides)
+    given = [word.partition("=")[0] for word in overrides]
+    words = list(overrides) if "budget" in given or "experiment" in given else [*overrides, "budget=cpu"]
+    for i, word in enumerate(words):
+        key, _, names = word.partition("=")
+        if key == "budget":
+            files = {name: config_dir() / "budget" / folder / f"{name}.yaml" for name in names.split(",")}
+            words[i] = "budget=" + ",".join(f"{folder}/{name}" if file.is_file() else name for name, file in files.items())
+    return words
+
+
+def _budget_folder(overrides: Sequence[str]) -> str | None:
+    method = _chosen("method", overrides)
+    if method and (config_dir() / "budget" / method).is_dir():
+        return method
+    systems = (_chosen("system", overrides) or "").split(",")
+    return "plane" if all(_dimension(system) == 2 for system in systems) else None
+
+
+def _chosen(group: str, overrides: Sequence[str]) -> str | None:
+    """What the command line, or else the experiment that it names, chooses for a config group."""
+    given = dict(word.split("=", 1) for word in overrides if "=" in word and not word.startswith("-"))
+    experiment = config_dir() / "experiment" / f"{given.get('experiment')}.yaml"
+    if group in given or not experiment.is_file():
+        return given.get(group)
+    choices = [entry for entry in OmegaConf.load(experiment).get("defaults", []) if not isinstance(entry, str)]
+    return next((entry[f"override /{group}"] for entry in choices if f"override /{group}" in entry), None)
+
+
+def _dimension(system: str) -> int | None:
+    path = config_dir() / "system" / f"{system}.yaml"
+    return getattr(_target(OmegaConf.load(path)._target_), "dim", None) if path.is_file() else None
+
+
+def _target(path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def build(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
     """Call the config's ``_target_`` with its other keys as keywords; its own errors come through unwrapped.
 
@@ -80,13 +127,12 @@ def build(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
     target = settings.pop("_target_", None)
     if target is None:
         raise UserError("A config of something to be built needs the key _target_, the Python path of its class.")
-    module, _, attribute = target.rpartition(".")
-    factory = getattr(importlib.import_module(module), attribute)
+    factory = _target(target)
     signature = inspect.signature(factory)
     try:
         signature.bind(**settings)
     except TypeError as error:
-        raise UserError(f"{attribute} cannot be built: {error}; its settings are {', '.join(signature.parameters)}.") from error
+        raise UserError(f"{factory.__name__} cannot be built: {error}; its settings are {', '.join(signature.parameters)}.") from error
     return factory(**settings)
 
 
@@ -96,6 +142,8 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises UserError, listing what exists, for a choice or a key that does not.
     """
     offer_sequences(overrides)
+    if config_name == "train":
+        overrides = fit_budget(overrides)
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(config_dir())):
             return hydra.compose(config_name, overrides=list(overrides))

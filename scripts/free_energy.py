@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
             load_run(config.run, config.device).system,
             Path(config.samples),
             Path(config.output),
-            dihedral=config.dihedral,
+            coordinate=config.coordinate,
             state=state,
             n_bins=config.n_bins,
             n_bootstrap=config.n_bootstrap,

@@ -203,3 +203,35 @@ def test_profile_has_gaps_where_nothing_was_seen(kappa):
     near = np.abs(profile.centres) < 0.9
     assert (profile.free_energy[near] < 0.5).all()
     assert (profile.std_error[near] > 0.0).all()
+
+
+def test_half_lines_are_states_of_coordinates_that_are_no_angles():
+    x = np.array([-9.0, -0.5, 0.5, 7.0])
+    np.testing.assert_array_equal(in_state(x, (0.0, np.inf)), [False, False, True, True])
+    np.testing.assert_array_equal(in_state(x, (-np.inf, -1.0)), [True, False, False, False])
+    with pytest.raises(UserError, match="interval"):
+        in_state(x, (-np.inf, np.inf))
+
+
+def test_profile_between_limits_is_a_histogram():
+    x = np.random.default_rng(0).normal(size=50_000)
+    log_weights = 0.5 * x  # of a normal distribution around 0.5
+    profile = free_energy_profile(x, log_weights, n_bins=40, n_bootstrap=50, limits=(-2.0, 3.0))
+    assert profile.centres[0] == pytest.approx(-2.0 + 5.0 / 80)
+    expected = (profile.centres - 0.5) ** 2 / 2
+    assert np.abs(profile.free_energy - expected).max() < 0.1
+    outside = free_energy_profile(np.append(x, 100.0), np.append(log_weights, 0.0), n_bins=40, n_bootstrap=50, limits=(-2.0, 3.0))
+    np.testing.assert_allclose(outside.free_energy, profile.free_energy)
+    with pytest.raises(UserError, match="kappa"):
+        free_energy_profile(x, None, limits=(-2.0, 3.0), kappa=10.0)
+
+
+def test_repeated_draws_of_an_ebm_without_error_are_reliable():
+    generator = np.random.default_rng(0)
+    angle, log_weights = generator.uniform(-np.pi, np.pi, size=5000), generator.normal(scale=0.7, size=5000)
+    subset = choose_subset(angle, log_weights, 1000, generator, drawn_by="weights")
+    exact = generator.normal(size=len(np.unique(subset)))
+    ebm = exact + generator.normal(scale=0.05, size=len(exact))
+    place = np.searchsorted(np.unique(subset), subset)
+    found = corrected_free_energy_difference(angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100)
+    assert found.reliable, found.message

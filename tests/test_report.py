@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
-from boltznce.analysis.metrics import TorusDistance, likelihood_agreement
+from boltznce.analysis.metrics import SampledDistance, likelihood_agreement
 from boltznce.analysis.report import summary_table, write_report
 
 
@@ -31,7 +31,7 @@ def results():
         "ess": {"EBM": {"ess": np.float64(0.0123), "pareto_k": float("-inf"), "n": 500}},
         "distances": {
             "E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0},
-            "T-W2 (rad)": {"unweighted": TorusDistance(0.8, 0.01, 500), "weighted": TorusDistance(0.3, 0.01, 500)},
+            "T-W2 (rad)": {"unweighted": SampledDistance(0.8, 0.01, 500), "weighted": SampledDistance(0.3, 0.01, 500)},
         },
         "energy_cut": {"cut": 20.0, "shares": {"MD": 0.0, "flow": 0.25}},
         "likelihood": likelihood_agreement(exact + generator.normal(size=50), exact, n_bootstrap=50),

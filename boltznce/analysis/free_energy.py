@@ -1,6 +1,7 @@
-"""Free-energy differences and profiles along an angle, with uncertainties; all in kT.
+"""Free-energy differences and profiles along a coordinate, with uncertainties; all in kT.
 
-A state is an open interval of the angle, the rest is everything else: dF = -log( P(state) / P(rest) ).
+A state is an open interval of the coordinate, the rest is everything else: dF = -log( P(state) / P(rest) ). Coordinates are angles,
+and intervals lie on the circle, but for half lines: (0, inf) is a state of any coordinate.
 """
 
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class CorrectedFreeEnergyDifference:
 
 @dataclass(frozen=True)
 class FreeEnergyProfile:
-    """F in kT at ``centres`` (bins,) on the circle, minimum zero, NaN in gaps (angles never seen).
+    """F in kT at ``centres`` (bins,) on the circle or between limits, minimum zero, NaN in gaps (angles never seen).
 
     ``std_error`` is that of -log p(angle), p normalized; NaN in gaps and where most bootstrap replicates miss the bin.
     """
@@ -88,8 +89,14 @@ class FreeEnergyProfile:
 
 
 def in_state(angle: np.ndarray, state: tuple[float, float] = (0.0, 2.0)) -> np.ndarray:
-    """Mask (n,) of angles (radians) inside the open interval ``state``, which may reach across pi: (3.0, 4.0)."""
+    """Mask (n,) of angles (radians) inside the open interval ``state``, which may reach across pi: (3.0, 4.0).
+
+    With one infinite end the state is a half line, of a coordinate that is no angle: (0, inf), (-inf, 1.5).
+    """
     low, high = state
+    if np.isinf(low) != np.isinf(high):
+        values = np.asarray(angle, dtype=np.float64)
+        return (values > low) & (values < high)
     if not 0.0 < high - low < 2.0 * np.pi:
         raise UserError(f"A state is an interval (low, high) in radians, shorter than the circle: got {state}.")
     offset = np.mod(np.asarray(angle, dtype=np.float64) - low, 2.0 * np.pi)
@@ -221,7 +228,8 @@ def corrected_free_energy_difference(
         sums = (term, base) if drawn_by == "uniform" else (term,)
         per_sample = [summands[first] + np.log(repeats) for summands in sums]
         effective.append(min(_effective_number(summands) for summands in per_sample))
-        tails.append(float(np.max([pareto_k(summands) for summands in per_sample])))  # NaN, unknown, wins
+        # the tail is that of the summands themselves: how often each was drawn makes steps of whole numbers, which have no tail
+        tails.append(float(np.max([pareto_k(summands[first]) for summands in sums])))  # NaN, unknown, wins
     diagnostics = {
         "n_state": len(np.unique(subset[members[0]])),
         "n_rest": len(np.unique(subset[members[1]])),
@@ -267,17 +275,24 @@ def free_energy_profile(
     n_bootstrap: int = 200,
     n_blocks: int | None = None,
     seed: int = 0,
+    limits: tuple[float, float] | None = None,
 ) -> FreeEnergyProfile:
     """-log p(angle) in kT on ``n_bins`` bins of (-pi, pi]: a weighted histogram, or with ``kappa`` a von Mises kernel estimate.
 
     The kernel acts on the bins (keep them narrower than its width 1/sqrt(kappa)); a bin with nothing seen within one width is a gap.
+    ``limits`` are for a coordinate that is no angle: the histogram is that of the samples between them, and takes no kernel.
     """
     angle, log_weights = _checked(angle, log_weights)
+    if limits is not None:
+        if kappa is not None:
+            raise UserError("A profile between limits is a histogram: leave out kappa.")
+        log_weights = np.where((angle >= limits[0]) & (angle < limits[1]), log_weights, -np.inf)
+    low, high = (-np.pi, np.pi) if limits is None else limits
     weights = normalized_weights(log_weights)
-    bins = np.floor(np.mod(angle + np.pi, 2.0 * np.pi) * (n_bins / (2.0 * np.pi))).astype(np.int64) % n_bins
-    width = 2.0 * np.pi / n_bins
-    centres = -np.pi + width * (np.arange(n_bins) + 0.5)
-    offsets = width * np.arange(n_bins)
+    width = (high - low) / n_bins
+    bins = np.floor((angle - low) / width).astype(np.int64) % n_bins
+    centres = low + width * (np.arange(n_bins) + 0.5)
+    offsets = 2.0 * np.pi / n_bins * np.arange(n_bins)
     kernel = np.eye(1, n_bins)[0] if kappa is None else np.exp(kappa * (np.cos(offsets) - 1.0))
     kernel_spectrum = np.fft.rfft(kernel / kernel.sum())
 

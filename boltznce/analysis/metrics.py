@@ -4,16 +4,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import ot
+from scipy.special import logsumexp
 
 from boltznce.errors import UserError
 
 __all__ = [
+    "DensityErrors",
     "LikelihoodAgreement",
-    "TorusDistance",
+    "SampledDistance",
+    "density_errors",
     "energy_cut",
     "energy_w2",
     "energy_w2_floor",
     "likelihood_agreement",
+    "plane_w2",
+    "plane_w2_floor",
     "share_above",
     "torsion_kl",
     "torus_w2",
@@ -24,8 +29,8 @@ _MOST_PIVOTS = 10_000_000
 
 
 @dataclass(frozen=True)
-class TorusDistance:
-    """Wasserstein-2 distance in radians: ``mean`` and ``std`` over subsets of ``n_points`` each."""
+class SampledDistance:
+    """Wasserstein-2 distance (radians on the torus): ``mean`` and ``std`` over subsets of ``n_points`` each."""
 
     mean: float
     std: float
@@ -45,6 +50,38 @@ class LikelihoodAgreement:
     pearson_r: float
     slope: float
     per_state: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class DensityErrors:
+    """A learned density against the true one on a grid, both normalized on it; KL divergences in nats.
+
+    ``reverse_kl``, KL(learned ‖ true), is infinite where the true density vanishes: then None, and ``leaked_mass`` tells how much of the
+    learned density lies there. ``mode_weight_error`` is Σ |learned - true| over ``mode_weights`` (learned, true).
+    """
+
+    forward_kl: float
+    reverse_kl: float | None
+    leaked_mass: float | None
+    mode_weight_error: float
+    mode_weights: list[tuple[float, float]]
+
+
+def density_errors(log_p: np.ndarray, log_q: np.ndarray, mode: np.ndarray, support: np.ndarray) -> DensityErrors:
+    """``log_p`` (true) and ``log_q`` (learned), up to constants, in the cells of a grid; ``mode`` numbers the mode of each cell and
+    ``support`` is where the true density is above zero; all (cells,).
+    """
+    log_p, log_q = log_p - logsumexp(log_p[support]), log_q - logsumexp(log_q)
+    p, q = np.where(support, np.exp(log_p), 0.0), np.exp(log_q)
+    weights = [np.bincount(mode, density, minlength=mode.max() + 1) for density in (q, p)]
+    everywhere = bool(support.all())
+    return DensityErrors(
+        forward_kl=float((p * (log_p - log_q))[support].sum()),
+        reverse_kl=float((q * (log_q - log_p)).sum()) if everywhere else None,
+        leaked_mass=None if everywhere else float(q[~support].sum()),
+        mode_weight_error=float(np.abs(weights[0] - weights[1]).sum()),
+        mode_weights=[(float(learned), float(true)) for learned, true in zip(*weights, strict=True)],
+    )
 
 
 def energy_cut(u_md: np.ndarray, quantile: float = 0.9999, margin: float = 50.0) -> float:
@@ -88,28 +125,43 @@ def torus_w2(
     n_points: int = 5000,
     n_subsets: int = 5,
     generator: np.random.Generator | None = None,
-) -> TorusDistance:
+) -> SampledDistance:
     """Wasserstein-2 distance (radians) on the torus between angles (n1, k) and (n2, k), differences wrapped to (-pi, pi].
 
     Exact optimal transport between subsets of ``n_points`` (at most n1, n2): drawn with replacement by weight where weights are given,
     else without. The value has a floor that falls with n_points: compare with :func:`torus_w2_floor` at the same n_points.
     BoltzNCE's code wraps differences modulo pi: its figures cannot be compared with these.
     """
-    generator = np.random.default_rng(0) if generator is None else generator
-    angles1, angles2 = np.asarray(angles1, dtype=np.float64), np.asarray(angles2, dtype=np.float64)
-    n = min(n_points, len(angles1), len(angles2))
-    if n == 0 or angles1.ndim != 2 or angles1.shape[1:] != angles2.shape[1:]:
-        raise UserError(f"A torus distance needs angles (n, k) on both sides: got {angles1.shape} and {angles2.shape}.")
-    distances = [_torus_assignment(_subset(angles1, w1, n, generator), _subset(angles2, w2, n, generator)) for _ in range(n_subsets)]
-    return TorusDistance(float(np.mean(distances)), float(np.std(distances)), n)
+    return _sampled_w2(angles1, angles2, w1, w2, n_points, n_subsets, generator, _torus_costs)
 
 
 def torus_w2_floor(
     angles: np.ndarray, n_points: int = 5000, n_subsets: int = 5, generator: np.random.Generator | None = None
-) -> TorusDistance:
+) -> SampledDistance:
     """T-W2 between the two halves of one set (n, k), in order of time."""
     half = len(angles) // 2
     return torus_w2(angles[:half], angles[half:], n_points=n_points, n_subsets=n_subsets, generator=generator)
+
+
+def plane_w2(
+    points1: np.ndarray,
+    points2: np.ndarray,
+    w1: np.ndarray | None = None,
+    w2: np.ndarray | None = None,
+    n_points: int = 5000,
+    n_subsets: int = 5,
+    generator: np.random.Generator | None = None,
+) -> SampledDistance:
+    """Wasserstein-2 distance of points (n1, k) and (n2, k), by Euclidean distances; otherwise as :func:`torus_w2`."""
+    return _sampled_w2(points1, points2, w1, w2, n_points, n_subsets, generator, _plane_costs)
+
+
+def plane_w2_floor(
+    points: np.ndarray, n_points: int = 5000, n_subsets: int = 5, generator: np.random.Generator | None = None
+) -> SampledDistance:
+    """W2 between the two halves of one set (n, k)."""
+    half = len(points) // 2
+    return plane_w2(points[:half], points[half:], n_points=n_points, n_subsets=n_subsets, generator=generator)
 
 
 def torsion_kl(
@@ -189,11 +241,30 @@ def _subset(angles: np.ndarray, weights: np.ndarray | None, n: int, generator: n
     return angles[generator.choice(len(angles), size=n, p=weights / weights.sum())]
 
 
-def _torus_assignment(a: np.ndarray, b: np.ndarray) -> float:
-    """( min over permutations of the mean squared wrapped distance )^(1/2) of (n, k) and (n, k)."""
+def _sampled_w2(points1, points2, w1, w2, n_points: int, n_subsets: int, generator, costs) -> SampledDistance:
+    """( min over permutations of the mean cost )^(1/2) of pairs of subsets; ``costs`` (n, k), (n, k) -> (n, n)."""
+    generator = np.random.default_rng(0) if generator is None else generator
+    points1, points2 = np.asarray(points1, dtype=np.float64), np.asarray(points2, dtype=np.float64)
+    n = min(n_points, len(points1), len(points2))
+    if n == 0 or points1.ndim != 2 or points1.shape[1:] != points2.shape[1:]:
+        raise UserError(f"A distance needs angles or points (n, k) on both sides: got {points1.shape} and {points2.shape}.")
+    uniform = np.full(n, 1.0 / n)
+    distances = []
+    for _ in range(n_subsets):
+        cost = costs(_subset(points1, w1, n, generator), _subset(points2, w2, n, generator))
+        distances.append(float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=_MOST_PIVOTS))))
+    return SampledDistance(float(np.mean(distances)), float(np.std(distances)), n)
+
+
+def _plane_costs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances."""
+    return ot.dist(a, b)
+
+
+def _torus_costs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared wrapped distances."""
     cost = np.zeros((len(a), len(b)))
     for i in range(a.shape[1]):
         distance = np.abs(_wrap(a[:, None, i]) - _wrap(b[None, :, i]))
         cost += np.minimum(distance, 2.0 * np.pi - distance) ** 2
-    uniform = np.full(len(a), 1.0 / len(a))
-    return float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=_MOST_PIVOTS)))
+    return cost

@@ -11,10 +11,12 @@ from boltznce.analysis.free_energy import FreeEnergyProfile
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
 
 __all__ = [
+    "plot_densities",
     "plot_energy_cost",
     "plot_energy_histograms",
     "plot_learning_curves",
     "plot_likelihood_agreement",
+    "plot_plane",
     "plot_profiles",
     "plot_ramachandran",
     "plot_weights",
@@ -39,10 +41,12 @@ _STYLE = {
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
 _STATE_COLOUR = "#F0E442"
+_DENSITY_MAP = "Blues"
 _ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
 _ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
 
 AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
+Box = tuple[tuple[float, float], tuple[float, float]]
 
 
 def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, highest: float = 10.0) -> Figure:
@@ -73,6 +77,62 @@ def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, 
     return figure
 
 
+def plot_plane(panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 100, highest: float = 8.0) -> Figure:
+    """Free energy -log p(x, y) in kT of samples in the plane; ``panels``: title -> (points (n, 2), log weights or None).
+
+    The zero of every panel is the lowest bin of the first one, the exact draws, so that equal colours are equal densities.
+    """
+    edges = [np.linspace(*side, n_bins + 1) for side in box]
+    surfaces = {}
+    for title, (points, log_weights) in panels.items():
+        weights = normalized_weights(np.zeros(len(points)) if log_weights is None else log_weights)
+        histogram = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights)[0]
+        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
+    zero = np.nanmin(next(iter(surfaces.values())))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
+            mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
+            ax.set(title=title, xlabel="x", aspect="equal", xlim=box[0], ylim=box[1])
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        axes[0].set_ylabel("y")
+        figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
+    return figure
+
+
+def plot_densities(
+    rows: Mapping[str, Mapping[str, np.ndarray]], boxes: Mapping[str, Box], notes: Mapping[tuple[str, str], str] | None = None
+) -> Figure:
+    """Densities in the plane, rows = systems, columns = the true density and what was learned, on one linear colour scale a row.
+
+    ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest value is the
+    darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below the panel.
+    """
+    notes = notes or {}
+    titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.75 * len(titles), (1.95 if notes else 1.75) * len(rows) + 0.2), layout="constrained")
+        axes = figure.subplots(len(rows), len(titles), squeeze=False)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+        for number, (row, (system, columns)) in enumerate(zip(axes, rows.items(), strict=True)):
+            box, highest = boxes[system], max(float(np.quantile(next(iter(columns.values())), 0.9999)), 1e-300)
+            for ax, title in zip(row, titles, strict=True):
+                ax.set(aspect="equal", xticks=[], yticks=[])
+                for spine in ax.spines.values():
+                    spine.set(visible=True, linewidth=0.6, color="0.6")
+                if number == 0:
+                    ax.set_title(title)
+                ax.set_xlabel(notes.get((system, title), ""), fontsize=7.5, labelpad=2)
+                if title in columns:
+                    ax.imshow(columns[title].T, cmap=_DENSITY_MAP, vmin=0.0, vmax=highest, origin="lower", extent=(*box[0], *box[1]))
+                else:
+                    ax.set_axis_off()
+            row[0].set_ylabel(system.replace("_", " "))
+    return figure
+
+
 def plot_energy_histograms(
     panels: Mapping[str, AnglesAndWeights], n_bins: int = 100, energy_range: tuple[float, float] | None = None
 ) -> Figure:
@@ -83,7 +143,7 @@ def plot_energy_histograms(
     """
     first = np.asarray(next(iter(panels.values()))[0])
     if energy_range is None:
-        width = np.ptp(np.quantile(first, [0.001, 0.999]))
+        width = np.ptp(np.quantile(first, [0.001, 0.999])) or 1.0  # a flat energy has none
         medians = [np.median(energies) for energies, _ in panels.values()]
         energy_range = (float(np.quantile(first, 0.001) - 0.1 * width), float(max(np.quantile(first, 0.999), *medians) + 0.8 * width))
     edges = np.linspace(*energy_range, n_bins + 1)
@@ -110,8 +170,9 @@ def plot_profiles(
     state: tuple[float, float] | None = (0.0, 2.0),
     angle_name: str = "φ",
     highest: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Free-energy profiles on the circle with bands of 1.96 standard errors; the reference in black, the state shaded.
+    """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
 
     Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps.
     """
@@ -119,7 +180,7 @@ def plot_profiles(
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
         if state is not None:
-            ax.axvspan(*state, color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
+            ax.axvspan(*(np.clip(state, *limits) if limits else state), color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
         for position, (label, profile) in enumerate(curves.items()):
             is_reference = reference is not None and position == 0
             colour = _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
@@ -128,8 +189,10 @@ def plot_profiles(
             ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
             ax.plot(profile.centres, values, color=colour, label=label, linewidth=2.0 if is_reference else 1.3)
         top = max(float(np.nanmax(profile.free_energy)) for profile in curves.values()) if highest is None else highest
-        ax.set(xlabel=f"{angle_name} (rad)", ylabel="free energy (kT)", xlim=(-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
-        ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+        ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
+        if limits is None:
+            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+        ax.set_xlabel(f"{angle_name} (rad)" if limits is None else angle_name)
         _legend_above(ax)
     return figure
 

@@ -16,9 +16,11 @@ free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {va
                 one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
                 it counts as true.
 ess             {which weights: {ess, pareto_k, n}}, ess relative
-distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as TorusDistance has
+distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
 likelihood      the fields of LikelihoodAgreement
+density         the fields of DensityErrors
+modes           {whose: [population of each mode]}, the exact ones first
 timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
 notes           [sentence, ...]
 ==============  ==============================================================================================
@@ -36,8 +38,9 @@ from matplotlib.figure import Figure
 
 from boltznce.io import atomic_file
 
-__all__ = ["summary_table", "write_report"]
+__all__ = ["markdown_table", "summary_table", "write_report"]
 
+MOST_MODES = 12  # of a table of their populations
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
@@ -47,11 +50,13 @@ _FREE_ENERGY_ROWS = {
 }
 _CAPTIONS = {
     "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
+    "plane": "Free energy over x and y, on one colour scale with one zero (the lowest bin of the first panel).",
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
-    "profile": "Free-energy profile along φ; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
+    "profile": "Free-energy profile; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, the mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",
+    "density": "The true density and the learned one, on one colour scale.",
 }
 
 
@@ -75,7 +80,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     """The figures that matter most, as lines for a terminal."""
     results = _plain(results, keep_infinities=True)
     lines = [" · ".join(str(results[key]) for key in ("system", "method", "budget") if key in results)]
-    for rows in (_free_energy_rows(results), _ess_rows(results), _distance_rows(results), _likelihood_rows(results), _timing_rows(results)):
+    sections = (_free_energy_rows, _ess_rows, _mode_rows, _distance_rows, _likelihood_rows, _timing_rows)
+    for rows in (rows_of(results) for rows_of in sections):
         if rows:
             widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
             lines.append("")
@@ -89,7 +95,7 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
 
     def section(heading: str, rows: list[list[str]], text: str = "") -> None:
         if rows:
-            parts.extend([f"## {heading}", *([text] if text else []), _markdown(rows)])
+            parts.extend([f"## {heading}", *([text] if text else []), markdown_table(rows)])
 
     where = f" of the state {results['state']}" if "state" in results else ""
     section(
@@ -113,9 +119,15 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
     section(
         "Distances to the reference data",
         _distance_rows(results),
-        "Wasserstein-2 distances of energies (kT) and of (φ, ψ) on the torus (rad). The floor is the distance between two halves of the "
-        "reference data; the last column is (weighted − floor) / (unweighted − floor).",
+        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane. The floor is the "
+        "distance between two halves of the reference data; the last column is (weighted − floor) / (unweighted − floor).",
     )
+    section(
+        "Density on a grid",
+        _density_rows(results),
+        "Both densities normalized on the grid; divergences in nats. The mode-weight error is the sum of |learned - true| over the modes.",
+    )
+    section("Populations of the modes", _mode_rows(results))
     section("Energies above the cut", _energy_cut_rows(results))
     section("EBM against exact likelihood", _likelihood_rows(results), "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.")
     section("Time", _timing_rows(results))
@@ -171,6 +183,25 @@ def _distance_rows(results: dict[str, Any]) -> list[list[str]]:
     return [["distance", "unweighted", "weighted", "floor", "excess ratio"], *rows] if rows else []
 
 
+def _density_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("density") or {}
+    names = {"forward_kl": "KL(true ‖ learned)", "reverse_kl": "KL(learned ‖ true)", "leaked_mass": "learned mass where there is none"}
+    names["mode_weight_error"] = "mode-weight error"
+    rows = [[name, _number(table.get(key), ".4f")] for key, name in names.items() if table.get(key) is not None]
+    return [["what", "value"], *rows] if rows else []
+
+
+def _mode_rows(results: dict[str, Any]) -> list[list[str]]:
+    table = results.get("modes") or {}
+    if not table:
+        return []
+    (name, exact), *others = table.items()
+    modes = [[str(k), _number(weight, ".4f"), *(_number(values[k], ".4f") for _, values in others)] for k, weight in enumerate(exact)]
+    errors = [_number(max(abs(a - b) for a, b in zip(values, exact, strict=True)), ".4f") for _, values in others]
+    shown = modes if len(modes) <= MOST_MODES else []
+    return [["mode", name, *(other for other, _ in others)], *shown, ["largest error", "", *errors]]
+
+
 def _energy_cut_rows(results: dict[str, Any]) -> list[list[str]]:
     table = results.get("energy_cut") or {}
     rows = [[name, _number(share, ".3%")] for name, share in (table.get("shares") or {}).items()]
@@ -203,7 +234,8 @@ def _key_value_rows(table: Mapping[str, Any] | None, key: str, value: str) -> li
     return [[key, value], *([name, _short(entry)] for name, entry in table.items())] if table else []
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the header."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

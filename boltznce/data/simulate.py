@@ -81,6 +81,8 @@ def simulate(
     folder, an unstable simulation and a full disk.
     """
     folder = Path(folder)
+    if system.dim != 3:
+        raise UserError(f"There is nothing to simulate in {system.name}, which is drawn from exactly: scripts/train.py makes its own data.")
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "

@@ -1,4 +1,4 @@
-"""BoltzNCE (arXiv 2507.00846): a flow trained on MD, an EBM trained on the flow's draws, weights from the EBM's likelihood.
+"""BoltzNCE (arXiv 2507.00846): a flow trained on data, an EBM trained on the flow's draws, weights from the EBM's likelihood.
 
 Stages: data -> flow -> samples -> ebm -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
 """
@@ -12,23 +12,27 @@ from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.checkpoint import save_weights
-from boltznce.data.dataset import mode_balanced_indices
+from boltznce.data.dataset import boltzmann_indices, mode_balanced_indices
+from boltznce.data.exact import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate, report, summary
 from boltznce.methods.models import make_ebm, make_flow
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.symmetry import rotate_methyls
-from boltznce.training import FitSettings, Loss, Validation, fit
 
 __all__ = ["STAGES", "summary"]
 
 
 def make_data(work: Workspace) -> dict:
-    """Simulate the data if their folder has none, and check that they are this system's."""
-    folder = Path(work.config.data.folder)
+    """Simulate the data, or draw them where there is nothing to simulate, if their folder has none; check that they are this system's."""
+    section = work.config.data
+    folder = Path(section.folder)
     if not (folder / "meta.yaml").exists():
-        simulate(work.system, folder, **OmegaConf.to_container(work.config.data.simulation, resolve=True))
+        if section.simulation is None:
+            draw_dataset(work.system, folder, section.n_samples, work.config.seed)
+        else:
+            simulate(work.system, folder, **OmegaConf.to_container(section.simulation, resolve=True))
     return {"frames": len(work.dataset)}
 
 
@@ -40,7 +44,7 @@ def train_flow(work: Workspace) -> dict:
         save_weights(work.folder.path / "checkpoints" / "flow.safetensors", flow.state_dict(), {"published": section.published_weights})
         return {"steps": 0, "skipped_steps": 0, "validation_loss": None}
     train, validation, _ = work.dataset.split(**work.config.data.split)
-    balance = OmegaConf.to_container(section.balance, resolve=True)
+    balance = OmegaConf.to_container(section.balance, resolve=True) if section.balance else None
     rng = work.numpy_generator("balance")
     x_train, x_validation = (
         _balanced(system, part, n, balance, rng).to(work.device)
@@ -57,7 +61,7 @@ def train_flow(work: Workspace) -> dict:
     def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         return {"loss": torch.stack([flow.loss(x, generator) for x in x_validation.split(section.batch_size)]).mean()}
 
-    return _fit(work, "flow", flow, loss, validate)
+    return work.fit("flow", flow, loss, validate)
 
 
 def draw_training_samples(work: Workspace) -> dict:
@@ -102,7 +106,7 @@ def train_ebm(work: Workspace) -> dict:
         losses = [{key: value.detach() for key, value in parts(ebm, x, log_q, generator).items()} for x, log_q in batches]
         return {key: torch.stack([each[key] for each in losses]).mean() for key in losses[0]}
 
-    record = _fit(work, "ebm", ebm, loss, validate)
+    record = work.fit("ebm", ebm, loss, validate)
     work.__dict__.pop("models", None)  # loaded before there was an EBM
     return record
 
@@ -119,26 +123,12 @@ STAGES = {
 CALIBRATION = 4096  # samples on which networks measure the scale of their inputs
 
 
-def _fit(work: Workspace, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
-    """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
-    result = fit(
-        module,
-        loss,
-        FitSettings(**work.config[name].fit),
-        work.folder.path,
-        fabric=work.fabric,
-        seed=work.config.seed,
-        name=name,
-        validate=validate,
-        logger=work.logger,
-    )
-    return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
-
-
-def _balanced(system, frames, n: int, balance: dict, rng: np.random.Generator) -> Tensor:
-    """``n`` frames (n, atoms, dim) of a dataset in which the rare state is as frequent as ``balance`` says."""
+def _balanced(system, frames, n: int, balance: dict | None, rng: np.random.Generator) -> Tensor:
+    """``n`` frames (n, atoms, dim) of a dataset in which the rare state is as frequent as ``balance`` says (None: as it is)."""
+    if balance is None:
+        return torch.from_numpy(frames.positions[boltzmann_indices(frames.log_weights, n, rng)])
     name, state = system.state
-    phi = system.dihedral(np.asarray(frames.positions), name)
+    phi = system.coordinate(np.asarray(frames.positions), name)
     return torch.from_numpy(frames.positions[mode_balanced_indices(phi, frames.log_weights, n, rng, state=state, **balance)])
 
 

@@ -18,20 +18,19 @@ from boltznce.analysis.free_energy import (
     in_state,
     stratum_log_weights,
 )
-from boltznce.analysis.metrics import energy_cut, energy_w2, energy_w2_floor, likelihood_agreement, share_above, torus_w2, torus_w2_floor
+from boltznce.analysis.metrics import energy_cut, energy_w2, energy_w2_floor, likelihood_agreement, share_above
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, effective_sample_size, normalized_weights, pareto_k
 from boltznce.data.dataset import Dataset, boltzmann_indices
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.free_energy import reference_difference, reference_profile, state_in_words
 from boltznce.methods.models import solver_settings
+from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.symmetry import is_trans
 
 __all__ = ["evaluate", "report", "summary"]
-
-HIGHEST_FREE_ENERGY = 25.0  # kT, of the profile's figure: above, samples are noise
 
 
 def evaluate(work: Workspace) -> dict:
@@ -46,7 +45,7 @@ def evaluate(work: Workspace) -> dict:
     )
     name, state = work.system.state
     conformers = _conformers(work, samples)
-    angle, log_weights = work.system.dihedral(conformers.positions, name), conformers.log_weights
+    angle, log_weights = work.system.coordinate(conformers.positions, name), conformers.log_weights
     rng = work.numpy_generator("exact subset")
     uniform = choose_subset(angle, log_weights, section.n_exact, rng, state, "uniform")
     weighted = choose_subset(angle, log_weights, section.n_correction, rng, state, "weights")
@@ -83,7 +82,7 @@ def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.nda
             part = samples[subset[start : start + section.exact_batch_size]]
             begun = time.perf_counter()
             log_prob = flow.log_prob(
-                torch.from_numpy(np.ascontiguousarray(part.positions)).to(work.device),
+                torch.from_numpy(np.array(part.positions)).to(work.device),
                 solver=solver_settings(section.solver),
                 batch_size=section.exact_batch_size,
             )
@@ -96,7 +95,7 @@ def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.nda
 
 def _ebm_seconds(work: Workspace, samples: WeightedSamples, n: int = 4096) -> float:
     """Seconds a sample of the EBM's likelihood, in batches of the size that sampling uses."""
-    x = torch.from_numpy(np.ascontiguousarray(samples.positions[:n])).to(work.device)
+    x = torch.from_numpy(np.array(samples.positions[:n])).to(work.device)
     work.models.ebm.log_prob_in_batches(x)
     begun = time.perf_counter()
     work.models.ebm.log_prob_in_batches(x).cpu()
@@ -123,7 +122,9 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     samples = _conformers(work, drawn)
     subsets = np.load(folder / "subsets.npz")
     exact = WeightedSamples.load(folder / "exact_uniform")
-    phi = system.dihedral(samples.positions, name)
+    view = view_of(system)
+    symbol, limits = view.symbols.get(name, name), system.coordinate_range(name)
+    phi = system.coordinate(samples.positions, name)
     uniform = np.sort(subsets["uniform"])
     inside = in_state(phi[uniform], state)
     exact_weights = exact.log_weights + stratum_log_weights(phi, uniform, state)
@@ -137,21 +138,23 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         "corrected": _corrected(work, samples, phi, subsets["weighted"], bootstrap),
         "exact": free_energy_difference(phi[uniform], exact_weights, state, **bootstrap),
         "unweighted": free_energy_difference(phi, None, state, **bootstrap),
-        "training data (MD), error not estimated": _md_difference(work.dataset, system.dihedral(work.dataset.positions, name), state),
+        f"training data ({view.data}), error not estimated": _md_difference(
+            work.dataset, system.coordinate(work.dataset.positions, name), state
+        ),
     }
     cut = energy_cut(md["energy"])
-    angles = _torsions(system, samples.positions)
-    torus = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
+    points = view.points(samples.positions)
+    subsets_of = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
     distances = {
         "E-W2 (kT)": {
             "unweighted": _energy_distance(samples.energy, md["energy"], None, cut),
             "weighted": _energy_distance(samples.energy, md["energy"], samples.weights, cut),
             "floor": energy_w2_floor(md["energy"], cut=cut),
         },
-        "T-W2 (rad)": {
-            "unweighted": torus_w2(angles, md["angles"], **torus),
-            "weighted": torus_w2(angles, md["angles"], samples.weights, **torus),
-            "floor": torus_w2_floor(md["angles"], **torus),
+        view.distance: {
+            "unweighted": view.w2(points, md["points"], **subsets_of),
+            "weighted": view.w2(points, md["points"], samples.weights, **subsets_of),
+            "floor": view.w2_floor(md["points"], **subsets_of),
         },
     }
     ess = {
@@ -166,18 +169,19 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         "system": system.name,
         "method": config.method.name,
         "budget": config.budget,
-        "state": f"{state[0]:g} < {name} < {state[1]:g} rad",
+        "state": state_in_words(symbol, state),
         "free_energy": free_energy,
         "ess": ess,
         "distances": distances,
         "energy_cut": {
             "cut": cut,
             "shares": {
-                "MD": share_above(md["energy"], cut),
+                view.data: share_above(md["energy"], cut),
                 "flow": share_above(samples.energy, cut),
                 "weighted": share_above(samples.energy, cut, samples.weights),
             },
         },
+        "modes": _mode_weights(system, samples),
         "likelihood": agreement,
         "timing": {
             "ebm_per_sample": cost["ebm_seconds_per_sample"],
@@ -187,33 +191,29 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         },
         "counts": {
             "drawn": counts["drawn"],
-            "with the molecule's chirality": counts["right_chirality"],
-            "of these mirrored": counts["mirrored"],
-            "kept for analysis": len(drawn),
-            "of these with a cis peptide bond, left out": len(drawn) - len(samples),
+            **(_molecular_counts(counts, drawn, samples) if system.dim == 3 else {}),
             "exact likelihoods, uniform subset": len(exact),
             "exact likelihoods, weighted subset": len(np.unique(subsets["weighted"])),
-            "training frames (MD)": len(work.dataset),
+            f"training frames ({view.data})": len(work.dataset),
         },
         "settings": _settings(work),
         "notes": _notes(work),
     }
     figures = {
-        "ramachandran": plotting.plot_ramachandran(
-            {"MD": (md["angles"], None), "flow": (angles, None), "flow, weighted": (angles, samples.log_weights)}
-        ),
+        view.figure: view.draw({view.data: (md["points"], None), "flow": (points, None), "flow, weighted": (points, samples.log_weights)}),
         "energy_histograms": plotting.plot_energy_histograms(
-            {"MD": (md["energy"], None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
+            {view.data: (md["energy"], None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
         ),
         "profile": plotting.plot_profiles(
             {
-                "flow, unweighted": free_energy_profile(phi, None, 72),
-                "EBM weights": free_energy_profile(phi, samples.log_weights, 72),
+                "flow, unweighted": free_energy_profile(phi, None, 72, limits=limits),
+                "EBM weights": free_energy_profile(phi, samples.log_weights, 72, limits=limits),
             },
             reference_profile(reference),
             state,
-            angle_name="φ",
-            highest=HIGHEST_FREE_ENERGY,
+            angle_name=symbol,
+            highest=view.highest,
+            limits=limits,
         ),
         "learning_curves": plotting.plot_learning_curves(_learning_curves(work.folder.path)),
         "weights": plotting.plot_weights({"EBM": samples.log_weights, "exact": exact_weights}),
@@ -239,16 +239,31 @@ def _md_difference(dataset: Dataset, angle: np.ndarray, state: tuple[float, floa
 
 
 def _held_out(work: Workspace) -> dict[str, np.ndarray]:
-    """Energies and torsions of test frames, resampled to the Boltzmann distribution and in order of time."""
+    """Energies and points (see `views`) of test frames, resampled to the Boltzmann distribution and in order of time."""
     test: Dataset = work.dataset.split(**work.config.data.split)[2]
     n = work.config.evaluation.n_samples
     index = np.sort(boltzmann_indices(test.log_weights, n, work.numpy_generator("held out")))
-    return {"energy": test.energies[index], "angles": _torsions(work.system, test.positions[index])}
+    return {"energy": test.energies[index], "points": view_of(work.system).points(test.positions[index])}
 
 
-def _torsions(system, positions: np.ndarray) -> np.ndarray:
-    """(φ, ψ) of positions, (n, 2)."""
-    return np.stack([system.dihedral(np.asarray(positions), name) for name in ("phi", "psi")], axis=-1)
+def _mode_weights(system, samples: WeightedSamples) -> dict[str, list[float]] | None:
+    """Populations of the modes, where they are known."""
+    if not hasattr(system, "mode_weights"):
+        return None
+    exact = system.mode_weights
+    mode = system.mode(torch.from_numpy(np.array(samples.positions))).numpy()
+    found = {"flow": None, "flow, weighted": samples.weights}
+    shares = {name: np.bincount(mode, weights, minlength=len(exact)) for name, weights in found.items()}
+    return {"exact": exact} | {name: counts / counts.sum() for name, counts in shares.items()}
+
+
+def _molecular_counts(counts: dict, drawn: WeightedSamples, samples: WeightedSamples) -> dict[str, int]:
+    return {
+        "with the molecule's chirality": counts["right_chirality"],
+        "of these mirrored": counts["mirrored"],
+        "kept for analysis": len(drawn),
+        "of these with a cis peptide bond, left out": len(drawn) - len(samples),
+    }
 
 
 def _energy_distance(energy: np.ndarray, md: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
@@ -297,13 +312,13 @@ def _settings(work: Workspace) -> dict[str, str]:
         "EBM network": network("ebm"),
         "EBM objective": objective,
         "samples the EBM was trained on": str(config.samples.n_train),
-        "data": f"{config.data.simulation.method}, {len(work.dataset)} frames",
+        "data": f"{work.dataset.meta['settings']['method']}, {len(work.dataset)} frames",
         "seed": str(config.seed),
     }
 
 
 def _notes(work: Workspace) -> list[str]:
-    notes = ["All figures are conditional on L chirality and trans peptide bonds, on both sides."]
+    notes = list(view_of(work.system).notes)
     if work.models.mirrors:
         notes.append("Mirror images that the flow made were mirrored; their two densities are added up (log 2).")
     if work.system.reference() is None:

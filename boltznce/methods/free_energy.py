@@ -13,7 +13,7 @@ from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
 from boltznce.systems.base import System
 
-__all__ = ["reference_profile", "write_free_energy"]
+__all__ = ["reference_difference", "reference_profile", "state_in_words", "write_free_energy"]
 
 
 def write_free_energy(
@@ -21,7 +21,7 @@ def write_free_energy(
     samples_folder: Path,
     output: Path,
     *,
-    dihedral: str | None = None,
+    coordinate: str | None = None,
     state: tuple[float, float] | None = None,
     n_bins: int = 72,
     n_bootstrap: int = 1000,
@@ -29,16 +29,17 @@ def write_free_energy(
 ) -> str:
     """Write ``metrics.json``, ``report.md``, ``figures/profile.png`` and ``profile.json`` to ``output``; return the table.
 
-    ``dihedral`` and ``state`` (radians) default to the system's. Raises UserError where neither says which.
+    ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where neither says which.
     """
-    own_dihedral, own_state = system.state or (None, None)
-    dihedral, state = dihedral or own_dihedral, state or own_state
-    if dihedral is None or state is None:
-        raise UserError(f"{system.name} names no state: give dihedral= and state=[low,high] in radians.")
+    own_coordinate, own_state = system.state or (None, None)
+    coordinate, state = coordinate or own_coordinate, state or own_state
+    if coordinate is None or state is None:
+        raise UserError(f"{system.name} names no state: give coordinate= (a dihedral such as phi) and state=[low,high] in radians.")
     samples = WeightedSamples.load(samples_folder)
-    angle = system.dihedral(np.asarray(samples.positions), dihedral)
-    profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed)
-    reference = system.reference() if (dihedral, state) == (own_dihedral, own_state) else None
+    angle = system.coordinate(np.asarray(samples.positions), coordinate)
+    limits = system.coordinate_range(coordinate)
+    profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
+    reference = system.reference() if (coordinate, state) == (own_coordinate, own_state) else None
     options = {"state": state, "n_bootstrap": n_bootstrap, "seed": seed}
     free_energy = {
         samples.meta.get("likelihood", "weighted") + " weights": free_energy_difference(angle, samples.log_weights, **options),
@@ -48,15 +49,23 @@ def write_free_energy(
         free_energy["reference"] = reference_difference(reference)
     results = {
         "system": system.name,
-        "state": f"{state[0]:g} < {dihedral} < {state[1]:g} rad",
+        "state": state_in_words(coordinate, state),
         "free_energy": free_energy,
         "ess": {"weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)}},
     }
-    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state, angle_name=dihedral)
+    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state, angle_name=coordinate, limits=limits)
     write_report(output, results, {"profile": figure})
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
     (output / "profile.json").write_text(json.dumps(columns, indent=1) + "\n")
     return f"{summary_table(results)}\n\nReport: {output / 'report.md'}"
+
+
+def state_in_words(coordinate: str, state: tuple[float, float]) -> str:
+    """For titles: an interval of an angle, or a half line."""
+    low, high = state
+    if np.isinf(high):
+        return f"{coordinate} > {low:g}"
+    return f"{coordinate} < {high:g}" if np.isinf(low) else f"{low:g} < {coordinate} < {high:g} rad"
 
 
 def reference_difference(reference: dict) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
+from torch import nn
 
 from boltznce.config import build
 from boltznce.data.dataset import Dataset
@@ -17,7 +18,7 @@ from boltznce.logger import Logger
 from boltznce.methods.drawing import Models, load_models
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
-from boltznce.training import step_generator
+from boltznce.training import FitSettings, Loss, Validation, fit, step_generator
 
 __all__ = ["Workspace", "make_fabric"]
 
@@ -51,7 +52,7 @@ class Workspace:
         """The data that the run trains on and compares with; raises UserError if they are of another system."""
         dataset = Dataset.load(Path(self.config.data.folder))
         made_of, system = dataset.meta.get("system", {}), self.system
-        same = made_of.get("name") == system.name and made_of.get("force_field", system.forcefield) == system.forcefield
+        same = all(made_of.get(key, value) == value for key, value in system.identity.items())
         if not same or dataset.positions.shape[1:] != (system.n_atoms, system.dim):
             raise UserError(
                 f"{self.config.data.folder} holds data of another system ({made_of.get('name', 'unknown')}, not {system.name}): "
@@ -63,6 +64,21 @@ class Workspace:
     def models(self) -> Models:
         """The trained models as far as the run has come; drop it with ``del work.models`` after training more."""
         return load_models(self.folder.path, self.config, self.system, self.device)
+
+    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
+        """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
+        result = fit(
+            module,
+            loss,
+            FitSettings(**self.config[name].fit),
+            self.folder.path,
+            fabric=self.fabric,
+            seed=self.config.seed,
+            name=name,
+            validate=validate,
+            logger=self.logger,
+        )
+        return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
 
     @property
     def device(self) -> torch.device:

@@ -4,8 +4,9 @@ import abc
 import copy
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from boltznce.errors import UserError
@@ -14,11 +15,17 @@ __all__ = ["System"]
 
 REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
 
+Array = TypeVar("Array", Tensor, np.ndarray)
+
 
 class System(abc.ABC):
     """A Boltzmann distribution proportional to exp(-u(x)).
 
     Positions x have shape (batch, n_atoms, dim), in nm for molecules. Subclasses set the attributes below.
+
+    Attributes:
+        state: a coordinate (see `coordinate`) and the interval of it whose free energy is asked for, or None.
+        differentiable: whether the energy has a gradient that leads anywhere.
     """
 
     name: str
@@ -26,6 +33,8 @@ class System(abc.ABC):
     dim: int
     temperature: float
     translation_invariant: bool
+    state: tuple[str, tuple[float, float]] | None = None
+    differentiable: bool = True
 
     @property
     @abc.abstractmethod
@@ -35,6 +44,24 @@ class System(abc.ABC):
     @abc.abstractmethod
     def energy(self, x: Tensor) -> Tensor:
         """Reduced energy u(x) = U(x) / kT, (batch,), differentiable, in the dtype of x."""
+
+    @abc.abstractmethod
+    def coordinate(self, x: Array, name: str) -> Array:
+        """A named coordinate of positions, (batch,), along which states are told apart: for molecules a dihedral, in (-π, π]."""
+
+    def coordinate_range(self, name: str) -> tuple[float, float] | None:
+        """Where a profile along the coordinate begins and ends; None for an angle, whose profile goes round the circle."""
+        return None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes data of this system its own, in types that YAML keeps: recorded with a dataset, compared when it is used."""
+        return {"name": self.name}
+
+    def require_gradient(self, purpose: str) -> None:
+        """Raise UserError if the energy has no gradient; to be called by what needs one, named by ``purpose``."""
+        if not self.differentiable:
+            raise UserError(f"The energy of {self.name} has no gradient, which {purpose} needs: choose another system or method.")
 
     def at_temperature(self, temperature: float) -> Self:
         """The same system at another temperature (K; dimensionless for toy systems)."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mdtraj
 import numpy as np
@@ -127,6 +127,14 @@ class MolecularSystem(System):
         atoms = list(self._atoms(name))
         angle = dihedral_angle(torch.as_tensor(x[..., atoms, :]))  # indexed first: a copy, as a dataset's arrays are read-only
         return angle if isinstance(x, Tensor) else angle.numpy()
+
+    def coordinate(self, x: Array, name: str) -> Array:
+        """A named dihedral (see `dihedral`): what tells the states of a molecule apart."""
+        return self.dihedral(x, name)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "force_field": self.forcefield}
 
     def chirality(self, x: Array) -> Array:
         """Per stereocentre +1 for the handedness of the structure and -1 for its mirror image, (batch, n_centres)."""

@@ -1,0 +1,454 @@
+"""Systems in the plane, on which success and failure can be seen: exact densities, exact draws, known free energies.
+
+One particle, positions (batch, 1, 2); lengths, energies and temperatures are dimensionless with k = 1, so that u = U / T. Whatever the
+system and its temperature, normalizer, populations and draws come from one table of its energy on a fine grid.
+"""
+
+import abc
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltznce.errors import UserError
+from boltznce.systems.base import System
+
+__all__ = [
+    "Checkerboard",
+    "CircleOfGaussians",
+    "DoubleWell",
+    "GaussianMixture",
+    "MuellerBrown",
+    "PlaneSystem",
+    "RandomGaussians",
+    "TwoMoons",
+]
+
+COORDINATES = ("angle", "diagonal", "x", "y")
+N_CELLS = 400  # of the table, along each side
+NEGLIGIBLE = 30.0  # kT above the lowest energy: what lies outside the table is as high or higher
+SEEN = 1e-11  # a bin of a profile with less probability is a gap
+
+Interval = tuple[float, float]
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+class PlaneSystem(System):
+    """A particle in a potential U(x, y), the density proportional to exp(-U / T).
+
+    Args:
+        name: what to call it.
+        box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
+        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half plane.
+        temperature: dimensionless.
+        length_scale: a typical size, in which networks measure positions.
+    """
+
+    n_atoms, dim = 1, 2
+    translation_invariant = False
+
+    def __init__(
+        self,
+        name: str,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        if not temperature > 0:
+            raise UserError(f"A temperature must be positive, not {temperature}.")
+        self.name, self.temperature, self.length_scale = name, float(temperature), float(length_scale)
+        self.box: tuple[Interval, Interval] = tuple((float(low), float(high)) for low, high in box)
+        coordinate, (low, high) = state
+        self._check_coordinate(coordinate)
+        if coordinate != "angle" and math.isinf(low) == math.isinf(high):
+            raise UserError(f"A state of {name} along {coordinate} is a half plane, as (0, inf): got ({low}, {high}).")
+        self.state = (coordinate, (float(low), float(high)))
+
+    @abc.abstractmethod
+    def potential(self, r: Tensor) -> Tensor:
+        """U (batch,) of points (batch, 2), in their dtype."""
+
+    def mode(self, x: Tensor) -> Tensor:
+        """Number of the mode that each position (batch, 1, 2) belongs to, (batch,); by default 1 inside the state and 0 outside."""
+        name, interval = self.state
+        return _inside(self.coordinate(x, name), interval, name == "angle").long()
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x."""
+        if x.dim() != 3 or x.shape[1:] != (1, 2):
+            raise UserError(f"Positions of {self.name} must have shape (batch, 1, 2), not {tuple(x.shape)}.")
+        return self.potential(x[:, 0]) / self.temperature
+
+    def at_temperature(self, temperature: float) -> Self:
+        other = super().at_temperature(temperature)
+        other.__dict__.pop("_table", None)
+        return other
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        mass, r = torch.from_numpy(self._table.mass), self._table.centres
+        mean_energy = float(mass @ self.energy(r.unsqueeze(1)).nan_to_num(0.0))
+        moments = [*(mass @ r).tolist(), *(mass @ r**2).tolist()]
+        return {"name": self.name, "mean_energy": round(mean_energy, 4), "moments": [round(value, 4) for value in moments]}
+
+    # ---- density ----------------------------------------------------------------------------------------------------
+
+    @property
+    def log_normalizer(self) -> float:
+        """log ∫ exp(-u) dx dy, by the midpoint rule."""
+        return self._table.log_normalizer
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Normalized log-density (batch,) in the plane, float64."""
+        return -self.energy(x.double()) - self.log_normalizer
+
+    def support(self, x: Tensor) -> Tensor:
+        """Where the density is above zero, (batch,): everywhere, but for the checkerboard."""
+        return torch.ones(len(x), dtype=torch.bool)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` independent, exact draws (n, 1, 2), float32, on the generator's device.
+
+        A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with probability density / bound.
+        """
+        table = self._table
+        draws, missing = [], n
+        while missing > 0:
+            size = math.ceil(1.2 * missing) + 16
+            uniform = torch.rand(size, 4, generator=generator, device=_device(generator), dtype=torch.float64).cpu()
+            corner, log_bound = table.draw_cells(uniform[:, 0])
+            x = (corner + table.cell * uniform[:, 1:3]).unsqueeze(1)
+            kept = x[uniform[:, 3].log() < -self.energy(x) - log_bound]
+            draws.append(kept[:missing])
+            missing -= len(draws[-1])
+        return torch.cat(draws).float().to(_device(generator))
+
+    def grid(self, n: int = 200) -> Tensor:
+        """Centres (n², 1, 2), float64, of n x n equal cells of ``box``; y runs fastest."""
+        return _cell_centres(self.box, n).unsqueeze(1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The point of lowest energy on the grid, (1, 2), float32."""
+        x = self.grid()
+        return x[self.energy(x).argmin()].float()
+
+    @cached_property
+    def _table(self) -> "_Table":
+        return _Table(lambda r: self.potential(r) / self.temperature, self.box)
+
+    # ---- what is known ----------------------------------------------------------------------------------------------
+
+    def coordinate(self, x: Array, name: str) -> Array:
+        """A named coordinate of positions (batch, 1, 2), (batch,): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
+        self._check_coordinate(name)
+        if not isinstance(x, Tensor):
+            return self.coordinate(torch.from_numpy(np.array(x)), name).numpy()
+        a, b = x[:, 0, 0], x[:, 0, 1]
+        return {"x": a, "y": b, "diagonal": (a - b) / math.sqrt(2), "angle": torch.atan2(b, a)}[name]
+
+    def coordinate_range(self, name: str) -> Interval | None:
+        """What a profile along the coordinate shows; None for the circle."""
+        self._check_coordinate(name)
+        (x0, x1), (y0, y1) = self.box
+        ranges = {"x": self.box[0], "y": self.box[1], "diagonal": ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2)), "angle": None}
+        return ranges[name]
+
+    @property
+    def mode_weights(self) -> np.ndarray:
+        """Exact population of every mode, (modes,), at this temperature."""
+        return np.bincount(self.mode(self._table.centres.unsqueeze(1)).numpy(), weights=self._table.mass)
+
+    def reference(self) -> dict[str, Any]:
+        """The exact ΔF of the state and the profile along its coordinate (100 bins), in the form of the shipped references; no errors."""
+        name, interval = self.state
+        values, mass = self.coordinate(self._table.centres.unsqueeze(1), name).numpy(), self._table.mass
+        state = mass[_inside(torch.from_numpy(values), interval, name == "angle").numpy()].sum()
+        bins = np.histogram(values, bins=100, range=self.coordinate_range(name) or (-np.pi, np.pi), weights=mass)
+        f = -np.log(np.where(bins[0] > SEEN, bins[0], np.nan))
+        return {
+            "system": self.name,
+            "temperature": self.temperature,
+            "delta_f": {"value": float(np.log(1 - state) - np.log(state)), "std_error": 0.0},
+            "profile": {"phi": (bins[1][1:] + bins[1][:-1]) / 2, "f": f - np.nanmin(f), "std_error": 0.0 * f},
+        }
+
+    def _check_coordinate(self, name: str) -> None:
+        if name not in COORDINATES:
+            raise UserError(f"{self.name} has no coordinate {name!r}: choose one of {', '.join(COORDINATES)}.")
+
+
+class GaussianMixture(PlaneSystem):
+    """Gaussians of one width; U = -log p, so that at T = 1 it is the mixture itself and at another temperature p^(1/T).
+
+    Args:
+        means: (n, 2).
+        std: of every Gaussian, along x and y.
+        weights: (n,), scaled to sum to one; equal if None.
+
+    A position belongs to the mode of the mean that is nearest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        means: Sequence[Sequence[float]],
+        std: float,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        super().__init__(name, box, state, temperature, length_scale)
+        self.means, self.std = torch.as_tensor(means, dtype=torch.float64), float(std)
+        weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
+        if len(weights) != len(self.means) or not (weights > 0).all():
+            raise UserError(f"{name} needs one positive weight for each of its {len(self.means)} Gaussians, not {weights.tolist()}.")
+        self.log_weights = (weights.double() / weights.double().sum()).log()
+
+    def potential(self, r: Tensor) -> Tensor:
+        means = self.means.to(r)
+        squares = r.square().sum(-1, keepdim=True) - 2 * r @ means.T + means.square().sum(-1)
+        return math.log(2 * math.pi * self.std**2) - torch.logsumexp(self.log_weights.to(r) - squares / (2 * self.std**2), dim=-1)
+
+    def mode(self, x: Tensor) -> Tensor:
+        return torch.cdist(x[:, 0], self.means.to(x)).argmin(-1)
+
+
+class CircleOfGaussians(GaussianMixture):
+    """Gaussians at equal distances on a circle, the first on the x axis: with eight, the first 2D system of BoltzNCE (arXiv 2507.00846)."""
+
+    def __init__(
+        self,
+        name: str,
+        weights: Sequence[float],
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        radius: float = 1.0,
+        std: float = 0.1,
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        angles = 2 * math.pi / len(weights) * torch.arange(len(weights), dtype=torch.float64)
+        means = radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
+        super().__init__(name, means, std, box, state, weights, temperature, length_scale)
+
+
+class RandomGaussians(GaussianMixture):
+    """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of Midgley et al. 2023
+    (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_modes: int,
+        half_width: float,
+        std: float,
+        seed: int,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        means = (2 * torch.rand(n_modes, 2, generator=torch.Generator().manual_seed(seed)) - 1) * half_width
+        super().__init__(name, means, std, box, state, None, temperature, length_scale)
+
+
+class TwoMoons(GaussianMixture):
+    """Two interlocked half circles of radius 1, blurred: a mixture of 32 Gaussians along each, about as far apart as they are wide."""
+
+    POINTS = 32
+
+    def __init__(
+        self,
+        name: str,
+        std: float,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        angles = math.pi / self.POINTS * (torch.arange(self.POINTS, dtype=torch.float64) + 0.5)
+        upper = torch.stack([angles.cos() - 0.5, angles.sin() - 0.25], dim=-1)
+        super().__init__(name, torch.cat([upper, -upper]), std, box, state, None, temperature, length_scale)
+
+    def mode(self, x: Tensor) -> Tensor:
+        return super().mode(x) // self.POINTS
+
+
+class MuellerBrown(PlaneSystem):
+    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima and two saddle points, energies in its own units."""
+
+    TERMS = (  # A, a, b, c, x0, y0 of A exp(a (x - x0)² + b (x - x0)(y - y0) + c (y - y0)²)
+        (-200.0, -1.0, 0.0, -10.0, 1.0, 0.0),
+        (-100.0, -1.0, 0.0, -10.0, 0.0, 0.5),
+        (-170.0, -6.5, 11.0, -6.5, -0.5, 1.5),
+        (15.0, 0.7, 0.6, 0.7, -1.0, 1.0),
+    )
+
+    def potential(self, r: Tensor) -> Tensor:
+        amplitude, a, b, c, x0, y0 = (r.new_tensor(column) for column in zip(*self.TERMS, strict=True))
+        dx, dy = r[:, :1] - x0, r[:, 1:] - y0
+        return (amplitude * torch.exp(a * dx**2 + b * dx * dy + c * dy**2)).sum(-1)
+
+
+class DoubleWell(PlaneSystem):
+    """U = barrier (x² - 1)² + tilt x + stiffness y² / 2."""
+
+    def __init__(
+        self,
+        name: str,
+        barrier: float,
+        tilt: float,
+        stiffness: float,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        super().__init__(name, box, state, temperature, length_scale)
+        self.barrier, self.tilt, self.stiffness = barrier, tilt, stiffness
+
+    def potential(self, r: Tensor) -> Tensor:
+        x, y = r.unbind(-1)
+        return self.barrier * (x**2 - 1) ** 2 + self.tilt * x + self.stiffness / 2 * y**2
+
+
+class Checkerboard(PlaneSystem):
+    """Uniform on every second cell of a square board around the origin, the lower left one among them; U = 0 there, and `WALL` elsewhere.
+
+    Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a UserError.
+    """
+
+    WALL = 1e4
+    differentiable = False
+
+    def __init__(
+        self,
+        name: str,
+        half_width: float,
+        cell: float,
+        box: Sequence[Sequence[float]],
+        state: tuple[str, Sequence[float]],
+        temperature: float = 1.0,
+        length_scale: float = 1.0,
+    ) -> None:
+        super().__init__(name, box, state, temperature, length_scale)
+        self.half_width, self.cell, self.n_cells = half_width, cell, round(2 * half_width / cell)
+        if not math.isclose(self.n_cells * cell, 2 * half_width):
+            raise UserError(f"The cells of {name} must fill its board: 2 half_width={half_width} must be a multiple of cell={cell}.")
+
+    def inside(self, r: Tensor) -> Tensor:
+        """Whether points (batch, 2) lie on the cells that are occupied."""
+        column = torch.floor((r + self.half_width) / self.cell)
+        on_board = ((column >= 0) & (column < self.n_cells)).all(-1)
+        return on_board & (column.sum(-1) % 2 == 0)
+
+    def support(self, x: Tensor) -> Tensor:
+        return self.inside(x[:, 0])
+
+    def potential(self, r: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and r.requires_grad:
+            self.require_gradient("what was asked for")
+        return torch.where(self.inside(r), 0.0, self.WALL).to(r)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws (n, 1, 2), float32: a cell, then a point in it."""
+        i, j = torch.cartesian_prod(*2 * [torch.arange(self.n_cells)]).T
+        cells = torch.stack([i, j], dim=-1)[(i + j) % 2 == 0].to(_device(generator))
+        chosen = cells[torch.randint(len(cells), (n,), generator=generator, device=_device(generator))]
+        place = torch.rand(n, 2, generator=generator, device=_device(generator), dtype=torch.float64)
+        return ((chosen + place) * self.cell - self.half_width).unsqueeze(1).float()
+
+    def mode(self, x: Tensor) -> Tensor:
+        """Number of the occupied cell; positions elsewhere count to the one at their left (at the right in the first column)."""
+        column, row = torch.floor((x[:, 0] + self.half_width) / self.cell).long().clamp(0, self.n_cells - 1).unbind(-1)
+        return row * ((self.n_cells + 1) // 2) + (column - row % 2).clamp(min=0) // 2
+
+
+class _Table:
+    """The energies of a potential on a fine grid that reaches from ``box`` outwards to where the density is negligible.
+
+    ``centres`` (cells, 2) and ``mass`` (cells,), probabilities of the cells by the midpoint rule.
+    """
+
+    def __init__(self, energy, box: tuple[Interval, Interval]) -> None:
+        self.box = _wide_enough(energy, box)
+        self.low = torch.tensor([side[0] for side in self.box], dtype=torch.float64)
+        self.cell = torch.tensor([(high - low) / N_CELLS for low, high in self.box], dtype=torch.float64)
+        self.centres = _cell_centres(self.box, N_CELLS)
+        self._energy = energy
+        log_density = -_in_parts(energy, self.centres)
+        total = torch.logsumexp(log_density, dim=0)
+        self.mass = (log_density - total).exp().numpy()
+        self.log_normalizer = float(total + self.cell.log().sum())
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Upper bound of the log-density in each cell, and the cumulated bounds.
+
+        The bound is the highest of a cell's corners plus what a parabola of the local curvature can rise between them, four times over.
+        """
+        axes = [torch.linspace(low, high, N_CELLS + 1, dtype=torch.float64) for low, high in self.box]
+        corners = -_in_parts(self._energy, torch.cartesian_prod(*axes)).view(N_CELLS + 1, N_CELLS + 1)
+        rise = torch.zeros_like(corners)
+        rise[1:-1] = corners.diff(n=2, dim=0).abs() / 2
+        rise[:, 1:-1] += corners.diff(n=2, dim=1).abs() / 2
+        bound = (_highest_corner(corners) + _highest_corner(rise)).flatten()
+        return bound, (bound - bound.max()).exp().cumsum(0)
+
+    def draw_cells(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower left corners (n, 2) and log bounds (n,) of cells drawn by their bounds with uniform numbers (n,)."""
+        bound, cumulated = self._bounds
+        index = torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(bound) - 1)
+        return self.centres[index] - self.cell / 2, bound[index]
+
+
+def _wide_enough(energy, box: tuple[Interval, Interval]) -> tuple[Interval, Interval]:
+    """``box``, widened until the energy on its border is `NEGLIGIBLE` kT above the lowest inside."""
+    while True:
+        (x0, x1), (y0, y1) = box
+        inside = energy(_cell_centres(box, 200))
+        s = torch.linspace(0, 1, 401, dtype=torch.float64)
+        along_x, along_y = x0 + (x1 - x0) * s, y0 + (y1 - y0) * s
+        sides = [(along_x, torch.full_like(s, y0)), (along_x, torch.full_like(s, y1)), (torch.full_like(s, x0), along_y)]
+        border = torch.cat([torch.stack(side, -1) for side in [*sides, (torch.full_like(s, x1), along_y)]])
+        if energy(border).min() - inside.min() >= NEGLIGIBLE:
+            return box
+        dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
+        box = ((x0 - dx, x1 + dx), (y0 - dy, y1 + dy))
+
+
+def _cell_centres(box: tuple[Interval, Interval], n: int) -> Tensor:
+    """Centres (n², 2), float64, of n x n cells; y runs fastest."""
+    axes = [low + (high - low) / n * (torch.arange(n, dtype=torch.float64) + 0.5) for low, high in box]
+    return torch.cartesian_prod(*axes)
+
+
+def _highest_corner(values: Tensor) -> Tensor:
+    """(n + 1, n + 1) at the corners -> (n, n), the highest of each cell's four."""
+    rows = torch.maximum(values[1:], values[:-1])
+    return torch.maximum(rows[:, 1:], rows[:, :-1])
+
+
+def _in_parts(energy, r: Tensor, size: int = 60_000) -> Tensor:
+    return torch.cat([energy(part) for part in r.split(size)])
+
+
+def _inside(values: Tensor, interval: Interval, circle: bool) -> Tensor:
+    """Whether coordinates (batch,) lie in the open interval, on the line or on the circle."""
+    low, high = interval
+    if circle:
+        values = low + torch.remainder(values - low, 2 * math.pi)
+    return (values > low) & (values < high)
+
+
+def _device(generator: torch.Generator | None) -> torch.device | str:
+    return "cpu" if generator is None else generator.device
