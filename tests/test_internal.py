@@ -172,9 +172,8 @@ def test_methyl_domain_holds_one_of_the_six_labellings():
             same = (coordinates.canonical(relabelled) == x).flatten(1).all(1)
             assert same.all(), "canonical undoes every relabelling"
             # what a point's raw torsions say, without `canonical`
-            rows = [k for k in coordinates.methyls.tolist() if {coordinates.zmatrix.rows[i].atom for i in k} == set(group)][0]
-            bond, angle, torsion = coordinates._measure(relabelled)
-            q = coordinates._coordinates(torsion)
+            rows = next(k for k in coordinates.methyls.tolist() if {coordinates.zmatrix.rows[i].atom for i in k} == set(group))
+            q = coordinates._coordinates(coordinates._measure(relabelled)[2])
             start = 2 * system.n_atoms - 3
             place = (q - coordinates.centre[start:]) / coordinates.width[start:]
             mean = (q[:, rows[0]] - coordinates.centre[start + rows[0]] + math.pi).remainder(2 * math.pi) - math.pi

@@ -3,6 +3,7 @@
 Couplings on the circle: Rezende et al. 2020 (arXiv 2002.02428). As the generator of TA-BG (arXiv 2501.19077): architectures and priors.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,8 +23,8 @@ Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, a
 class SplineFlow(nn.Module):
     """Prior on the unit cube -> couplings -> coordinates -> positions, each step invertible and with its log-determinant.
 
-    The prior is uniform on circular coordinates and the normal of mean ½ and ``prior_std`` truncated to [0, 1] on bounded ones (uniform too if
-    ``prior_std`` is None). Untrained, the flow is the identity on the cube.
+    The prior is uniform on circular coordinates; on bounded ones it is the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
+    too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
 
     Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo rigid motion, that is
     with respect to the Cartesian volume integrated over translations and rotations; for `BoxCoordinates` the positions in the box. Outside
@@ -177,7 +178,7 @@ class SplineCoupling(nn.Module):
         self.activation = ACTIVATIONS[activation]
         n_in = len(tables["given_bounded"]) + 2 * len(tables["given_circular"]) + n_context
         sizes = [n_in, *[width] * depth, (3 * n_bins + 1) * len(transformed)]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -225,7 +226,8 @@ def halves(among: Sequence[int], generator: torch.Generator) -> tuple[list[int],
 
 def random_masks(groups: dict[str, list[int]], n_pairs: int, generator: torch.Generator) -> list[Split]:
     """Pairs of couplings: a random half of all coordinates given the other half, then the other way round."""
-    splits = [halves(sorted(sum(groups.values(), [])), generator) for _ in range(n_pairs)]
+    every = sorted(itertools.chain(*groups.values()))
+    splits = [halves(every, generator) for _ in range(n_pairs)]
     return [split for a, b in splits for split in ((a, b), (b, a)) if split[0]]
 
 

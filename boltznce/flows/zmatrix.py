@@ -47,8 +47,8 @@ def build_zmatrix(
 
     core: atoms that may form the backbone (a peptide's main chain, heavy atoms); all, if that gives no path of three atoms. The torsions
         along the backbone are proper ones and coordinates of their own.
-    stereocentres: (centre, three neighbours). Where the centre is reached through one of the three, the other two are each other's siblings,
-        so that one coordinate alone has the sign of their triple product.
+    stereocentres: (centre, three neighbours). Where the centre is reached through one of the three, the torsion of the second of the other
+        two is the difference to that of the first: one coordinate alone then has the sign of their triple product.
 
     Raises UserError for fewer than three atoms and for atoms that are not all connected.
     """
