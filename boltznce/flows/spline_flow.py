@@ -23,7 +23,7 @@ Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, a
 class SplineFlow(nn.Module):
     """Prior on the unit cube -> couplings -> coordinates -> positions, each step invertible and with its log-determinant.
 
-    The prior is uniform on circular coordinates; on bounded ones it is the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
+    The prior is uniform on circular coordinates; on bounded ones the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
     too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
 
     Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo rigid motion, that is
