@@ -87,6 +87,13 @@ def test_spline_and_its_inverse(n_bins):
     torch.testing.assert_close(slope[1:-1].log(), log_slope[1:-1], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_are_those_of_finite_differences(inverse):
+    x = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    tables = [torch.randn(k, 3, 5, generator=torch.Generator().manual_seed(k), dtype=torch.float64, requires_grad=True) for k in (4, 4, 5)]
+    assert torch.autograd.gradcheck(lambda *inputs: rational_quadratic(*inputs, inverse=inverse), (x, *tables), eps=1e-7, atol=1e-5)
+
+
 @pytest.mark.parametrize("n_bins", [1, 8])
 def test_one_spline_is_monotonic_from_corner_to_corner_with_a_continuous_slope(n_bins):
     tables = [table[:, :1].expand(-1, 5001) for table in parameters(n_bins, 1)]
