@@ -87,6 +87,15 @@ def test_spline_and_its_inverse(n_bins):
     torch.testing.assert_close(slope[1:-1].log(), log_slope[1:-1], atol=1e-9, rtol=0)
 
 
+def test_float32_inverse_is_accurate_at_both_edges():
+    """The float64 spline of the float32 inverse is the input again, to the rounding of bins and inputs, however steep or flat."""
+    tables = parameters(8, 2000, torch.float64, 2.0)
+    for y in (torch.logspace(-7, -1, 2000, dtype=torch.float64), 1 - torch.logspace(-7, -1, 2000, dtype=torch.float64)):
+        x, _ = rational_quadratic(y.float(), *(table.float() for table in tables), inverse=True)
+        again, log_slope = rational_quadratic(x.double(), *tables)
+        assert ((again - y.float()).abs() < 1e-6 + 2.4e-7 * log_slope.exp()).all()
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_are_those_of_finite_differences(inverse):
     x = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)

@@ -52,20 +52,25 @@ class _RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        p, q = widths.softmax(0), heights.softmax(0)
-        w, right = _bins(p)
-        h, top = _bins(q)
-        k = (x >= (top if inverse else right)[:-1]).sum(0, keepdim=True)
-        w, right, h, top = (table.gather(0, k).squeeze(0) for table in (w, right, h, top))
-        raw = torch.stack([slopes.gather(0, k), slopes.gather(0, k + 1)]).squeeze(1) + UNIT_SLOPE
+        n = len(widths)
+        scale = 1 - MIN_SIZE * n
+        p, q = widths.softmax(0), heights.softmax(0)  # shares of the bins, to which MIN_SIZE is added
+        p_sum, q_sum = p.cumsum(0), q.cumsum(0)
+        number = torch.arange(1, n, dtype=x.dtype, device=x.device).view(-1, *[1] * x.dim())
+        edges = torch.add(MIN_SIZE * number, (q_sum if inverse else p_sum)[:-1], alpha=scale)
+        k = (x >= edges).sum(0, keepdim=True)
+        p_k, q_k, p_sum, q_sum = (table.gather(0, k).squeeze(0) for table in (p, q, p_sum, q_sum))
+        p_below, q_below = p_sum - p_k, q_sum - q_k
+        below = MIN_SIZE * k.squeeze(0).to(x.dtype)
+        w, h, left, bottom = MIN_SIZE + scale * p_k, MIN_SIZE + scale * q_k, below + scale * p_below, below + scale * q_below
+        raw = torch.cat([slopes.gather(0, k), slopes.gather(0, k + 1)]) + UNIT_SLOPE
         low, high = (softplus(raw) + MIN_SLOPE).unbind()
-        left, bottom = right - w, top - h
         place = _solve(x - bottom, w, h, low, high) if inverse else ((x - left) / w).clamp(0, 1)
         piece = _Piece(w, h, low, high, place)
         s, _, ratio, denominator, m = piece.parts()
         log_slope = torch.log(m * (s / denominator).square())
         ctx.inverse = inverse
-        ctx.save_for_backward(p, q, k, raw, log_slope, *piece)
+        ctx.save_for_backward(p, q, p_below, q_below, k, raw, log_slope, *piece)
         if inverse:
             return (left + w * place).clamp(0, 1), -log_slope
         return (bottom + h * ratio).clamp(0, 1), log_slope
@@ -73,7 +78,7 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_output: Tensor, of_log: Tensor):
-        p, q, k, raw, log_slope, *piece = ctx.saved_tensors
+        p, q, p_below, q_below, k, raw, log_slope, *piece = ctx.saved_tensors
         piece = _Piece(*piece)
         w, h, low, high, place = piece
         s, mixed, ratio, denominator, m = piece.parts()
@@ -102,29 +107,35 @@ class _RationalQuadratic(torch.autograd.Function):
         table.scatter_(0, torch.cat([k, k + 1]), of_slopes)
         return (
             of_input if ctx.inverse else of_place / w,
-            _bins_backward(p, k, of_w, of_left),
-            _bins_backward(q, k, of_h, of_y),
+            _bins_backward(p, k, p_below, of_w, of_left),
+            _bins_backward(q, k, q_below, of_h, of_y),
             table,
             None,
         )
 
 
 def _solve(y: Tensor, w: Tensor, h: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The place in the bin at which the quotient is ``y`` above the bin's bottom: the root in [0, 1] of a ξ² + b ξ + c."""
+    """The place in the bin at which the quotient is ``y`` above the bin's bottom: the root in [0, 1] of a ξ² + b ξ + c.
+
+    The upper half is solved from the top downward, which is the same with the slopes exchanged: so nothing cancels at either edge.
+    """
+    upper = 2 * y > h
+    y = torch.where(upper, h - y, y)
+    near = torch.where(upper, high, low)
     s = h / w
     bend = y * (low + high - 2 * s)
-    a, b, c = h * (s - low) + bend, h * low - bend, -s * y
-    return (-2 * c / (b + (b * b - 4 * a * c).clamp_min(TINY).sqrt())).clamp(0, 1)
+    a, b, c = h * (s - near) + bend, h * near - bend, -s * y
+    place = (-2 * c / (b + (b * b - 4 * a * c).clamp_min(TINY).sqrt())).clamp(0, 1)
+    return torch.where(upper, 1 - place, place)
 
 
-def _bins(shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Sizes and upper edges (k, ...) of bins that fill [0, 1]."""
-    sizes = MIN_SIZE + (1 - MIN_SIZE * len(shares)) * shares
-    return sizes, sizes.cumsum(0)
+def _bins_backward(shares: Tensor, k: Tensor, below: Tensor, of_size: Tensor, of_edge: Tensor) -> Tensor:
+    """Gradient of the unconstrained sizes (k, ...) from that of bin k's size and of its lower edge, the sum of the sizes below.
 
-
-def _bins_backward(shares: Tensor, k: Tensor, of_size: Tensor, of_edge: Tensor) -> Tensor:
-    """Gradient of the unconstrained sizes (k, ...) from that of bin k's size and of its lower edge, the sum of the sizes below."""
+    Of a softmax: p (g - Σ p g), where g is that of the edge for the bins below, that of the size for bin k, and 0 above.
+    """
+    scale = 1 - MIN_SIZE * len(shares)
+    of_size, of_edge = scale * of_size, scale * of_edge
+    mean = of_size * shares.gather(0, k).squeeze(0) + of_edge * below
     number = torch.arange(len(shares), device=k.device).view(-1, *[1] * of_size.dim())
-    weighted = shares * torch.where(number < k, of_edge, torch.where(number == k, of_size, 0.0))
-    return (1 - MIN_SIZE * len(shares)) * (weighted - shares * weighted.sum(0))
+    return torch.where(number < k, of_edge - mean, -mean).scatter_(0, k, (of_size - mean).unsqueeze(0)).mul_(shares)
