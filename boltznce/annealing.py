@@ -46,12 +46,12 @@ def soften(u: Tensor, cut: float = ENERGY_CUT, cap: float = ENERGY_CAP) -> Tenso
     return torch.where(u > cut, torch.log((u - cut).clamp_min(0) + 1) + cut, u)
 
 
-def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0) -> dict[str, Tensor]:
-    """The loss E_q[log q + u] (n,) of draws, their ``drop_highest`` highest energies left out, u softened; and its two parts.
+def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0, cut: float = ENERGY_CUT) -> dict[str, Tensor]:
+    """The loss E_q[log q + u] of draws (n,), their ``drop_highest`` highest energies left out, u softened above ``cut``; and its two parts.
 
     KL(q ‖ p) up to the constant log Z, if nothing is left out.
     """
-    u = soften(u.double())
+    u = soften(u.double(), cut)
     if drop_highest:
         kept = u.detach().topk(len(u) - drop_highest, largest=False).indices
         log_q, u = log_q[kept], u[kept]

@@ -23,7 +23,7 @@ CONFIG = {
         "coordinates": {"temperature": 1200.0, "fix_chirality": True, "fix_methyls": True},
         "model": {"n_pairs": 1, "width": 16, "depth": 1, "prior_std": 0.2},
     },
-    "hot": {"temperature": 4.0, "batch_size": 64, "drop_highest": 2, "fit": FIT},
+    "hot": {"temperature": 4.0, "batch_size": 64, "drop_highest": 2, "energy_cut": 1e8, "fit": FIT},
     "annealing": {
         "temperature": 1.0,
         "n_steps": 2,

@@ -62,7 +62,7 @@ def train_hot(work: Workspace) -> dict:
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
-        return reverse_kl(log_q, system.energy(x), section.drop_highest)
+        return reverse_kl(log_q, system.energy(x), section.drop_highest, section.energy_cut)
 
     return _fit(work, "hot", make_spline_flow(work.config, work.system), loss, section)
 
