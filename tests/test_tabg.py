@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 
 import boltznce.methods.tabg as tabg
 from boltznce.checkpoint import load_weights
+from boltznce.config import compose
 from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.methods.workspace import Workspace, make_fabric
+from boltznce.run import train
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 
@@ -96,6 +98,32 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch):
     np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
     record = json.loads((tmp_path / "whole" / "annealing" / "01.json").read_text())
     assert record["steps"] == 20
+
+
+TINY = [
+    "system=aldp_amber96",
+    "method=tabg",
+    "budget=smoke",
+    "threads=1",
+    "generator.model={architecture: hierarchical, n_pairs: 2, width: 16, depth: 1}",
+    "hot={batch_size: 32, fit: {steps: 5}}",
+    "annealing={n_steps: 1, n_draws: 300, n_buffer: 100, draw_batch_size: 100, batch_size: 32, fit: {steps: 5}}",
+    "evaluation={n_samples: 600, n_ladder: 100, batch_size: 200, n_bootstrap: 20}",
+]
+
+
+def test_whole_run_of_a_molecule_ends_in_a_report(tmp_path):
+    config = compose("train", TINY)
+    run = RunFolder.create(tmp_path, config, config.system.name)
+    train(run)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["counts"]["energy evaluations, reverse KL"] == 5 * 32
+    assert metrics["counts"]["energy evaluations, annealing"] == 600
+    assert metrics["counts"]["with another chirality"] == 0
+    assert "exact weights" in metrics["ess"]
+    assert "ladder, 1200 to 300" in metrics["ess"]
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"ladder", "weights", "profile", "ramachandran", "temperatures"}
+    assert "figures/ladder.png" in (tmp_path / "report.md").read_text()
 
 
 def test_generator_of_a_molecule_and_of_a_plane():
