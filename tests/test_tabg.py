@@ -16,6 +16,7 @@ from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
+from boltznce.training import FitSettings
 
 FIT = {"steps": 20, "lr": 1e-2, "log_every": 10, "validate_every": 0, "checkpoint_every": 10}
 CONFIG = {
@@ -124,6 +125,16 @@ def test_whole_run_of_a_molecule_ends_in_a_report(tmp_path):
     assert "ladder, 1200 to 300" in metrics["ess"]
     assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"ladder", "weights", "profile", "ramachandran", "temperatures"}
     assert "figures/ladder.png" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])
+def test_every_budget_composes(budget):
+    config = compose("train", ["system=aldp_amber96", "method=tabg", f"budget={budget}"])
+    assert config.annealing.temperature == 300.0
+    assert config.generator.coordinates.temperature == 1200.0
+    assert (config.hot.fit.steps == 100000) == (budget == "paper")
+    FitSettings(**config.hot.fit)
+    FitSettings(**config.annealing.fit)
 
 
 def test_generator_of_a_molecule_and_of_a_plane():
