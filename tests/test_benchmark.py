@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from boltznce.benchmarks.energy import energy_figure, energy_table, measure_energy
+from boltznce.benchmarks.spline import measure_spline, spline_figure, spline_table
 from boltznce.benchmarks.timing import time_call
 from boltznce.errors import UserError
 
@@ -20,6 +21,15 @@ def test_rows_hold_quartiles_for_every_case():
     assert table.count("\n| aldp") == 4
     assert "time grows as atoms^" in table
     assert len(energy_figure(rows).axes) == 2
+
+
+def test_spline_rows_table_and_figure():
+    flows = {"small": {"depth": 1, "width": 8, "n_pairs": 1}}
+    rows = measure_spline(["aldp"], flows, ["eager"], batch_size=8, temperature=1200.0, min_seconds=0.01)
+    assert [row["kind"] for row in rows] == ["sample + log q", "log q", "reverse KL, with gradient"]
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
+    assert "| aldp | 60 | small | eager |" in spline_table(rows)
+    assert len(spline_figure(rows).axes) == 3
 
 
 def test_the_first_call_does_not_count():

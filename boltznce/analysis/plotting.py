@@ -14,6 +14,7 @@ __all__ = [
     "plot_densities",
     "plot_energy_cost",
     "plot_energy_histograms",
+    "plot_ladder",
     "plot_learning_curves",
     "plot_likelihood_agreement",
     "plot_plane",
@@ -294,6 +295,22 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
             ax.minorticks_off()
         axes[0].set_ylabel("µs a conformer")
         axes[0].legend()
+    return figure
+
+
+def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
+    """Effective sample sizes (0 to 1) of the steps of a temperature ladder over the temperature weighted to, hot on the left."""
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _single_axes()
+        for colour, (label, values) in zip(_COLOURS, sets.items(), strict=False):
+            ax.plot(temperatures, values, marker="o", markersize=4, color=colour, label=label)
+        ax.set(xlabel=f"temperature weighted to ({unit})" if unit else "temperature weighted to", ylabel="effective sample size")
+        ax.set(xscale="log", ylim=(0, 1.02))
+        ticks = sorted(set(temperatures))
+        ax.set_xticks(ticks, [f"{t:.4g}" for t in ticks], rotation=45)
+        ax.minorticks_off()
+        ax.invert_xaxis()
+        _legend_above(ax)
     return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from boltznce.benchmarks import energy
+from boltznce.benchmarks import energy, spline
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.workspace import make_fabric
@@ -17,7 +17,10 @@ from boltznce.run import set_threads
 __all__ = ["BENCHMARKS", "run_benchmark"]
 
 # what -> (measure(**section, device, min_seconds, seed) -> rows, rows -> Markdown, rows -> Figure)
-BENCHMARKS = {"energy": (energy.measure_energy, energy.energy_table, energy.energy_figure)}
+BENCHMARKS = {
+    "energy": (energy.measure_energy, energy.energy_table, energy.energy_figure),
+    "spline": (spline.measure_spline, spline.spline_table, spline.spline_figure),
+}
 
 
 def run_benchmark(config: DictConfig) -> str:

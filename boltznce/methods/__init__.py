@@ -7,7 +7,7 @@ from boltznce.errors import UserError
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS = {"boltznce": "boltznce.methods.boltznce", "density": "boltznce.methods.density"}
+METHODS = {"boltznce": "boltznce.methods.boltznce", "density": "boltznce.methods.density", "tabg": "boltznce.methods.tabg"}
 
 
 def find_method(name: str) -> ModuleType:

@@ -1,0 +1,252 @@
+"""A normalizing flow of rational-quadratic spline couplings on the unit cube of normalized coordinates, with exact density.
+
+Couplings on the circle: Rezende et al. 2020 (arXiv 2002.02428). As the generator of TA-BG (arXiv 2501.19077): architectures and priors.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from boltznce.errors import UserError
+from boltznce.flows.box import BoxCoordinates
+from boltznce.flows.internal import InternalCoordinates
+from boltznce.flows.spline import rational_quadratic
+
+__all__ = ["ARCHITECTURES", "SplineCoupling", "SplineFlow", "hierarchical", "random_masks"]
+
+Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, and those that it is conditioned on
+
+
+class SplineFlow(nn.Module):
+    """Prior on the unit cube -> couplings -> coordinates -> positions, each step invertible and with its log-determinant.
+
+    The prior is uniform on circular coordinates; on bounded ones the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
+    too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
+
+    Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo rigid motion, that is
+    with respect to the Cartesian volume integrated over translations and rotations; for `BoxCoordinates` the positions in the box. Outside
+    the coordinates' domain ``log_prob`` is -inf. The normalization is on the domain: one labelling of equivalent hydrogens, one hand.
+
+    Args:
+        coordinates: `InternalCoordinates` or `BoxCoordinates`.
+        architecture: ``random`` (masks drawn anew for each of ``n_pairs`` pairs of couplings) or ``hierarchical`` (torsions, then angles
+            given torsions, then bonds given both).
+        mask_seed: of the random masks.
+        width, depth, activation: hidden layers of each coupling's conditioner.
+        n_bins: of each spline.
+        reference_temperature: K. If given, the flow is conditioned on log(T / reference_temperature).
+    """
+
+    def __init__(
+        self,
+        coordinates: InternalCoordinates | BoxCoordinates,
+        *,
+        architecture: str = "random",
+        n_pairs: int = 8,
+        mask_seed: int = 0,
+        width: int = 256,
+        depth: int = 5,
+        activation: str = "relu",
+        n_bins: int = 8,
+        prior_std: float | None = 0.1,
+        reference_temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise UserError(f"Unknown architecture '{architecture}': choose one of {', '.join(ARCHITECTURES)}.")
+        if activation not in ACTIVATIONS:
+            raise UserError(f"Unknown activation '{activation}': choose one of {', '.join(ACTIVATIONS)}.")
+        self.coordinates = coordinates
+        self.prior_std, self.reference_temperature = prior_std, reference_temperature
+        self.register_buffer("bounded", torch.nonzero(~coordinates.circular).squeeze(1), persistent=False)
+        splits = ARCHITECTURES[architecture](coordinates.groups, n_pairs, torch.Generator().manual_seed(mask_seed))
+        settings = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins}
+        n_context = 0 if reference_temperature is None else 1
+        self.couplings = nn.ModuleList(
+            SplineCoupling(transformed, given, coordinates.circular, n_context=n_context, **settings) for transformed, given in splits
+        )
+
+    @property
+    def dimension(self) -> int:
+        """d, the number of coordinates."""
+        return self.coordinates.dimension
+
+    def sample_with_log_prob(
+        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (n, atoms, dim) in nm and log q (n,), float64, both differentiable in the flow's parameters."""
+        z = self._draw(n, generator)
+        y, log_det = self._through(z, temperature)
+        positions, log_volume = self.coordinates.to_positions(y)
+        return positions, self._log_prior(z) - log_det - log_volume.double()
+
+    def log_prob(self, positions: Tensor, temperature: float | None = None) -> Tensor:
+        """log q (batch,), float64, of positions (batch, atoms, dim) in nm, differentiable; -inf outside the domain."""
+        y, log_volume = self.coordinates.to_unit(positions)
+        bounded = y[:, self.bounded]
+        inside = ((bounded >= 0) & (bounded <= 1)).all(dim=1)
+        y = torch.where(inside.unsqueeze(1), y, 0.5)  # where it would be -inf, gradients are finite and zero
+        z, log_det = self._through(y, temperature, inverse=True)
+        log_q = self._log_prior(z) + log_det + torch.where(inside, log_volume, 0.0).double()
+        return torch.where(inside, log_q, -math.inf)
+
+    @torch.no_grad()
+    def sample(
+        self, n_samples: int, generator: torch.Generator | None = None, *, temperature: float | None = None, batch_size: int = 8192
+    ) -> tuple[Tensor, Tensor]:
+        """As `sample_with_log_prob`, in batches and without gradients."""
+        sizes = [min(batch_size, n_samples - start) for start in range(0, n_samples, batch_size)]
+        parts = [self.sample_with_log_prob(size, generator, temperature) for size in sizes]
+        return torch.cat([x for x, _ in parts]), torch.cat([log_q for _, log_q in parts])
+
+    def _through(self, y: Tensor, temperature: float | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Points of the cube (batch, d) through all couplings, and the log-determinant (batch,), float64."""
+        y = y.T.contiguous()  # coordinates first, as the couplings want them
+        context = self._context(temperature, y)
+        log_det = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
+        for coupling in reversed(self.couplings) if inverse else self.couplings:
+            y, change = coupling(y, context, inverse)
+            log_det = log_det + change
+        return y.T, log_det
+
+    def _context(self, temperature: float | None, like: Tensor) -> Tensor | None:
+        if (temperature is None) != (self.reference_temperature is None):
+            raise UserError(
+                "This flow is conditioned on temperature: give one."
+                if temperature is None
+                else "This flow is not conditioned on temperature: set reference_temperature when it is made, or give none."
+            )
+        return None if temperature is None else like.new_full((1, like.shape[1]), math.log(temperature / self.reference_temperature))
+
+    # ---- prior ------------------------------------------------------------------------------------------------------
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Points of the cube (n, d) from the prior, by its inverse distribution function."""
+        circular = self.coordinates.circular
+        u = torch.rand(n, self.dimension, generator=generator, dtype=torch.float64, device=circular.device)
+        if self.prior_std is not None:
+            edge = math.erf(0.5 / self.prior_std / math.sqrt(2))
+            normal = 0.5 + self.prior_std * math.sqrt(2) * torch.erfinv(edge * (2 * u - 1))
+            u = torch.where(circular, u, normal.clamp(0, 1))
+        return u.to(self._dtype)
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        if self.prior_std is None:
+            return torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        edge = math.erf(0.5 / self.prior_std / math.sqrt(2))
+        constant = math.log(self.prior_std * math.sqrt(2 * math.pi) * edge)
+        return -0.5 * ((z[:, self.bounded] - 0.5) / self.prior_std).square().sum(1).double() - constant * len(self.bounded)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.couplings[0].layers[0].weight.dtype
+
+
+class SplineCoupling(nn.Module):
+    """Splines of some coordinates of the cube whose parameters are a function of others: (d, batch) -> (d, batch), and log-det (batch,).
+
+    Coordinates come first and the batch last, so that all of a coupling's parameters come from one matrix product and every operation runs
+    over contiguous memory. Circular coordinates have one slope at 0 and 1 and are then shifted around the circle; the conditioner sees
+    their cosine and sine. At first the identity.
+    """
+
+    def __init__(
+        self,
+        transformed: Sequence[int],
+        given: Sequence[int],
+        circular: Tensor,
+        *,
+        width: int,
+        depth: int,
+        activation: str,
+        n_bins: int,
+        n_context: int,
+    ) -> None:
+        super().__init__()
+        of_circle = circular.tolist()
+        tables = {
+            "transformed": sorted(transformed, key=lambda k: of_circle[k]),  # bounded ones first
+            "given_bounded": [k for k in given if not of_circle[k]],
+            "given_circular": [k for k in given if of_circle[k]],
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.long))
+        self.n_bins, self.n_bounded = n_bins, sum(not of_circle[k] for k in transformed)
+        self.activation = ACTIVATIONS[activation]
+        n_in = len(tables["given_bounded"]) + 2 * len(tables["given_circular"]) + n_context
+        sizes = [n_in, *[width] * depth, (3 * n_bins + 1) * len(transformed)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, y: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        n, k = self.n_bounded, self.n_bins
+        parameters = self._conditioner(y, context).unflatten(0, (3 * k + 1, -1))
+        widths, heights, slopes = parameters.split([k, k, k + 1])
+        x = y[self.transformed]
+        if n < len(self.transformed):
+            shift = slopes[k, n:]
+            slopes = torch.cat([slopes[:k], torch.cat([slopes[k:, :n], slopes[:1, n:]], 1)])
+        if inverse and n < len(x):
+            x = torch.cat([x[:n], on_circle(x[n:] - shift)])
+        x, log_slope = rational_quadratic(x, widths, heights, slopes, inverse)
+        if not inverse and n < len(x):
+            x = torch.cat([x[:n], on_circle(x[n:] + shift)])
+        return y.index_copy(0, self.transformed, x), log_slope.sum(0)
+
+    def _conditioner(self, y: Tensor, context: Tensor | None) -> Tensor:
+        phase = 2 * math.pi * y[self.given_circular]
+        seen = [INPUT_SCALE * (y[self.given_bounded] - 0.5), phase.cos(), phase.sin()]
+        h = torch.cat(seen if context is None else [*seen, context])
+        for layer in self.layers[:-1]:
+            h = self.activation(torch.addmm(layer.bias.unsqueeze(1), layer.weight, h))
+        return torch.addmm(self.layers[-1].bias.unsqueeze(1), self.layers[-1].weight, h)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "silu": nn.functional.silu}
+INPUT_SCALE = 10.0  # makes the bounded coordinates' prior one of unit variance
+
+
+def on_circle(x: Tensor) -> Tensor:
+    """x modulo 1; rounding may give 1, which is 0 again."""
+    return x - x.detach().floor()
+
+
+# ---- architectures: (groups, n_pairs, generator) -> splits ----------------------------------------------------------
+
+
+def halves(among: Sequence[int], generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Two random halves."""
+    order = [among[k] for k in torch.randperm(len(among), generator=generator)]
+    return sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
+
+
+def random_masks(groups: dict[str, list[int]], n_pairs: int, generator: torch.Generator) -> list[Split]:
+    """Pairs of couplings: a random half of all coordinates given the other half, then the other way round."""
+    every = sorted(itertools.chain(*groups.values()))
+    splits = [halves(every, generator) for _ in range(n_pairs)]
+    return [split for a, b in splits for split in ((a, b), (b, a)) if split[0]]
+
+
+def hierarchical(groups: dict[str, list[int]], n_pairs: int, generator: torch.Generator) -> list[Split]:
+    """Torsions among themselves, angles given torsions, bonds given both; ``n_pairs=8`` gives the published three, two and two times."""
+    if set(groups) != {"bonds", "angles", "torsions"}:
+        raise UserError("architecture=hierarchical is for the internal coordinates of molecules: choose random.")
+    bonds, angles, torsions = groups["bonds"], groups["angles"], groups["torsions"]
+
+    def among(group: list[int], n: int = 1) -> list[Split]:
+        return random_masks({"": group}, n, generator)
+
+    splits = among(torsions, max(1, 3 * n_pairs // 8))
+    n_inner = max(1, n_pairs // 4)
+    for _ in range(n_inner):
+        splits += [(angles, torsions), *among(angles)]
+    for _ in range(n_inner):
+        splits += [(bonds, sorted(angles + torsions)), *among(bonds)]
+    return splits
+
+
+ARCHITECTURES = {"random": random_masks, "hierarchical": hierarchical}
