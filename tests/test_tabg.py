@@ -53,6 +53,9 @@ class DoubleWell(System):
         a, b = x[..., 0, 0], x[..., 0, 1]
         return (4 * (a**2 - 1) ** 2 + a / 2 + 2 * b**2) / self.temperature
 
+    def coordinate(self, x, name):
+        return x[..., 0, 0]
+
 
 def work_in(path, system):
     config = OmegaConf.create(CONFIG)
