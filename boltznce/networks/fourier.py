@@ -1,8 +1,7 @@
 """Energy and vector field of a particle in the plane on Fourier features that fade with the noise.
 
 Noise of size σ blurs a density's Fourier components by exp(-ω²σ²/2), so that is how much of a wave of frequency ω is shown to the network
-at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at every t from slow ones; with the same
-training a plain MLP on x leaves four times the KL divergence on a checkerboard.
+at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at every t from slow ones.
 """
 
 import math
