@@ -25,7 +25,7 @@ class Molecules:
 
     @classmethod
     def stack(cls, features: Sequence[Tensor], index: Sequence[int], n_atoms: int | None = None) -> "Molecules":
-        """One row for each of ``index``, places in the list of all molecules' ``features`` (n_k, F); padded to ``n_atoms`` or the largest."""
+        """A row for each of ``index``, places in the list of all molecules' ``features`` (n_k, F), padded to ``n_atoms`` or the largest."""
         sizes = [len(features[k]) for k in index]
         n_atoms = n_atoms or max(sizes)
         if max(sizes) > n_atoms:

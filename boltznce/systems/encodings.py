@@ -53,11 +53,11 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
     if encoding == "backbone":
         backbone = [name if name in BACKBONE else "" for name in names]
         return torch.cat([elements, _one_hot(backbone, (*BACKBONE, ""), "name")[:, :-1]], dim=1)
+    types = _one_hot([VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue")
     if topology.n_residues > n_places:
         raise UserError(f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places.")
     places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
-    types = [VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms]
-    return torch.cat([places, _one_hot(types, RESIDUE_TYPES, "residue"), _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
+    return torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
 
 
 def atom_class_names(topology: mdtraj.Topology) -> list[str]:
