@@ -30,7 +30,7 @@ class GraphCheck:
 
     right: Tensor  # (batch,) bool
     order: Tensor  # (batch, n) int64: atom order[b, i] of conformer b is the topology's atom i; the identity where it is not right
-    # equivalent atoms may end exchanged; Amber's impropers of planar groups (COO-, guanidinium) can tell, by tenths of kT
+    # equivalent atoms may end exchanged; Amber's impropers can tell, by up to 0.3 kT for the oxygens of a COO-
     reordered: Tensor  # (batch,) bool: right, but only after reordering
 
     def apply(self, x: Tensor) -> Tensor:
