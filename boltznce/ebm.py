@@ -10,6 +10,7 @@ from torch.nn import functional
 from boltznce.errors import UserError
 from boltznce.flows.interpolant import make_interpolant
 from boltznce.flows.prior import GaussianPrior
+from boltznce.molecules import Molecules
 
 __all__ = ["OBJECTIVES", "EnergyBasedModel"]
 
@@ -20,7 +21,8 @@ class EnergyBasedModel(nn.Module):
     """E_θ(x, t), the log-density of the interpolated samples at time t up to a constant; at t = 0 it is the likelihood of the samples.
 
     ``network(x, t, features) -> (batch,)`` works in scaled units ``x / length_scale``. ``log_prob`` lives on the same space as the flow
-    (mean-free where ``centred``) and has an unknown additive constant: ``normalized`` is False.
+    (mean-free where ``centred``) and has an unknown additive constant: ``normalized`` is False. Given the ``molecules`` that the rows are,
+    one network ``network(x, t, features, mask)`` serves many; the constant is then another for each molecule.
     """
 
     normalized = False
@@ -64,16 +66,19 @@ class EnergyBasedModel(nn.Module):
         # the constant between E(x, 0) and a normalized log-likelihood, learned by `regression_loss`
         self.log_constant = nn.Parameter(torch.zeros(()))
 
-    def log_prob(self, positions: Tensor, t: float | None = None) -> Tensor:
+    def log_prob(self, positions: Tensor, t: float | None = None, molecules: Molecules | None = None) -> Tensor:
         """log q up to a constant (batch,), float64, of positions (batch, n, dim) in nm; ``t`` reads the density at another noise level."""
-        x = self._scale(positions)
+        x = self._scale(positions, molecules)
         time = torch.full((len(x),), self.t_read if t is None else t, dtype=x.dtype, device=x.device)
-        return self.network(x, time, self.features).double()
+        return self._energy(x, time, molecules).double()
 
     @torch.no_grad()
-    def log_prob_in_batches(self, positions: Tensor, batch_size: int = 2048) -> Tensor:
+    def log_prob_in_batches(self, positions: Tensor, batch_size: int = 2048, molecules: Molecules | None = None) -> Tensor:
         """`log_prob` without gradients, in batches of bounded memory."""
-        return torch.cat([self.log_prob(part) for part in positions.split(batch_size)])
+        if molecules is None:
+            return torch.cat([self.log_prob(part) for part in positions.split(batch_size)])
+        rows = [slice(start, start + batch_size) for start in range(0, len(positions), batch_size)]
+        return torch.cat([self.log_prob(positions[row], molecules=molecules[row]) for row in rows])
 
     @torch.no_grad()
     def calibrate(self, positions: Tensor, generator: torch.Generator | None = None) -> None:
@@ -88,37 +93,41 @@ class EnergyBasedModel(nn.Module):
         """Start the constant of `regression_loss` where its mean error on these samples is zero."""
         self.log_constant.copy_((log_q - self.log_prob(positions)).median())
 
-    def loss(self, positions: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(self, positions: Tensor, generator: torch.Generator | None = None, molecules: Molecules | None = None) -> dict[str, Tensor]:
         """Score-matching and NCE losses on a batch of samples (batch, n, dim) in nm.
 
         ``score``: E ‖σ_t ∇E(x_t, t) + x_1‖² / d. ``nce``: cross-entropy of telling the true time among ``n_negatives`` others.
         """
-        x0 = self._scale(positions)
-        x1 = self.prior.noise_like(x0, generator)
+        mask = None if molecules is None else molecules.mask
+        x0 = self._scale(positions, molecules)
+        x1 = self.prior.noise_like(x0, generator, mask)
         u = torch.rand(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
         t = u**self.time_power
         x = self.interpolant.mix(x0, x1, t)
         parts: dict[str, Tensor] = {}
         if self.objective in ("both", "score"):
             x.requires_grad_(True)
-            energy = self.network(x, t, self.features)
+            energy = self._energy(x, t, molecules)
             (score,) = torch.autograd.grad(energy.sum(), x, create_graph=self.training)
-            residual = self.interpolant.sigma(t).reshape(-1, 1, 1) * self.prior.project(score) + x1
-            parts["score"] = residual.square().sum(dim=(-2, -1)).mean() / self.prior.dimension
+            residual = self.interpolant.sigma(t).reshape(-1, 1, 1) * self.prior.project(score, mask) + x1
+            squared = residual.square().sum(dim=(-2, -1))
+            d = self.prior.dimensions(mask)
+            parts["score"] = squared.mean() / d if molecules is None else (squared / d).mean()
         else:
-            energy = self.network(x, t, self.features)
+            energy = self._energy(x, t, molecules)
         if self.objective in ("both", "nce"):
-            parts["nce"] = self._nce(x, u, energy, generator)
+            parts["nce"] = self._nce(x, u, energy, generator, molecules)
         parts["loss"] = parts.get("score", 0.0) + self.nce_weight * parts.get("nce", 0.0)
         return parts
 
-    def _nce(self, x: Tensor, u: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _nce(self, x: Tensor, u: Tensor, energy: Tensor, generator: torch.Generator | None, molecules: Molecules | None = None) -> Tensor:
         noise = torch.randn(self.n_negatives, len(u), generator=generator, dtype=u.dtype, device=u.device)
         other = u + self.nce_width * noise
         other = other.clamp(0, 1) if self.clip_negatives else _reflect(other)
-        negative = self.network(
-            x.expand(self.n_negatives, *x.shape).flatten(0, 1), other.flatten() ** self.time_power, self.features
-        ).view_as(other)
+        repeated = None if molecules is None else molecules.repeat(self.n_negatives)
+        negative = self._energy(x.expand(self.n_negatives, *x.shape).flatten(0, 1), other.flatten() ** self.time_power, repeated).view_as(
+            other
+        )
         logits = torch.cat([energy.unsqueeze(0), negative])
         return -functional.log_softmax(logits, dim=0)[0].mean()
 
@@ -130,8 +139,13 @@ class EnergyBasedModel(nn.Module):
         difference = self.log_prob(positions).to(positions.dtype) + self.log_constant - log_q.to(positions.dtype)
         return functional.huber_loss(difference, torch.zeros_like(difference), delta=huber)
 
-    def _scale(self, positions: Tensor) -> Tensor:
-        return self.prior.project(positions / self.length_scale)
+    def _energy(self, x: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
+        if molecules is None:
+            return self.network(x, t, self.features)
+        return self.network(x, t, molecules.features, molecules.mask)
+
+    def _scale(self, positions: Tensor, molecules: Molecules | None = None) -> Tensor:
+        return self.prior.project(positions / self.length_scale, None if molecules is None else molecules.mask)
 
 
 def _reflect(u: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Which data point is paired with which prior point: independent, minibatch optimal transport, Kabsch alignment, or both.
 
+Rows that are unlike molecules, told apart by ``index`` (batch,), are never exchanged; padded atoms, all zeros, change no distance.
 None of them changes the prior's marginal: samples are reordered or data are rotated (Tong et al. 2024, arXiv 2302.00482;
 Klein et al. 2023, arXiv 2306.15030).
 """
@@ -14,29 +15,35 @@ from boltznce.errors import UserError
 
 __all__ = ["COUPLINGS", "independent", "kabsch", "make_coupling", "optimal_transport", "optimal_transport_kabsch"]
 
-Coupling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Coupling = Callable[..., tuple[Tensor, Tensor]]
 
 
-def independent(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+def independent(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The pairs as they are."""
     return x0, x1
 
 
-def optimal_transport(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+def optimal_transport(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Reorder ``x0`` so that the sum of squared distances to ``x1`` (both (batch, n, dim), mean-free) is the least (exact assignment)."""
+    if index is not None:
+        x0 = x0.clone()
+        for molecule in index.unique():
+            rows = torch.nonzero(index == molecule).flatten()
+            x0[rows] = optimal_transport(x0[rows], x1[rows])[0]
+        return x0, x1
     cost = torch.cdist(x1.flatten(1), x0.flatten(1)).square()
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return x0[torch.as_tensor(columns, device=x0.device)], x1
 
 
-def kabsch(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+def kabsch(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Turn each ``x0`` by the proper rotation that brings it closest to its ``x1`` (both (batch, n, 3), mean-free)."""
     return x0 @ rotation_onto(x0, x1), x1
 
 
-def optimal_transport_kabsch(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+def optimal_transport_kabsch(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Optimal transport first, then the alignment of each pair."""
-    return kabsch(*optimal_transport(x0, x1))
+    return kabsch(*optimal_transport(x0, x1, index))
 
 
 def rotation_onto(x0: Tensor, x1: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ Field = Callable[[Tensor], Tensor]
 
 
 def exact_divergence(field: Field, x: Tensor, basis: Tensor, directions_at_once: int = 64) -> tuple[Tensor, Tensor]:
-    """Velocity (batch, n, dim) and its trace of the Jacobian (batch,) over the orthonormal ``basis`` (d, n, dim)."""
+    """Velocity (batch, n, dim) and its trace of the Jacobian (batch,) over the orthonormal ``basis`` (d, n, dim), or (d, batch, n, dim).
+
+    A molecule with a smaller space than others of its batch has zeros in place of the directions that it lacks.
+    """
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
         tangent = direction.expand_as(x)
@@ -51,6 +54,8 @@ def rademacher(shape: tuple[int, ...], generator: torch.Generator | None, like: 
 class Probes:
     """Random probes (m, batch, n, dim) for the points of a path: E[ε εᵀ] = 1 on the space that ``basis`` (d, n, dim) spans.
 
+    A basis of its own for each molecule of the batch is (d, batch, n, dim), with zeros for directions that a molecule lacks.
+
     They are signs along ``basis``, or, where ``gradients(x)`` (batch, K, n, dim) is given, along the eigenvectors of Σ_k ∇z_k ∇z_kᵀ on
     that space, recomputed at every ``refresh``-th point. With ``fixed`` all points get the probes of the first.
     """
@@ -66,7 +71,8 @@ class Probes:
         refresh: int = 8,
     ) -> None:
         self.n_probes, self.generator, self.gradients, self.fixed, self.refresh = n_probes, generator, gradients, fixed, refresh
-        self.shape, self.basis = basis.shape[1:], basis.flatten(1)
+        self.shape = basis.shape[-2:]
+        self.basis = basis.flatten(1) if basis.dim() == 3 else basis.flatten(2).transpose(0, 1)
         self.axes, self.n_calls, self.probes = self.basis, 0, None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ class Probes:
         if self.probes is None or not self.fixed:
             if self.gradients is not None and self.n_calls % self.refresh == 0:
                 self.axes = self._eigenvectors(x)
-            signs = rademacher((self.n_probes, len(x), len(self.basis)), self.generator, x)
+            signs = rademacher((self.n_probes, len(x), self.basis.shape[-2]), self.generator, x)
             along = signs @ self.axes if self.axes.dim() == 2 else torch.einsum("mbk,bkj->mbj", signs, self.axes)
             self.probes = along.unflatten(-1, self.shape)
             self.n_calls += 1

@@ -15,8 +15,9 @@ from boltznce.errors import UserError
 from boltznce.flows.coupling import make_coupling
 from boltznce.flows.divergence import Probes, exact_divergence, hutchinson_divergence
 from boltznce.flows.interpolant import make_interpolant
-from boltznce.flows.prior import GaussianPrior, subspace_basis
+from boltznce.flows.prior import GaussianPrior, masked_subspace_basis, subspace_basis
 from boltznce.flows.solvers import SolverSettings, integrate, time_grid
+from boltznce.molecules import Molecules
 
 __all__ = ["LIKELIHOODS", "InterpolantFlow"]
 
@@ -34,6 +35,10 @@ class InterpolantFlow(nn.Module):
     With ``whiten`` the flow runs in coordinates in which the data's covariance between atoms, ⟨x_i·x_j⟩ / dim, is one: the prior is the
     Gaussian of that covariance, in which bonded atoms start close together (as in harmonic diffusion, Jing et al. 2023, arXiv
     2304.02198). It commutes with rotations; the network still sees x / length_scale.
+
+    One flow serves many molecules where every method is given the ``molecules`` that the rows are: each row then has the space,
+    d = dim (N - 1), prior and density of its own N real atoms, positions are zero on padded ones, and the network is called as
+    ``network(x, t, features, mask)``. ``n_atoms`` then has no meaning, and there is no whitening.
     """
 
     def __init__(
@@ -83,14 +88,16 @@ class InterpolantFlow(nn.Module):
 
     # ---- velocity, score --------------------------------------------------------------------------------------------
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
         """dx/dt at scaled positions ``x`` (batch, n, dim), times ``t`` (batch,), projected on the flow's space."""
-        out = self._network(x, t)
+        out = self._network(x, t, molecules)
         if self.objective == "endpoint":
             out = self.interpolant.velocity_from_endpoint(x, out, t)
-        return self.prior.project(out)
+        return self.prior.project(out, _mask(molecules))
 
-    def _network(self, x: Tensor, t: Tensor) -> Tensor:
+    def _network(self, x: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
+        if molecules is not None:
+            return self.network(x, t, molecules.features, molecules.mask)
         if not self.whiten:
             return self.network(x, t, self.features)
         # Whitened data have unit covariance: the best linear velocity is known, and the network adds what a score would, a covector
@@ -99,16 +106,18 @@ class InterpolantFlow(nn.Module):
         linear = (a * path.d_alpha(time) + b * path.d_sigma(time)) / (a**2 + b**2)
         return linear * x + self.unwhitening @ self.network(self.unwhitening @ x, t, self.features)
 
-    def _scale(self, positions: Tensor) -> Tensor:
-        x = self.prior.project(positions / self.length_scale)
+    def _scale(self, positions: Tensor, molecules: Molecules | None = None) -> Tensor:
+        if molecules is not None and self.whiten:
+            raise UserError("A flow of many molecules has an isotropic prior: set flow.model.whiten=false.")
+        x = self.prior.project(positions / self.length_scale, _mask(molecules))
         return self.whitening @ x if self.whiten else x
 
     def _unscale(self, x: Tensor) -> Tensor:
         return (self.unwhitening @ x if self.whiten else x) * self.length_scale
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
         """∇ log p_t at scaled positions; singular at t = 0."""
-        return self.interpolant.score_from_velocity(x, self.velocity(x, t), t)
+        return self.interpolant.score_from_velocity(x, self.velocity(x, t, molecules), t)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -132,27 +141,29 @@ class InterpolantFlow(nn.Module):
         self.unwhitening.copy_(vectors * values.sqrt() @ vectors.T)
         self.log_volume.fill_(0.5 * x.shape[-1] * values.log().sum().item())
 
-    def loss(self, positions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, positions: Tensor, generator: torch.Generator | None = None, molecules: Molecules | None = None) -> Tensor:
         """Mean squared error a degree of freedom, of the velocity or of the endpoint, over a batch of data (batch, n, dim) in nm.
 
         Times are u ** time_power with u uniform. The endpoint's squared error is weighted with |α'σ - ασ'| / σ clipped to
         [0.005, endpoint_weight_max] as in the BoltzNCE authors' code, or, where no maximum is given, with its square: then
         the loss is that of velocity matching.
         """
-        x0 = self._scale(positions)
-        x0, x1 = self.couple(x0, self.prior.noise_like(x0, generator))
+        x0 = self._scale(positions, molecules)
+        x1 = self.prior.noise_like(x0, generator, _mask(molecules))
+        x0, x1 = self.couple(x0, x1) if molecules is None else self.couple(x0, x1, molecules.index)
         t = torch.rand(len(x0), generator=generator, dtype=x0.dtype, device=x0.device) ** self.time_power
-        t = self.t_min + (1 - self.t_min) * t
+        return self._errors(x0, x1, self.t_min + (1 - self.t_min) * t, molecules).mean()
+
+    def _errors(self, x0: Tensor, x1: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
+        """The weighted squared error a degree of freedom (batch,) for pairs of scaled positions."""
         x = self.interpolant.mix(x0, x1, t)
+        dimension = self.prior.dimensions(_mask(molecules))
         if self.objective == "velocity":
-            return self._squared_error(self.velocity(x, t), self.interpolant.velocity_target(x0, x1, t)).mean()
-        error = self._squared_error(self.prior.project(self._network(x, t)), x0)
+            return _squared_norm(self.velocity(x, t, molecules) - self.interpolant.velocity_target(x0, x1, t)) / dimension
+        error = _squared_norm(self.prior.project(self._network(x, t, molecules), _mask(molecules)) - x0) / dimension
         weight = self.interpolant.endpoint_error_factor(t)
         weight = weight.square() if self.endpoint_weight_max is None else weight.clamp(0.005, self.endpoint_weight_max)
-        return (weight * error).mean()
-
-    def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().sum(dim=(-2, -1)) / self.dimension
+        return weight * error
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -167,41 +178,55 @@ class InterpolantFlow(nn.Module):
         n_probes: int = 1,
         batch_size: int = 1024,
         progress: bool = False,
+        molecules: Molecules | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Positions (n, atoms, dim) in nm and their log-likelihood (n,), float64, integrated along the sampling path (None for "none").
 
         "exact" takes the trace of the Jacobian; "hutchinson" estimates it with ``n_probes`` Rademacher probes (see `log_prob`).
+        ``molecules`` has ``n_samples`` rows.
         """
         self._check_likelihood(likelihood)
+        _check_rows(molecules, n_samples)
         parts = []
-        for size in _batch_sizes(n_samples, batch_size, progress, "samples"):
-            x1 = self.prior.sample(size, generator, device=self.basis.device, dtype=self.basis.dtype)
-            x0, integral = self._flow(x1, 1.0, self.t_min, solver, likelihood, n_probes, generator)
+        for rows in _batches(n_samples, batch_size, progress, "samples"):
+            part = None if molecules is None else molecules[rows]
+            size, like = rows.stop - rows.start, {"device": self.basis.device, "dtype": self.basis.dtype}
+            x1 = self.prior.sample(size, generator, mask=_mask(part), **like)
+            x0, integral = self._flow(x1, 1.0, self.t_min, solver, likelihood, n_probes, generator, part)
             # integrated from 1 to t_min, the divergence counts negatively: log q(x_0) = log p_1(x_1) + ∫_0^1 div v dt
-            parts.append((self._unscale(x0), self._to_nm(self.prior.log_prob(x1) - integral)))
+            parts.append((self._unscale(x0), self._to_nm(self.prior.log_prob(x1, _mask(part)) - integral, part)))
         positions = torch.cat([x for x, _ in parts])
         return positions, None if likelihood == "none" else torch.cat([q for _, q in parts])
 
     @torch.no_grad()
     def sample_sde(
-        self, n_samples: int, generator: torch.Generator | None = None, *, solver: SolverSettings | None = None, batch_size: int = 1024
+        self,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        solver: SolverSettings | None = None,
+        batch_size: int = 1024,
+        molecules: Molecules | None = None,
     ) -> Tensor:
         """Positions (n, atoms, dim) in nm by Euler-Maruyama on dx = (v - ½ w s) dt + √w dW from t = 1 to 0 with w(t) = σ(t).
 
         w·s = -(α v - α' x) / (α σ' - α' σ) is finite at every t. The last step is taken without noise.
         """
         times = time_grid(solver or SolverSettings("heun", steps=200), 1.0, self.t_min)
+        _check_rows(molecules, n_samples)
         parts = []
-        for size in _batch_sizes(n_samples, batch_size, False, "samples"):
-            x = self.prior.sample(size, generator, device=self.basis.device, dtype=self.basis.dtype)
+        for rows in _batches(n_samples, batch_size, False, "samples"):
+            part = None if molecules is None else molecules[rows]
+            size, like = rows.stop - rows.start, {"device": self.basis.device, "dtype": self.basis.dtype}
+            x = self.prior.sample(size, generator, mask=_mask(part), **like)
             for k, (now, following) in enumerate(itertools.pairwise(times)):
                 t = x.new_tensor(now).expand(len(x))
-                v = self.velocity(x, t)
+                v = self.velocity(x, t, part)
                 drift = v + 0.5 * self.interpolant.noise_from_velocity(x, v, t)
                 x = x + (following - now) * drift
                 if k < len(times) - 2:
                     w = float(self.interpolant.sigma(torch.tensor(now)))
-                    x = x + math.sqrt(w * (now - following)) * self.prior.noise_like(x, generator)
+                    x = x + math.sqrt(w * (now - following)) * self.prior.noise_like(x, generator, _mask(part))
             parts.append(self._unscale(x))
         return torch.cat(parts)
 
@@ -218,19 +243,20 @@ class InterpolantFlow(nn.Module):
         solver: SolverSettings | None = None,
         batch_size: int = 256,
         progress: bool = False,
+        molecules: Molecules | None = None,
     ) -> Tensor:
         """log q (batch,), float64, of given positions (batch, n, dim) in nm: log p_1(x_1) + ∫_0^1 div v(x_t, t) dt.
 
         Normalized on the flow's space, per nm^d. "hutchinson" is unbiased for log q, so weights exp(-u - log q) built from it are biased.
         """
         self._check_likelihood(method)
+        _check_rows(molecules, len(positions))
         parts = []
-        offset = 0
-        for size in _batch_sizes(len(positions), batch_size, progress, "likelihoods"):
-            x0 = self._scale(positions[offset : offset + size].to(self.basis))
-            x1, integral = self._flow(x0, self.t_min, 1.0, solver, method, n_probes, generator)
-            parts.append(self._to_nm(self.prior.log_prob(x1) + integral))
-            offset += size
+        for rows in _batches(len(positions), batch_size, progress, "likelihoods"):
+            part = None if molecules is None else molecules[rows]
+            x0 = self._scale(positions[rows].to(self.basis), part)
+            x1, integral = self._flow(x0, self.t_min, 1.0, solver, method, n_probes, generator, part)
+            parts.append(self._to_nm(self.prior.log_prob(x1, _mask(part)) + integral, part))
         return torch.cat(parts)
 
     def _flow(
@@ -242,18 +268,24 @@ class InterpolantFlow(nn.Module):
         likelihood: str,
         n_probes: int,
         generator: torch.Generator | None,
+        molecules: Molecules | None = None,
     ) -> tuple[Tensor, Tensor]:
         solver = solver or SolverSettings()
+        basis, gradients = self.basis, self._stiff_gradients
+        if molecules is not None:
+            # which only a likelihood needs
+            basis = basis if likelihood == "none" else masked_subspace_basis(molecules.mask, x.shape[-1], self.prior.centred).to(basis)
+            gradients = None
         # an adaptive solver needs a smooth right-hand side, so one probe for the whole path; on a fixed grid fresh ones average out
-        probes = Probes(n_probes, self.basis, generator, gradients=self._stiff_gradients, fixed=solver.method == "dopri5")
+        probes = Probes(n_probes, basis, generator, gradients=gradients, fixed=solver.method == "dopri5")
 
         def field(x: Tensor, t: Tensor, divergence: bool) -> tuple[Tensor, Tensor | None]:
             times = t.expand(len(x))
             if not divergence:
-                return self.velocity(x, times), None
-            at_time: Callable[[Tensor], Tensor] = lambda y: self.velocity(y, times)  # noqa: E731
+                return self.velocity(x, times, molecules), None
+            at_time: Callable[[Tensor], Tensor] = lambda y: self.velocity(y, times, molecules)  # noqa: E731
             if likelihood == "exact":
-                return exact_divergence(at_time, x, self.basis)
+                return exact_divergence(at_time, x, basis)
             return hutchinson_divergence(at_time, x, probes(x))
 
         return integrate(field, x, t_start, t_end, solver, likelihood != "none")
@@ -266,8 +298,8 @@ class InterpolantFlow(nn.Module):
             return of_network
         return lambda x: self.unwhitening @ of_network(self.unwhitening @ x)
 
-    def _to_nm(self, log_prob: Tensor) -> Tensor:
-        return log_prob - self.dimension * math.log(self.length_scale) - self.log_volume
+    def _to_nm(self, log_prob: Tensor, molecules: Molecules | None = None) -> Tensor:
+        return log_prob - self.prior.dimensions(_mask(molecules)) * math.log(self.length_scale) - self.log_volume
 
     @staticmethod
     def _check_likelihood(likelihood: str) -> None:
@@ -275,10 +307,23 @@ class InterpolantFlow(nn.Module):
             raise UserError(f"Unknown likelihood '{likelihood}': choose one of {', '.join(LIKELIHOODS)}.")
 
 
-def _batch_sizes(n: int, batch_size: int, progress: bool, unit: str):
-    """Sizes of the batches that make up ``n``, with a progress bar over elements."""
+def _mask(molecules: Molecules | None) -> Tensor | None:
+    return None if molecules is None else molecules.mask
+
+
+def _check_rows(molecules: Molecules | None, n: int) -> None:
+    if molecules is not None and len(molecules) != n:
+        raise UserError(f"There are {n} conformers and {len(molecules)} rows of molecules: give one row for each.")
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return x.square().sum(dim=(-2, -1))
+
+
+def _batches(n: int, batch_size: int, progress: bool, unit: str):
+    """Slices that make up ``n``, with a progress bar over elements."""
     with tqdm(total=n, unit=f" {unit}", disable=not progress) as bar:
         for start in range(0, n, batch_size):
-            size = min(batch_size, n - start)
-            yield size
-            bar.update(size)
+            rows = slice(start, min(start + batch_size, n))
+            yield rows
+            bar.update(rows.stop - rows.start)

@@ -28,14 +28,15 @@ class _OneShape:
     def __init__(self, eager) -> None:
         self.eager, self.compiled, self.shape = eager, torch.compile(eager, dynamic=False), None
 
-    def __call__(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, features: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        rest = (features,) if mask is None else (features, mask)
         trains = torch.is_grad_enabled() and not x.requires_grad and torch._C._functorch.peek_interpreter_stack() is None
         if not trains or x.shape != (self.shape or x.shape):
-            return self.eager(x, t, features)
+            return self.eager(x, t, *rest)
         self.shape = x.shape
         try:
-            return self.compiled(x, t, features)
+            return self.compiled(x, t, *rest)
         except Exception as error:  # the compiler's failures have no common class
             log.warning("torch.compile failed (%s); going on without it.", error)
             self.compiled = self.eager
-            return self.eager(x, t, features)
+            return self.eager(x, t, *rest)

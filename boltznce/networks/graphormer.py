@@ -29,7 +29,7 @@ class PairKernels(nn.Module):
         self.widths = nn.Parameter(3 * torch.rand(n_kernels))
 
     def forward(self, x: Tensor, types: Tensor) -> Tensor:
-        """(batch, n, n, n_kernels) of positions (batch, n, 3) and types (n,); the second atom index is the one attended to."""
+        """(batch, n, n, n_kernels) of positions (batch, n, 3) and types (n,) or (batch, n); the second index is the one attended to."""
         distance = (x.unsqueeze(1) - x.unsqueeze(2) + DISTANCE_EPS).square().sum(-1).sqrt()
         pair = types.unsqueeze(-1) * self.n_types + types.unsqueeze(-2)
         width = self.widths.abs() + WIDTH_EPS
@@ -65,29 +65,50 @@ class GraphormerEnergy(nn.Module):
     """The EBM of BoltzNCE: log p_t(x) up to a constant, invariant to rigid motions, mirroring and permutations of atoms.
 
     Args:
-        n_features: number of atom types; features are their one-hot encoding.
+        n_features: width of the atom features.
+        n_types: the last this many features are a one-hot encoding of the atom's type, for which pairs have their own distance scales; the
+            atom's embedding is the sum over all its features. Default: all, the features are the types.
         n_layers, width, ffn_width, n_heads: the transformer; ``width`` is a multiple of ``n_heads``.
         n_kernels: Gaussians of a distance.
     """
 
-    def __init__(self, n_features: int, n_layers: int, width: int, ffn_width: int, n_heads: int, n_kernels: int):
+    def __init__(
+        self, n_features: int, n_layers: int, width: int, ffn_width: int, n_heads: int, n_kernels: int, n_types: int | None = None
+    ):
         super().__init__()
+        self.n_types = n_types or n_features
         self.type_embedding = nn.Embedding(n_features, width)
         self.time_embedding = two_layers(1, 1, width)
-        self.kernels = PairKernels(n_features, n_kernels)
+        self.kernels = PairKernels(self.n_types, n_kernels)
         self.kernels_to_node = nn.Linear(n_kernels, width)
         self.kernels_to_bias = two_layers(n_kernels, n_kernels, n_heads)
         self.layers = nn.ModuleList(Layer(width, ffn_width, n_heads) for _ in range(n_layers))
         self.final_norm = nn.LayerNorm(width)
         self.head = two_layers(width, width, 1)
 
-    def forward(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
-        """Energy (batch,) at positions x (batch, n, 3) in scaled units and times t (batch,), for one-hot features (n, n_features)."""
-        types = features.argmax(-1)
+    def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Energy (batch,) at positions x (batch, n, 3) in scaled units and times t (batch,).
+
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, others have no effect.
+        """
+        types = features[..., -self.n_types :].argmax(-1)
         kernels = self.kernels(x, types)
+        if mask is not None:
+            kernels = kernels * mask.to(x).reshape(len(x), 1, -1, 1)
         time = self.time_embedding(t.view(-1, 1, 1))
-        h = self.type_embedding(types) + self.kernels_to_node(kernels.sum(-2)) + time
+        h = self._embed(features, types) + self.kernels_to_node(kernels.sum(-2)) + time
         bias = self.kernels_to_bias(kernels).permute(0, 3, 1, 2)
+        if mask is not None:
+            bias = bias.masked_fill(~mask.reshape(len(x), 1, 1, -1), -torch.inf)
         for layer in self.layers:
             h = layer(h, bias)
-        return self.head(self.final_norm(h)).sum((-1, -2))
+        energy = self.head(self.final_norm(h))
+        if mask is not None:
+            energy = energy * mask.to(x).unsqueeze(-1)
+        return energy.sum((-1, -2))
+
+    def _embed(self, features: Tensor, types: Tensor) -> Tensor:
+        """Embedding (..., n, width) of the atoms' features."""
+        if self.n_types == self.type_embedding.num_embeddings:
+            return self.type_embedding(types)
+        return features.to(self.type_embedding.weight) @ self.type_embedding.weight

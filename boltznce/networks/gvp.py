@@ -81,8 +81,8 @@ class Message(Perceptron):
         super().__init__(n_scalars + n_kernels, n_vectors + 1, n_scalars, n_vectors, Swish())
         self.n_scalars = n_scalars
 
-    def forward(self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scalars (batch, n, s) and vectors (batch, n, 3, v) received by each atom.
+    def forward(self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scalars (batch, n, s) and vectors (batch, n, 3, v) received by each atom from the real ones, ``mask`` (batch, n) where given.
 
         The hidden vectors of a pair are H_j + w u_ij, of squared length |H_j|² + w² + 2w u_ij · H_j. The swish is written as
         silu(βx) / β: β then scales small matrices, and a single fused operation is left on the tensor over pairs.
@@ -98,6 +98,9 @@ class Message(Perceptron):
         messages = nn.functional.silu(of_source + of_pair)
 
         others = 1 - torch.eye(h.shape[1], dtype=h.dtype, device=h.device).unsqueeze(-1)
+        if mask is not None:
+            real = mask.to(h).reshape(*mask.shape, 1, 1)
+            messages, others = messages * real, others * real
         gates = torch.sigmoid(nn.functional.linear(messages, self.gate.weight / beta, self.gate.bias)) * others
         along_pair = torch.einsum("bjic,bjid->bidc", gates, unit) * (self.vectors.weight @ w)
         from_self = messages.diagonal(dim1=1, dim2=2).mT
@@ -116,9 +119,11 @@ class Layer(nn.Module):
         self.update_norm = ScalarNorm(n_scalars)
         self.step = Perceptron(n_scalars, n_vectors, n_scalars, 1, nn.SiLU()) if moves else None
 
-    def forward(self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """New scalars, vectors, and the step (batch, n, 3) as a fraction of the longest one."""
-        received_h, received_v = self.message(h, v, unit, kernels)
+        received_h, received_v = self.message(h, v, unit, kernels, mask)
         h = self.message_norm(h + received_h / self.message_scale)
         v = normalize_vectors(v + received_v / self.message_scale)
 
@@ -177,15 +182,19 @@ class GVPVectorField(nn.Module):
         distance = norm(difference, dim=-1).unsqueeze(-1) + DISTANCE_EPS
         return difference / distance, torch.exp(-((distance - self.centres) / self.kernel_width).square())
 
-    def forward(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
-        """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,), for atom features (n, F). It is not mean-free."""
+    def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,). It is not mean-free.
+
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, others have no effect.
+        """
         batch, n, _ = x.shape
         inputs = torch.cat([features.to(x).expand(batch, n, -1), t.reshape(batch, 1, 1).expand(batch, n, 1)], dim=-1)
         h = nn.functional.silu(self.embedding(inputs))
         v = x.new_zeros(batch, n, 3, self.n_vectors)
         for layer in self.layers:
-            h, v, step = layer(h, v, *self.pairs(x))
+            h, v, step = layer(h, v, *self.pairs(x), mask)
             if step is not None:
                 x = x + self.longest_step * step
         _, length, direction = self.head(h, v)
-        return length * unit_vector(direction)
+        velocity = length * unit_vector(direction)
+        return velocity if mask is None else velocity * mask.to(x).unsqueeze(-1)

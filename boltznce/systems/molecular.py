@@ -14,6 +14,7 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.systems.base import System
+from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.openmm_energy import OpenMMEnergy
@@ -44,6 +45,9 @@ class MolecularSystem(System):
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
+        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or ``elements``, ``backbone`` or
+            ``full`` for models of many peptides (see `encodings`).
+        n_places: residues that the encoding ``full`` has room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
             in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
@@ -57,7 +61,7 @@ class MolecularSystem(System):
         dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
         omegas: names of the peptide-bond dihedrals.
         methyl_groups: triples of equivalent hydrogens on one atom (CH3, and NH3+ alike).
-        features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``).
+        features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``), or those of ``encoding``.
         stereocentres: (centre, three neighbours), from the bond graph.
 
     Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not know, and for
@@ -77,6 +81,8 @@ class MolecularSystem(System):
         cutoff_nm: float | None = None,
         dihedrals: Mapping[str, Sequence[int]] | None = None,
         state: tuple[str, tuple[float, float]] | None = None,
+        encoding: str | None = None,
+        n_places: int = 2,
         energy_backend: str = "torch",
         n_workers: int | None = None,
         compile: str | bool = "auto",
@@ -98,7 +104,10 @@ class MolecularSystem(System):
         self.dihedrals = backbone_dihedrals(self.topology) | {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
         self.omegas = [key for key in self.dihedrals if key.startswith("omega")]
         self.methyl_groups = [group for group in attached_hydrogens(self.topology).values() if len(group) == 3]
-        self.features = torch.nn.functional.one_hot(torch.tensor(atom_classes(self.topology))).float()
+        if encoding is None:
+            self.features = torch.nn.functional.one_hot(torch.tensor(atom_classes(self.topology))).float()
+        else:
+            self.features = encode_atoms(self.topology, encoding, n_places)
         self.stereocentres = find_stereocentres(self.topology)
         self.state = None
         if state is not None:

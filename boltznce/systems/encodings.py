@@ -1,0 +1,82 @@
+"""Atom encodings for models of many peptides, as in transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426).
+
+One-hot blocks in a fixed order, which trained weights depend on: never reorder, only append.
+
+- ``elements``: element (H, C, N, O, S).
+- ``backbone``: element, then the atom's name where it is N, CA, C, O, OXT, or a hydrogen of N or CA (none set for side chains).
+- ``full``: place of the residue in the chain (``n_places``), residue type (20, by three letters), atom class (54).
+
+The atom class is the atom's name with equivalent atoms merged. A heavy atom has its Amber name, but both oxygens of Asp (and that of Asn)
+are OD and those of Glu (and Gln) OE. A hydrogen is H and what follows the element in its heavy atom's name: all on CB are HB, all on CG2
+HG2, those on N, H1 to H3 of the ammonium group too, H; that of Thr's OG1 is HG as in Ser. Over the 20 residues with both ends this gives
+exactly the 54 of `ATOM_CLASSES`, the classes and the order of the papers.
+"""
+
+import mdtraj
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from boltznce.errors import UserError
+
+__all__ = ["ATOM_CLASSES", "ENCODINGS", "RESIDUE_TYPES", "atom_class_names", "encode_atoms"]
+
+ENCODINGS = ("elements", "backbone", "full")
+ELEMENTS = ("H", "C", "N", "O", "S")
+BACKBONE = ("N", "CA", "C", "O", "OXT", "H", "HA")
+_RESIDUES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL"
+RESIDUE_TYPES = tuple(_RESIDUES.split())
+_CLASSES = """
+C CA CB CD CD1 CD2 CE CE1 CE2 CE3 CG CG1 CG2 CH2 CZ CZ2 CZ3
+H HA HB HD HD1 HD2 HE HE1 HE2 HE3 HG HG1 HG2 HH HH1 HH2 HZ HZ2 HZ3
+N ND1 ND2 NE NE1 NE2 NH1 NH2 NZ
+O OD OE OG OG1 OH OXT
+SD SG
+"""
+ATOM_CLASSES = tuple(_CLASSES.split())
+MERGED = {"OD1": "OD", "OD2": "OD", "OE1": "OE", "OE2": "OE"}
+HYDROGEN_OF = {"OG1": "HG"}  # where it is not H and the heavy atom's name from the second letter on
+VARIANTS = {"HID": "HIS", "HIE": "HIS", "HIP": "HIS", "CYX": "CYS", "CYM": "CYS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS"}
+
+
+def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
+    """(n_atoms, width) float32: 5 wide for ``elements``, 12 for ``backbone``, n_places + 74 for ``full``.
+
+    Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a class.
+    """
+    if encoding not in ENCODINGS:
+        raise UserError(f"Unknown atom encoding {encoding!r}: choose one of {', '.join(ENCODINGS)}.")
+    elements = _one_hot([atom.element.symbol for atom in topology.atoms], ELEMENTS, "element")
+    if encoding == "elements":
+        return elements
+    names = atom_class_names(topology)
+    if encoding == "backbone":
+        backbone = [name if name in BACKBONE else "" for name in names]
+        return torch.cat([elements, _one_hot(backbone, (*BACKBONE, ""), "name")[:, :-1]], dim=1)
+    types = _one_hot([VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue")
+    if topology.n_residues > n_places:
+        raise UserError(f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places.")
+    places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
+    return torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
+
+
+def atom_class_names(topology: mdtraj.Topology) -> list[str]:
+    """Name of each atom's class, by the rule of this module."""
+    bearer = {}
+    for a, b in topology.bonds:
+        bearer[a.index], bearer[b.index] = b, a  # what is overwritten is of heavy atoms, which have no bearer
+    return [
+        HYDROGEN_OF.get(bearer[atom.index].name, "H" + bearer[atom.index].name[1:])
+        if atom.element.symbol == "H"
+        else MERGED.get(atom.name, atom.name)
+        for atom in topology.atoms
+    ]
+
+
+def _one_hot(labels: list[str], known: tuple[str, ...], what: str) -> Tensor:
+    if unknown := sorted(set(labels) - set(known)):
+        raise UserError(
+            f"The atom encoding has no {what} {', '.join(unknown)}: it is for uncapped peptides of the 20 amino acids; "
+            "leave encoding unset for any other molecule."
+        )
+    return one_hot(torch.tensor([known.index(label) for label in labels]), len(known)).float()
