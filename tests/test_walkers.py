@@ -336,7 +336,10 @@ def test_trajectories_of_a_repeat_are_unlike_and_numbered(aldp, tmp_path, engine
 
 def test_engine_is_torch_on_a_gpu_where_the_energy_is(aldp, monkeypatch):
     openmms = load_system("aldp", energy_backend="openmm")
-    assert choose_engine("auto", aldp) == choose_engine("auto", openmms) == "openmm"
+    monkeypatch.setattr("boltznce.data.simulate.wants_compiling", lambda mode: mode is True)  # there may be no compiler
+    compiled = load_system("aldp", compile=True)
+    assert choose_engine("auto", aldp, 24) == choose_engine("auto", openmms, 24) == choose_engine("auto", compiled, 6) == "openmm"
+    assert choose_engine("auto", compiled, 24) == "torch"
     assert choose_engine("torch", aldp) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_engine("auto", aldp) == "torch"
