@@ -150,7 +150,7 @@ def _over_seeds(runs: list[dict]) -> dict[str, dict[str, float] | None]:
     found: dict[str, dict[str, float] | None] = {}
     for key in COLUMNS:
         values = [run["metrics"]["density"][key] for run in runs]
-        spread = float(np.std(values, ddof=1)) if None not in values and len(values) > 1 else 0.0
+        spread = float(np.std(values, ddof=1)) if None not in values and len(values) > 1 else None
         found[key] = None if None in values else {"mean": float(np.mean(values)), "std": spread}
     return found
 
@@ -163,4 +163,6 @@ def _note(row: dict) -> str:
 
 
 def _mean_and_std(entry: dict[str, float] | None) -> str:
-    return "–" if entry is None else f"{entry['mean']:.4f} ± {entry['std']:.4f}"
+    if entry is None:
+        return "–"
+    return f"{entry['mean']:.4f}" + ("" if entry["std"] is None else f" ± {entry['std']:.4f}")
