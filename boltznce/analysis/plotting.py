@@ -290,7 +290,7 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
         for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
             ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
         ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
-        ax.set_xticks(steps, [f"{t:.4g}" for t in temperatures], rotation=45)
+        ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
         _legend_above(ax, columns=1)
     return figure
 
@@ -301,6 +301,7 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
     ``panels``: label -> (angles (n, k), log weights or None), "MD" as a filled curve. Empty bins are gaps.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    centres = 0.5 * (edges[1:] + edges[:-1])
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4 * len(angle_names), 2.9), layout="constrained")
         axes = figure.subplots(1, len(angle_names), sharey=True, squeeze=False)[0]
@@ -312,11 +313,11 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
                 if label == "MD":
                     ax.stairs(density, edges, fill=True, color="0.75", label=label)
                 else:
-                    ax.stairs(np.where(density > 0.0, density, np.nan), edges, color=next(colours), linewidth=1.3, label=label)
+                    ax.plot(centres, np.where(density > 0.0, density, np.nan), color=next(colours), linewidth=1.3, label=label)
             ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
             ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
         axes[0].set_ylabel("probability density (1/rad)")
-        axes[0].set_ylim(1e-6, 10.0)
+        axes[0].set_ylim(1e-5, 10.0)
         _legend_above(axes[0])
     return figure
 
@@ -344,7 +345,7 @@ def _plot_surfaces(
                 spine.set_visible(True)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
-        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9)
+        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9, aspect=20 * n_rows, pad=0.01)
     return figure, axes
 
 
