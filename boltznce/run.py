@@ -10,7 +10,7 @@ from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
 from boltznce.logger import open_logger
 from boltznce.methods import find_method
-from boltznce.methods.drawing import check_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.drawing import choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
@@ -60,7 +60,7 @@ class Run:
     def sample(
         self,
         n: int,
-        likelihood: str = "ebm",
+        likelihood: str = "auto",
         *,
         seed: int = 0,
         batch_size: int | None = None,
@@ -71,25 +71,24 @@ class Run:
         """``n`` fresh samples with weights -u - log q.
 
         Args:
-            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none".
+            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none";
+                "auto" is the method's own: "ebm" of BoltzNCE, "exact" of TA-BG, whose flow has nothing but that.
             seed: the same seed gives the same samples.
             folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
-        Raises UserError where the run has no model of that kind yet.
+        Raises UserError where the run has no generator, no likelihood of that kind, or not yet.
         """
-        default = self.config.evaluation.exact_batch_size if likelihood == "exact" else self.config.evaluation.batch_size
-        settings = {"batch_size": min(batch_size or default, n), "n_probes": n_probes}
+        models = self._work.models
+        likelihood = choose_likelihood(models, likelihood)
+        settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
 
         def generator_of(k: int) -> torch.Generator:
             return self._work.generator(f"user {seed}", k)
 
         if folder is not None:
-            return draw_to_folder(
-                self._work.models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings
-            )
-        check_likelihood(self._work.models, likelihood)
-        batches = list(draw_batches(self._work.models, n, likelihood, generator_of, **settings))
+            return draw_to_folder(models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings)
+        batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
         arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
         return WeightedSamples(*arrays, topology=getattr(self.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
 
