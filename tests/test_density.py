@@ -16,15 +16,13 @@ from boltznce.data.exact import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.density import draw_sweep
 from boltznce.methods.free_energy import write_free_energy
-from boltznce.run import RunFolder, train
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(folder, overrides):
-    config = compose("train", [*overrides, "threads=1", "device=cpu"])
     threads = torch.get_num_threads()
-    train(RunFolder.create(folder, config, config.system.name))
+    bz.train_run(folder, *overrides, "threads=1", "device=cpu")
     torch.set_num_threads(threads)
     return folder
 
