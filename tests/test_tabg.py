@@ -181,7 +181,7 @@ def test_serving(tabg_run, tmp_path):
     assert samples.positions.shape == (250, 22, 3)
     np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
     np.testing.assert_allclose(samples.energy, run.system.energy(torch.from_numpy(samples.positions)), rtol=1e-4, atol=1e-2)
-    given = run._work.models.log_prob(samples.positions)
+    given = run.models.log_prob(samples.positions)
     np.testing.assert_allclose(given, samples.log_prob, atol=0.05)  # float32 positions
     saved = run.sample(250, seed=1, folder=tmp_path / "samples")
     np.testing.assert_array_equal(saved.positions, samples.positions)
@@ -247,7 +247,7 @@ def test_baseline_forward_kl(flow_as_data, tmp_path):
 def test_baseline_reverse_kl(tmp_path):
     metrics = run_in(tmp_path, ["system=aldp_amber96", "method=reverse_kl", *SPLINE, f"data_dir={tmp_path}"])
     run = bz.load_run(tmp_path)
-    assert run._work.models.flows == {"hot": 300.0}
+    assert run.models.flows == {"hot": 300.0}
     assert run.config.generator.coordinates.temperature == 1200.0  # the flow is TA-BG's
     assert metrics["counts"]["energy evaluations, training in all"] == 5 * 32
     assert not (tmp_path / "figures" / "ladder.png").exists()
