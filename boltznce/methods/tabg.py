@@ -29,6 +29,7 @@ __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 def train_hot(work: Workspace) -> dict:
     """Reverse KL at the highest temperature, where no modes are separated."""
     section = work.config.hot
+    work.system.require_gradient(f"method={work.config.method.name}")
     system = work.system.at_temperature(section.temperature)
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
