@@ -196,6 +196,7 @@ def test_there_is_nothing_to_simulate(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_truth_lies_in_the_interval_as_often_as_it_says(tmp_path):
     """Twenty short runs of the whole line: exact ΔF in at least 17 of the 95% intervals, weighted populations within 0.01."""
     short = ["flow.fit.steps=800", "ebm.fit.steps=600", "samples.n_train=8192", "evaluation.n_bootstrap=400", "evaluation.n_torus=500"]
