@@ -4,22 +4,38 @@ import json
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.config import compose
 from boltznce.errors import UserError
 from boltznce.logger import open_logger
 from boltznce.methods import find_method
-from boltznce.methods.drawing import check_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.drawing import Models, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 
-__all__ = ["Run", "RunFolder", "load_run", "train"]
+__all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
 
 
-def train(folder: RunFolder) -> None:
-    """Run, or finish, all stages of the method that the folder's config names, and print the summary of its report."""
+def train_run(path: Path | str, *overrides: str) -> "Run":
+    """Train a run in a folder, or finish the one that is there: ``train_run("outputs/a", "system=gaussians8", "budget=smoke")``.
+
+    ``overrides`` are those of the command line of ``scripts/train.py``. Raises UserError for settings that do not exist.
+    """
+    train(start_folder(Path(path), compose("train", overrides)))
+    return Run(path)
+
+
+def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
+    """The folder of a new run with a composed config of ``train``, or of one of the same system that is to go on with it."""
+    kept = [key for key in config if key != "resume"]
+    return RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
+
+
+def train(folder: RunFolder) -> str:
+    """Run, or finish, all stages of the method that the folder's config names; returns a summary of the report for the terminal."""
     config = folder.config
     set_threads(config.threads)
     method = find_method(config.method.name)
@@ -29,7 +45,7 @@ def train(folder: RunFolder) -> None:
         if not folder.stage_done(name):
             with folder.stage(name) as info:
                 info.update(stage(work) or {})
-    print(method.summary(work))
+    return method.summary(work)
 
 
 class Run:
@@ -43,11 +59,18 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run's folder."""
         return self.folder.path
 
     @property
     def system(self) -> System:
+        """What the run samples, at its temperature."""
         return self._work.system
+
+    @property
+    def models(self) -> Models:
+        """The trained models as far as the run has come, for BoltzNCE ``models.flow`` and ``models.ebm``. Raises UserError before any."""
+        return self._work.models
 
     @property
     def metrics(self) -> dict:
@@ -60,7 +83,7 @@ class Run:
     def sample(
         self,
         n: int,
-        likelihood: str = "ebm",
+        likelihood: str = "auto",
         *,
         seed: int = 0,
         batch_size: int | None = None,
@@ -71,25 +94,24 @@ class Run:
         """``n`` fresh samples with weights -u - log q.
 
         Args:
-            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none".
+            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none";
+                "auto" is the method's own: "ebm" of BoltzNCE, "exact" of TA-BG, whose flow has nothing but that.
             seed: the same seed gives the same samples.
             folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
-        Raises UserError where the run has no model of that kind yet.
+        Raises UserError where the run has no generator, no likelihood of that kind, or not yet.
         """
-        default = self.config.evaluation.exact_batch_size if likelihood == "exact" else self.config.evaluation.batch_size
-        settings = {"batch_size": min(batch_size or default, n), "n_probes": n_probes}
+        models = self.models
+        likelihood = choose_likelihood(models, likelihood)
+        settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
 
         def generator_of(k: int) -> torch.Generator:
             return self._work.generator(f"user {seed}", k)
 
         if folder is not None:
-            return draw_to_folder(
-                self._work.models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings
-            )
-        check_likelihood(self._work.models, likelihood)
-        batches = list(draw_batches(self._work.models, n, likelihood, generator_of, **settings))
+            return draw_to_folder(models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings)
+        batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
         arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
         return WeightedSamples(*arrays, topology=getattr(self.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
 

@@ -18,8 +18,7 @@ import boltznce as bz
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
 from boltznce.flows.solvers import SolverSettings
-from boltznce.methods import drawing
-from boltznce.methods.models import make_ebm, make_flow
+from boltznce.methods.models import FlowModels, make_ebm, make_flow
 from boltznce.run import RunFolder, train
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +52,7 @@ def test_samples_of_a_loaded_run(tiny_run):
 
 
 def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
-    flow = bz.load_run(tiny_run)._work.models.flow
+    flow = bz.load_run(tiny_run).models.flow
     fine = SolverSettings("rk4", steps=12)
     x, log_q = flow.sample(4, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
     assert (flow.log_prob(x, solver=fine) - log_q).abs().max() < 0.2
@@ -62,7 +61,7 @@ def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
 def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, monkeypatch):
     run = bz.load_run(tiny_run)
     whole = run.sample(90, batch_size=32, folder=tmp_path / "whole")
-    draw, calls = drawing.draw, []
+    draw, calls = FlowModels.draw, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -70,11 +69,11 @@ def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, 
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(drawing, "draw", interrupted)
+    monkeypatch.setattr(FlowModels, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.sample(90, batch_size=32, folder=tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(FlowModels, "draw", draw)
     resumed = run.sample(90, batch_size=32, folder=tmp_path / "cut")
     np.testing.assert_array_equal(whole.positions, resumed.positions)
     assert resumed.meta["counts"] == whole.meta["counts"]

@@ -12,6 +12,8 @@ from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
+from boltznce.methods.drawing import draw_to_folder
+from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
@@ -21,6 +23,7 @@ from boltznce.training import FitSettings
 FIT = {"steps": 20, "lr": 1e-2, "log_every": 10, "validate_every": 0, "checkpoint_every": 10}
 CONFIG = {
     "seed": 3,
+    "method": {"name": "tabg"},
     "generator": {
         "box": [[-2.5, -2.5], [2.5, 2.5]],
         "coordinates": {"temperature": 1200.0, "fix_chirality": True, "fix_methyls": True},
@@ -94,7 +97,7 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch):
     final = [load_weights(tmp_path / name / "checkpoints" / "anneal_02.safetensors")[0] for name in ("whole", "killed")]
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
 
-    samples = tabg.draw_samples(again, "weighted", tmp_path / "killed" / "checkpoints" / "anneal_02.safetensors", 1.0, 500)
+    samples = draw_to_folder(again.models, tmp_path / "samples", 500, "auto", lambda k: again.generator("samples", k))
     assert len(samples) == 500
     assert samples.positions.shape[1:] == (1, 2)
     energy = DoubleWell().energy(torch.from_numpy(np.array(samples.positions)))
@@ -143,12 +146,12 @@ def test_every_budget_composes(budget):
 def test_generator_of_a_molecule_and_of_a_plane():
     import boltznce as bz
 
-    aldp = tabg.make_coordinates(bz.load_system("aldp"), OmegaConf.create(CONFIG["generator"]))
+    aldp = make_coordinates(bz.load_system("aldp"), OmegaConf.create(CONFIG["generator"]))
     assert isinstance(aldp, InternalCoordinates)
     assert aldp.zmatrix.root == (1, 4, 6)  # the main chain
     assert len(aldp.methyls) == 3
     with pytest.raises(UserError, match="needs a box"):
-        tabg.make_coordinates(DoubleWell(), OmegaConf.create({"box": None}))
+        make_coordinates(DoubleWell(), OmegaConf.create({"box": None}))
     config = OmegaConf.create(CONFIG)
-    first, second = (tabg.make_spline_flow(config, DoubleWell()) for _ in range(2))
+    first, second = (make_spline_flow(config, DoubleWell()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -11,6 +11,7 @@ from boltznce.analysis.free_energy import FreeEnergyProfile
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
 
 __all__ = [
+    "plot_conformers",
     "plot_densities",
     "plot_energy_cost",
     "plot_energy_histograms",
@@ -46,6 +47,9 @@ _DENSITY_MAP = "Blues"
 _ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
 _ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
 
+# colour and size (points²) of each element's ball; others are grey
+_ELEMENTS = {"H": ("#d9d9d9", 10), "C": ("#5a5a5a", 36), "N": ("#3b5bdb", 36), "O": ("#d6336c", 36), "S": ("#e8b400", 50)}
+
 AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
 Box = tuple[tuple[float, float], tuple[float, float]]
 
@@ -75,6 +79,37 @@ def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, 
                 spine.set_visible(True)
         axes[0].set_ylabel("ψ (rad)")
         figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
+    return figure
+
+
+def plot_conformers(
+    panels: Mapping[str, np.ndarray], elements: Sequence[str], bonds: Sequence[tuple[int, int]], core: Sequence[int] | None = None
+) -> Figure:
+    """Balls and sticks of conformers, superposed on their ``core`` atoms (default: all but hydrogens), seen from where the first is widest.
+
+    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols (n_atoms,).
+    """
+    core = [k for k, element in enumerate(elements) if element != "H"] if core is None else list(core)
+    template = np.asarray(next(iter(panels.values()))[0], dtype=np.float64)
+    template = template - template[core].mean(axis=0)
+    axes = np.linalg.svd(template[core], full_matrices=True)[2]
+    template = template @ (axes * np.sign(np.linalg.det(axes))).T  # longest axis along x, shortest towards the eye; no mirror image
+    reach = 1.05 * np.abs(template).max()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(panels), 2.6), layout="constrained")
+        for position, (title, conformers) in enumerate(panels.items()):
+            ax = figure.add_subplot(1, len(panels), position + 1, projection="3d", title=title)
+            opacity = 1.0 / np.sqrt(len(conformers))
+            for conformer in conformers:
+                x = _superposed(np.asarray(conformer, dtype=np.float64), template, core)
+                for a, b in bonds:
+                    ax.plot(*x[[a, b]].T, color="0.5", linewidth=1.2, alpha=opacity, zorder=1)
+                colours, sizes = zip(*(_ELEMENTS.get(element, ("0.4", 36)) for element in elements), strict=True)
+                ax.scatter(*x.T, c=colours, s=sizes, alpha=opacity, edgecolors="0.3", linewidths=0.3, depthshade=False)
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+            ax.set_box_aspect((1, 1, 1), zoom=1.5)
+            ax.view_init(elev=80, azim=-90)
+            ax.set_axis_off()
     return figure
 
 
@@ -312,6 +347,13 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
         ax.invert_xaxis()
         _legend_above(ax)
     return figure
+
+
+def _superposed(x: np.ndarray, template: np.ndarray, core: Sequence[int]) -> np.ndarray:
+    """``x`` (n, 3) turned and shifted so that its core lies best on that of the template, which is centred there (Kabsch)."""
+    x = x - x[core].mean(axis=0)
+    u, _, vt = np.linalg.svd(x[core].T @ template[core])
+    return x @ u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
 
 
 def _single_axes() -> tuple[Figure, Axes]:

@@ -13,7 +13,7 @@ from boltznce.annealing import reverse_kl
 from boltznce.benchmarks.timing import time_call
 from boltznce.config import load_system
 from boltznce.flows.spline_flow import SplineFlow
-from boltznce.methods.tabg import make_coordinates
+from boltznce.methods.spline_models import make_coordinates
 from boltznce.systems.base import System
 
 __all__ = ["measure_spline", "spline_figure", "spline_table"]

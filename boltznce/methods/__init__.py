@@ -1,4 +1,9 @@
-"""The methods, by name. A method is a module with ``STAGES`` (name -> function of a `Workspace`) and ``summary`` of a `Workspace`."""
+"""The methods, by name. A method is a module with
+
+``STAGES``: name -> function of a `Workspace`, in order;
+``summary``: of a `Workspace`, the report in a few lines;
+``load_models``: of a run's folder, config, system and device, the trained models to draw from (`drawing.Models`).
+"""
 
 import importlib
 from types import ModuleType

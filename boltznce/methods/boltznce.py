@@ -17,11 +17,11 @@ from boltznce.data.exact import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate, report, summary
-from boltznce.methods.models import make_ebm, make_flow
+from boltznce.methods.models import load_models, make_ebm, make_flow
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.symmetry import rotate_methyls
 
-__all__ = ["STAGES", "summary"]
+__all__ = ["STAGES", "load_models", "summary"]
 
 
 def make_data(work: Workspace) -> dict:

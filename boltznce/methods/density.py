@@ -6,7 +6,7 @@ systems, objectives and seeds ends with a figure and a table of all its runs.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from boltznce.methods.models import load_trained, make_ebm
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.toy import PlaneSystem
 
-__all__ = ["STAGES", "DrawSweep", "draw_sweep", "summary"]
+__all__ = ["STAGES", "DrawSweep", "draw_sweep", "load_models", "summary"]
 
 TITLES = {"nce": "NCE", "score": "score matching", "both": "both"}
 CALIBRATION = 4096  # draws on which a network measures the scale of its inputs
@@ -79,6 +79,14 @@ def report(work: Workspace) -> dict:
     figure = plotting.plot_densities({system.name: _densities(log_p, log_q, n, title)}, {system.name: system.box})
     write_report(folder, results, {"density": figure})
     return {}
+
+
+def load_models(folder: Path, config: DictConfig, system: PlaneSystem, device: torch.device) -> NoReturn:
+    """Raise UserError: an EBM is no generator."""
+    raise UserError(
+        f"The run in {folder} is one of method=density, which trains an EBM and no generator: there is nothing to draw from. "
+        "Choose a run of another method; the learned density is in density.npz."
+    )
 
 
 def summary(work: Workspace) -> str:

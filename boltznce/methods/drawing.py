@@ -1,59 +1,28 @@
-"""Drawing from a trained flow: samples with mended chirality, energies and the likelihood that was asked for, in batches to disk."""
+"""Drawing from trained models of any method: samples with energies and the likelihood that was asked for, in batches to disk."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
-from boltznce.ebm import EnergyBasedModel
 from boltznce.errors import UserError
-from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.io import require_free_space
-from boltznce.methods.models import load_trained, make_ebm, make_flow, solver_settings
 from boltznce.systems.base import System
-from boltznce.systems.symmetry import mend_chirality
 
-__all__ = ["LIKELIHOODS", "Batch", "Models", "draw", "draw_batches", "draw_to_folder", "load_models"]
+__all__ = ["LIKELIHOODS", "Batch", "Models", "choose_likelihood", "draw_batches", "draw_to_folder"]
 
 LIKELIHOODS = ("ebm", "exact", "hutchinson", "none")
 BARREN_BATCHES = 20  # so many on end without a sample to keep, and drawing gives up
 
 
-@dataclass
-class Models:
-    """A trained flow and, where the run has come so far, its EBM."""
-
-    config: DictConfig
-    system: System
-    flow: InterpolantFlow
-    ebm: EnergyBasedModel | None = None
-
-    @property
-    def mirrors(self) -> bool:
-        """Whether the flow makes mirror images of molecules as often as the molecules."""
-        return self.system.dim == 3 and getattr(self.flow.network, "parity_equivariant", True)
-
-
-def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> Models:
-    """The trained models in a run's folder; raises UserError if there is no flow yet."""
-    flow_path, ebm_path = (Path(folder) / "checkpoints" / f"{name}.safetensors" for name in ("flow", "ebm"))
-    if not flow_path.exists():
-        raise UserError(f"The run in {folder} has no trained flow yet: finish it with scripts/train.py resume={folder}.")
-    models = Models(config, system, load_trained(make_flow(config, system), flow_path).to(device))
-    if ebm_path.exists():
-        models.ebm = load_trained(make_ebm(config, system), ebm_path).to(device)
-    return models
-
-
 @dataclass(frozen=True)
 class Batch:
-    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64; and what mending did."""
+    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64; and counts to be summed up."""
 
     positions: Tensor
     energy: Tensor
@@ -66,39 +35,39 @@ class Batch:
         return torch.zeros_like(self.energy) if self.log_prob.isnan().all() else -self.energy - self.log_prob
 
 
-@torch.no_grad()
-def draw(models: Models, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
-    """Draw ``n`` samples at once, mend their chirality, and give those kept energies and likelihoods.
+class Models(Protocol):
+    """What a method's ``load_models`` returns: the trained models of a run, and how they are drawn from.
 
-    "exact" and "hutchinson" are integrated along the sampling path; folding mirror images together adds log 2 to them.
+    Attributes:
+        system: whose energy weighs the samples.
+        likelihoods: those of `LIKELIHOODS` that the method has.
+        default_likelihood: the one that ``likelihood=auto`` stands for.
     """
-    check_likelihood(models, likelihood)
-    flow, system = models.flow, models.system
-    on_path = likelihood if likelihood in ("exact", "hutchinson") else "none"
-    solver = solver_settings(models.config.flow.solver)
-    x, log_prob = flow.sample(n, generator, solver=solver, likelihood=on_path, n_probes=n_probes, batch_size=n)
-    kept, n_mirrored = torch.ones(n, dtype=torch.bool, device=x.device), 0
-    if system.dim == 3:
-        mended = mend_chirality(x, system.chirality(x), models.mirrors)
-        x, kept, n_mirrored = mended.positions, mended.kept, mended.n_mirrored
-    energy = system.energy(x).double()
-    if likelihood == "ebm":
-        log_prob = models.ebm.log_prob(x)
-    elif likelihood == "none":
-        log_prob = torch.full_like(energy, torch.nan)
-    else:
-        log_prob = log_prob[kept] + (math.log(2) if models.mirrors else 0.0)
-    return Batch(x, energy, log_prob, {"batches": 1, "drawn": n, "right_chirality": len(x), "mirrored": n_mirrored})
+
+    system: System
+    likelihoods: Sequence[str]
+    default_likelihood: str
+
+    def check(self, likelihood: str) -> None:
+        """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""
+
+    def batch_size(self, likelihood: str) -> int:
+        """How many to draw at once, unless told otherwise."""
+
+    def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
+        """Draw ``n`` samples at once, and keep some or all; log q is NaN with "none"."""
 
 
-def check_likelihood(models: Models, likelihood: str) -> None:
-    """Raise UserError for a likelihood that does not exist or that this run cannot give."""
+def choose_likelihood(models: Models, likelihood: str) -> str:
+    """``likelihood``, or the method's own for "auto"; raises UserError for one that does not exist or that this run cannot give."""
+    if likelihood == "auto":
+        likelihood = models.default_likelihood
     if likelihood not in LIKELIHOODS:
-        raise UserError(f"Unknown likelihood '{likelihood}': choose one of {', '.join(LIKELIHOODS)}.")
-    if likelihood == "ebm" and models.ebm is None:
-        raise UserError(
-            "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py resume=..., or choose exact."
-        )
+        raise UserError(f"Unknown likelihood '{likelihood}': choose auto or one of {', '.join(LIKELIHOODS)}.")
+    if likelihood not in models.likelihoods:
+        raise UserError(f"The generator of this run has no likelihood={likelihood}: choose one of {', '.join(models.likelihoods)}.")
+    models.check(likelihood)
+    return likelihood
 
 
 def draw_batches(
@@ -118,7 +87,7 @@ def draw_batches(
     """
     barren = 0
     while n_done < n:
-        batch = draw(models, batch_size, likelihood, generator_of(batches_done), n_probes)
+        batch = models.draw(batch_size, likelihood, generator_of(batches_done), n_probes)
         room = n - n_done
         yield Batch(batch.positions[:room], batch.energy[:room], batch.log_prob[:room], batch.counts)
         n_done, batches_done = n_done + min(len(batch.energy), room), batches_done + 1
@@ -134,13 +103,14 @@ def draw_to_folder(
     likelihood: str,
     generator_of: Callable[[int], torch.Generator],
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     n_probes: int = 1,
     meta: dict | None = None,
     format: str = "npy",
 ) -> WeightedSamples:
     """Draw until ``n`` samples are kept, and save them to ``folder``; a killed call goes on where it was, a finished one is loaded."""
-    check_likelihood(models, likelihood)
+    likelihood = choose_likelihood(models, likelihood)
+    batch_size = batch_size or models.batch_size(likelihood)
     if not (folder / "meta.yaml").exists():
         n_bytes = n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24)
         require_free_space(folder, n_bytes)

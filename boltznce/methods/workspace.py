@@ -15,7 +15,8 @@ from boltznce.config import build
 from boltznce.data.dataset import Dataset
 from boltznce.errors import UserError
 from boltznce.logger import Logger
-from boltznce.methods.drawing import Models, load_models
+from boltznce.methods import find_method
+from boltznce.methods.drawing import Models
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, Loss, Validation, fit, step_generator
@@ -62,8 +63,11 @@ class Workspace:
 
     @cached_property
     def models(self) -> Models:
-        """The trained models as far as the run has come; drop it with ``del work.models`` after training more."""
-        return load_models(self.folder.path, self.config, self.system, self.device)
+        """The trained models as far as the run has come; drop it with ``del work.models`` after training more.
+
+        Raises UserError where there is nothing to draw from, or nothing yet.
+        """
+        return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
     def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
         """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
@@ -82,6 +86,7 @@ class Workspace:
 
     @property
     def device(self) -> torch.device:
+        """Where the run computes."""
         return self.fabric.device
 
     def generator(self, name: str, index: int = 0) -> torch.Generator:
