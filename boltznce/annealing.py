@@ -32,12 +32,12 @@ ENERGY_CAP = 1e20
 COLLAPSED = 0.01  # relative ESS below which a stage is warned about
 
 
-def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: bool = True) -> list[tuple[float, float]]:
-    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold, then once more at cold if ``repeat_last``."""
-    if not hot > cold > 0 or n_steps < 1:
+def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0) -> list[tuple[float, float]]:
+    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold; at either end so many more at that temperature."""
+    if not hot > cold > 0 or n_steps < 1 or repeat_first < 0 or repeat_last < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
-    temperatures = [hot * (cold / hot) ** (k / n_steps) for k in range(n_steps)] + [cold] * (1 + repeat_last)
-    return list(itertools.pairwise(temperatures))
+    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps)]
+    return list(itertools.pairwise([hot] * (1 + repeat_first) + between + [cold] * (1 + repeat_last)))
 
 
 def soften(u: Tensor, cut: float = ENERGY_CUT, cap: float = ENERGY_CAP) -> Tensor:

@@ -33,7 +33,8 @@ CONFIG = {
     "annealing": {
         "temperature": 1.0,
         "n_steps": 2,
-        "repeat_last": True,
+        "repeat_first": 0,
+        "repeat_last": 1,
         "n_draws": 900,
         "n_buffer": 400,
         "clip": 1e-3,

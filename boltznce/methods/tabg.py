@@ -92,7 +92,7 @@ def _on_buffer(data: Tensor, batch_size: int) -> Callable:
 
 def _ladder(config: DictConfig) -> list[tuple[float, float]]:
     section = config.annealing
-    return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, section.repeat_last)
+    return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, section.repeat_last, section.repeat_first)
 
 
 def _trained(work: Workspace, name: str) -> SplineFlow:
