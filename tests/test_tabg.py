@@ -29,7 +29,7 @@ CONFIG = {
         "coordinates": {"temperature": 1200.0, "fix_chirality": True, "fix_methyls": True},
         "model": {"n_pairs": 1, "width": 16, "depth": 1, "prior_std": 0.2},
     },
-    "hot": {"temperature": 4.0, "batch_size": 64, "drop_highest": 2, "energy_cut": 1e8, "fit": FIT},
+    "hot": {"temperature": 4.0, "batch_size": 64, "gradient": "path", "drop_highest": 2, "path_clip": 4.0, "energy_cut": 1e8, "fit": FIT},
     "annealing": {
         "temperature": 1.0,
         "n_steps": 2,
@@ -142,6 +142,13 @@ def test_every_budget_composes(budget):
     assert (config.hot.fit.steps == 100000) == (budget == "paper")
     FitSettings(**config.hot.fit)
     FitSettings(**config.annealing.fit)
+
+
+def test_unknown_gradient(tmp_path):
+    work = work_in(tmp_path, DoubleWell())
+    work.config.hot.gradient = "score"
+    with pytest.raises(UserError, match=r"hot.gradient=score.*total, path"):
+        tabg.train_hot(work)
 
 
 def test_generator_of_a_molecule_and_of_a_plane():
