@@ -72,8 +72,8 @@ def reverse_kl_along_paths(
 ) -> dict[str, Tensor]:
     """The loss of `reverse_kl`, whose gradient goes through the draws x (n, atoms, dim) alone (Roeder et al. 2017, arXiv 1703.09194).
 
-    Left out is the derivative of log q at fixed x, which is zero on average and nearly all of a good generator's noise: a step of Adam makes
-    large moves of that noise in every direction that the loss hardly feels. A draw's pull on x, the gradient of log q + u, is shortened to
+    Left out is the derivative of log q at fixed x, which is zero on average and nearly all of a good generator's noise: Adam makes large
+    steps of that noise in every direction that the loss hardly feels. A draw's pull on x, the gradient of log q + u, is shortened to
     ``clip`` times the batch's median; one that is not finite is left out.
     """
     leaf = x.detach().requires_grad_()
@@ -82,8 +82,8 @@ def reverse_kl_along_paths(
         (pull,) = torch.autograd.grad((log_q + u).sum(), leaf)
     size = pull.flatten(1).norm(dim=1)
     fine = size.isfinite() & log_q.isfinite()
-    size = torch.where(fine, size, math.inf)
-    shortened = torch.where(fine, (clip * size.median() / size).clamp(max=1.0), 0.0)
+    largest = clip * torch.where(fine, size, math.inf).median()
+    shortened = torch.where(fine, torch.where(size > largest, largest / size, 1.0), 0.0)
     pull = torch.where(fine[:, None, None], pull, 0.0) * shortened[:, None, None].to(pull)
     log_q, u = torch.where(fine, log_q, 0.0).mean().detach(), torch.where(fine, u, 0.0).mean().detach()
     through = (x * pull).sum() / len(x)
