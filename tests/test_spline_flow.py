@@ -23,7 +23,6 @@ class Cube(nn.Module):
         super().__init__()
         self.dimension = n_bounded + n_circular
         self.register_buffer("circular", torch.arange(self.dimension) >= n_bounded)
-        self.register_buffer("uniform", self.circular.clone())
         thirds = torch.arange(self.dimension).tensor_split(3)
         self.groups = dict(zip(("bonds", "angles", "torsions"), (third.tolist() for third in thirds), strict=True))
 

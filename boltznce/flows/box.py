@@ -17,7 +17,6 @@ class BoxCoordinates(nn.Module):
         self.register_buffer("low", torch.tensor(low, dtype=torch.float64))
         self.register_buffer("size", torch.tensor(high, dtype=torch.float64) - self.low)
         self.register_buffer("circular", torch.zeros(self.dimension, dtype=torch.bool))
-        self.register_buffer("uniform", self.circular.clone())
 
     @property
     def groups(self) -> dict[str, list[int]]:

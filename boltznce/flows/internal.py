@@ -32,8 +32,7 @@ class InternalCoordinates(nn.Module):
     The cube's coordinates are the n - 1 bonds, the n - 2 angles and the n - 3 torsions, from the root of the z-matrix outward. Bonds and
     angles are ``(q - q_ref) / width + ½``, the width ten standard deviations of their harmonic term at ``temperature``. Torsions are
     ``circular``, their period mapped to [0, 1], but for those that tell the atoms on one centre apart and stay near their reference: these
-    are bounded, as bonds and angles are. The mean torsion of a methyl of fixed labels runs over a third of a circle whose ends are no one
-    point, since the labels change from one to the other: it is ``uniform`` as a circle is, but not ``circular``.
+    are bounded, as bonds and angles are.
 
     Args:
         positions: a minimized structure (n_atoms, 3) in nm, the centre of the cube.
@@ -94,9 +93,7 @@ class InternalCoordinates(nn.Module):
         centre[first], width[first] = self._coordinates(torsion)[first], 2 * math.pi / 3
         self.register_buffer("centre", torch.cat([bond, angle, centre]))
         self.register_buffer("width", torch.cat([bond_width, angle_width, width]))
-        rigid = torch.zeros(2 * n - 3, dtype=torch.bool)
-        self.register_buffer("uniform", torch.cat([rigid, circular]))
-        self.register_buffer("circular", torch.cat([rigid, circular.index_fill(0, first, False)]))
+        self.register_buffer("circular", torch.cat([torch.zeros(2 * n - 3, dtype=torch.bool), circular]))
 
     # ---- what the coordinates are -----------------------------------------------------------------------------------
 
@@ -126,7 +123,7 @@ class InternalCoordinates(nn.Module):
         bond, angle, torsion = self._measure(self.canonical(positions))
         q = torch.cat([bond, angle, self._coordinates(torsion)], dim=1)
         y = (q - self.centre.to(q)) / self.width.to(q) + 0.5
-        y = torch.where(self.uniform, y - y.floor(), y)
+        y = torch.where(self.circular, y - y.floor(), y)
         return y, -log_volume(bond, angle) - self.width.log().sum().to(q)
 
     def to_positions(self, y: Tensor) -> tuple[Tensor, Tensor]:

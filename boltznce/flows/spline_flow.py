@@ -24,8 +24,8 @@ Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, a
 class SplineFlow(nn.Module):
     """Prior on the unit cube -> couplings -> coordinates -> positions, each step invertible and with its log-determinant.
 
-    The prior is uniform on circular and other ``uniform`` coordinates; elsewhere the normal of mean ½ and ``prior_std`` truncated to
-    [0, 1], or uniform too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
+    The prior is uniform on circular coordinates; on bounded ones the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
+    too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
 
     Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo rigid motion, that is
     with respect to the Cartesian volume integrated over translations and rotations; for `BoxCoordinates` the positions in the box. Outside
@@ -66,7 +66,6 @@ class SplineFlow(nn.Module):
         self.coordinates = coordinates
         self.prior_std, self.reference_temperature = prior_std, reference_temperature
         self.register_buffer("bounded", torch.nonzero(~coordinates.circular).squeeze(1), persistent=False)
-        self.register_buffer("normal", torch.nonzero(~coordinates.uniform).squeeze(1), persistent=False)
         splits = ARCHITECTURES[architecture](coordinates.groups, n_pairs, torch.Generator().manual_seed(mask_seed))
         settings = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins, "fused": wants_compiling(compile)}
         n_context = 0 if reference_temperature is None else 1
@@ -131,12 +130,12 @@ class SplineFlow(nn.Module):
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         """Points of the cube (n, d) from the prior, by its inverse distribution function."""
-        uniform = self.coordinates.uniform
-        u = torch.rand(n, self.dimension, generator=generator, dtype=torch.float64, device=uniform.device)
+        circular = self.coordinates.circular
+        u = torch.rand(n, self.dimension, generator=generator, dtype=torch.float64, device=circular.device)
         if self.prior_std is not None:
             edge = math.erf(0.5 / self.prior_std / math.sqrt(2))
             normal = 0.5 + self.prior_std * math.sqrt(2) * torch.erfinv(edge * (2 * u - 1))
-            u = torch.where(uniform, u, normal.clamp(0, 1))
+            u = torch.where(circular, u, normal.clamp(0, 1))
         return u.to(self._dtype)
 
     def _log_prior(self, z: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ class SplineFlow(nn.Module):
             return torch.zeros(len(z), dtype=torch.float64, device=z.device)
         edge = math.erf(0.5 / self.prior_std / math.sqrt(2))
         constant = math.log(self.prior_std * math.sqrt(2 * math.pi) * edge)
-        return -0.5 * ((z[:, self.normal] - 0.5) / self.prior_std).square().sum(1).double() - constant * len(self.normal)
+        return -0.5 * ((z[:, self.bounded] - 0.5) / self.prior_std).square().sum(1).double() - constant * len(self.bounded)
 
     @property
     def _dtype(self) -> torch.dtype:
