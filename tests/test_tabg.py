@@ -37,11 +37,12 @@ CONFIG = {
         "coordinates": {"temperature": 1200.0, "fix_chirality": True, "fix_methyls": True},
         "model": {"n_pairs": 1, "width": 16, "depth": 1, "prior_std": 0.2},
     },
-    "hot": {"temperature": 4.0, "batch_size": 64, "drop_highest": 2, "energy_cut": 1e8, "fit": FIT},
+    "hot": {"temperature": 4.0, "batch_size": 64, "gradient": "path", "drop_highest": 2, "path_clip": 4.0, "energy_cut": 1e8, "fit": FIT},
     "annealing": {
         "temperature": 1.0,
         "n_steps": 2,
-        "repeat_last": True,
+        "repeat_first": 0,
+        "repeat_last": 1,
         "n_draws": 900,
         "n_buffer": 400,
         "clip": 1e-3,
@@ -314,6 +315,13 @@ def test_experiments_pin_the_published_setting(name, method, system):
         assert config.annealing.fit.steps * config.annealing.batch_size == 30_000 * 2048
     if name == "gaussians40":
         assert [round(cold, 2) for _, cold in tabg.ladder(config)] == [18.45, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0]
+
+
+def test_unknown_gradient(tmp_path):
+    work = work_in(tmp_path, DoubleWell())
+    work.config.hot.gradient = "score"
+    with pytest.raises(UserError, match=r"hot.gradient=score.*total, path"):
+        tabg.train_hot(work)
 
 
 def test_generator_of_a_molecule_and_of_a_plane():
