@@ -78,8 +78,14 @@ def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, 
     return figure
 
 
-def plot_plane(panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 100, highest: float = 8.0) -> Figure:
-    """Free energy -log p(x, y) in kT of samples in the plane; ``panels``: title -> (points (n, 2), log weights or None).
+def plot_plane(
+    panels: Mapping[str, AnglesAndWeights],
+    box: Box,
+    n_bins: int = 100,
+    highest: float = 8.0,
+    axes_names: tuple[str, str] = ("x", "y"),
+) -> Figure:
+    """Free energy -log p(x, y) in kT of samples in a plane; ``panels``: title -> (points (n, 2), log weights or None).
 
     The zero of every panel is the lowest bin of the first one, the exact draws, so that equal colours are equal densities.
     """
@@ -95,10 +101,10 @@ def plot_plane(panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 1
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
             mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
-            ax.set(title=title, xlabel="x", aspect="equal", xlim=box[0], ylim=box[1])
+            ax.set(title=title, xlabel=axes_names[0], aspect="equal", xlim=box[0], ylim=box[1])
             for spine in ax.spines.values():
                 spine.set_visible(True)
-        axes[0].set_ylabel("y")
+        axes[0].set_ylabel(axes_names[1])
         figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
     return figure
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
 from boltznce.data.dataset import Dataset
-from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames
+from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames, seconds_spent
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
@@ -253,6 +253,7 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
             "settings": _settings(jobs),
             "engine": jobs[0].engine,
             "ps_per_walker": float(end),
+            "cpu_seconds": round(sum(seconds_spent(path) for path in folders), 2),
             **extra,
             "versions": {name: version(name) for name in ("openmm", "torch", "pymbar", "numpy")},
             "date": date.today().isoformat(),

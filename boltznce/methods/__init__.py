@@ -12,7 +12,7 @@ from boltznce.errors import UserError
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS = {"boltznce": "boltznce.methods.boltznce", "density": "boltznce.methods.density", "tabg": "boltznce.methods.tabg"}
+METHODS = {name: f"boltznce.methods.{name}" for name in ("boltznce", "boltznce_transfer", "density", "tabg", "tbg")}
 
 
 def find_method(name: str) -> ModuleType:

@@ -25,12 +25,22 @@ from boltznce.data.dataset import Dataset, boltzmann_indices
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.free_energy import reference_difference, reference_profile, state_in_words
-from boltznce.methods.models import solver_settings
+from boltznce.methods.models import FlowModels, solver_settings
 from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
 from boltznce.systems.symmetry import is_trans
 
-__all__ = ["evaluate", "report", "summary"]
+__all__ = [
+    "energy_distance",
+    "evaluate",
+    "exact_likelihoods",
+    "learning_curves",
+    "report",
+    "summary",
+    "trans_conformers",
+    "weights_quality",
+]
 
 
 def evaluate(work: Workspace) -> dict:
@@ -44,7 +54,7 @@ def evaluate(work: Workspace) -> dict:
         work.models, folder / "weighted", section.n_samples, "ebm", lambda k: work.generator("evaluation", k), batch_size=section.batch_size
     )
     name, state = work.system.state
-    conformers = _conformers(work, samples)
+    conformers = trans_conformers(work.system, samples)
     angle, log_weights = work.system.coordinate(conformers.positions, name), conformers.log_weights
     rng = work.numpy_generator("exact subset")
     uniform = choose_subset(angle, log_weights, section.n_exact, rng, state, "uniform")
@@ -52,7 +62,7 @@ def evaluate(work: Workspace) -> dict:
     seconds = {}
     for label, subset in (("exact_uniform", np.sort(uniform)), ("exact_weighted", np.unique(weighted))):
         if len(subset):
-            seconds[label] = _exact_likelihoods(work, conformers, subset, folder / label) / len(subset)
+            seconds[label] = exact_likelihoods(work.models, conformers, subset, folder / label) / len(subset)
     with atomic_file(folder / "subsets.npz") as path, open(path, "wb") as handle:
         np.savez(handle, uniform=uniform, weighted=weighted)
     return {"exact_seconds_per_sample": seconds.get("exact_uniform"), "ebm_seconds_per_sample": _ebm_seconds(work, conformers)}
@@ -73,20 +83,20 @@ def summary(work: Workspace) -> str:
 # ---- likelihoods ------------------------------------------------------------------------------------------------------
 
 
-def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
+def exact_likelihoods(models: FlowModels, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
     """Save exact log-likelihoods of a subset, batch by batch (a killed call goes on); returns the seconds they took in all."""
     if not (folder / "meta.yaml").exists():
-        flow, section = work.models.flow, work.config.evaluation
-        writer = WeightedSamplesWriter(folder, getattr(work.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
+        section = models.config.evaluation
+        writer = WeightedSamplesWriter(folder, getattr(models.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
         for start in range(writer.n_written, len(subset), section.exact_batch_size):
             part = samples[subset[start : start + section.exact_batch_size]]
             begun = time.perf_counter()
-            log_prob = flow.log_prob(
-                torch.from_numpy(np.array(part.positions)).to(work.device),
+            log_prob = models.flow.log_prob(
+                torch.from_numpy(np.array(part.positions)).to(models.flow.basis.device),
                 solver=solver_settings(section.solver),
                 batch_size=section.exact_batch_size,
             )
-            log_prob = log_prob.cpu().numpy() + (np.log(2) if work.models.mirrors else 0.0)
+            log_prob = log_prob.cpu().numpy() + (np.log(2) if models.mirrors else 0.0)
             milliseconds = round(1000 * (time.perf_counter() - begun))
             writer.append(part.positions, part.energy, log_prob, -part.energy - log_prob, counts={"milliseconds": milliseconds})
         writer.finish()
@@ -102,12 +112,12 @@ def _ebm_seconds(work: Workspace, samples: WeightedSamples, n: int = 4096) -> fl
     return (time.perf_counter() - begun) / len(x)
 
 
-def _conformers(work: Workspace, samples: WeightedSamples) -> WeightedSamples:
+def trans_conformers(system: System, samples: WeightedSamples) -> WeightedSamples:
     """The samples that figures are conditional on: peptide bonds trans, chirality right (it has been mended)."""
-    omegas = getattr(work.system, "omegas", [])
+    omegas = getattr(system, "omegas", [])
     if not omegas:
         return samples
-    angles = torch.stack([work.system.dihedral(torch.from_numpy(np.array(samples.positions)), name) for name in omegas], dim=-1)
+    angles = torch.stack([system.dihedral(torch.from_numpy(np.array(samples.positions)), name) for name in omegas], dim=-1)
     return samples[is_trans(angles).numpy()]
 
 
@@ -119,7 +129,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     name, state = system.state
     folder = work.folder.path / "samples"
     drawn = WeightedSamples.load(folder / "weighted")
-    samples = _conformers(work, drawn)
+    samples = trans_conformers(system, drawn)
     subsets = np.load(folder / "subsets.npz")
     exact = WeightedSamples.load(folder / "exact_uniform")
     view = view_of(system)
@@ -147,8 +157,8 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     subsets_of = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
     distances = {
         "E-W2 (kT)": {
-            "unweighted": _energy_distance(samples.energy, md["energy"], None, cut),
-            "weighted": _energy_distance(samples.energy, md["energy"], samples.weights, cut),
+            "unweighted": energy_distance(samples.energy, md["energy"], None, cut),
+            "weighted": energy_distance(samples.energy, md["energy"], samples.weights, cut),
             "floor": energy_w2_floor(md["energy"], cut=cut),
         },
         view.distance: {
@@ -158,9 +168,9 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         },
     }
     ess = {
-        "EBM weights": _ess(samples.log_weights),
-        "EBM weights, top 0.2% removed": _ess(samples.remove_top(0.002).log_weights),
-        "exact weights (subset)": _ess(exact_weights),
+        "EBM weights": weights_quality(samples.log_weights),
+        "EBM weights, top 0.2% removed": weights_quality(samples.remove_top(0.002).log_weights),
+        "exact weights (subset)": weights_quality(exact_weights),
     }
     cost = work.folder.stages["evaluation"]
     counts = drawn.meta["counts"]
@@ -215,7 +225,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
             highest=view.highest,
             limits=limits,
         ),
-        "learning_curves": plotting.plot_learning_curves(_learning_curves(work.folder.path)),
+        "learning_curves": plotting.plotlearning_curves(learning_curves(work.folder.path)),
         "weights": plotting.plot_weights({"EBM": samples.log_weights, "exact": exact_weights}),
     }
     if agreement is not None:
@@ -266,16 +276,16 @@ def _molecular_counts(counts: dict, drawn: WeightedSamples, samples: WeightedSam
     }
 
 
-def _energy_distance(energy: np.ndarray, md: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
+def energy_distance(energy: np.ndarray, md: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
     """E-W2 below the cut; NaN, a gap in the report, where a flow has nothing there."""
     return energy_w2(energy, md, weights, cut=cut) if share_above(energy, cut, weights) < 1 else np.nan
 
 
-def _ess(log_weights: np.ndarray) -> dict:
+def weights_quality(log_weights: np.ndarray) -> dict:
     return {"ess": effective_sample_size(log_weights), "pareto_k": pareto_k(log_weights), "n": len(log_weights)}
 
 
-def _learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+def learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Training and validation losses of the logs ``flow.csv`` and ``ebm.csv``."""
     wanted = {
         "flow": {"loss": "flow loss"},
