@@ -78,7 +78,7 @@ def fit_budget(overrides: Sequence[str]) -> list[str]:
 
     A folder ``configs/budget/<method>`` has the budgets of a method, ``configs/budget/plane`` those of BoltzNCE for systems in the plane,
     ``configs/budget/transfer`` those for families of molecules, and ``configs/budget`` itself those of BoltzNCE for molecules. An
-    experiment without a budget on the command line keeps its own. ``method=boltznce`` becomes ``boltznce_transfer`` for a family of molecules.
+    experiment without a budget on the command line keeps its own. For a family ``method=boltznce`` becomes ``boltznce_transfer``.
 
     Raises UserError for a method that is not for the system.
     """

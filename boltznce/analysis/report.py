@@ -119,7 +119,8 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
         _peptide_rows(results),
         "Shares of the draws with the right bonds, and with the right chirality too, after mending. ΔF in kT, of the weighted samples and "
         "of the simulation, ± one standard error by bootstrap. E-W2 (kT) and T-W2 (rad): Wasserstein-2 distances to the simulation, "
-        "without weights → with them (floor: two halves of the simulation). Above a Pareto-k of 0.7 no weighted figure of the row can be trusted.",
+        "without weights → with them (floor: two halves of the simulation). Above a Pareto-k of 0.7 no weighted figure of a row can be "
+        "trusted.",
     )
     section(
         "Weights",
