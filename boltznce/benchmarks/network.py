@@ -1,6 +1,7 @@
 """Milliseconds a step of the networks for many molecules: padded batches of unlike molecules against batches of equal sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,11 +64,11 @@ def measure_network(
                 for n, k in examples.items():
                     molecules = Molecules.stack(features, [k] * batch_size, n).to(device)
                     x = torch.from_numpy(positions[k]).to(device)
-                    equal[n] = time_call(lambda x=x, m=molecules: calls[kind](x, m), min_seconds).median
+                    equal[n] = time_call(partial(calls[kind], x, molecules), min_seconds).median
                 times, expected = [], []
                 for x, molecules in padded:
                     x, molecules = x.to(device), molecules.to(device)
-                    times.append(time_call(lambda x=x, m=molecules: calls[kind](x, m), min_seconds).median)
+                    times.append(time_call(partial(calls[kind], x, molecules), min_seconds).median)
                     expected.append(np.mean([equal[n] for n in molecules.n_atoms.tolist()]))
                 share = 1 - sum(int(m.n_atoms.sum()) for _, m in padded) / sum(m.mask.numel() for _, m in padded)
                 rows.append(
@@ -105,10 +106,9 @@ def _calls(network: nn.Module, is_energy: bool, largest: int, generator: torch.G
 def network_table(rows: Sequence[Mapping]) -> str:
     """Markdown: a line for each network and kind."""
     lines = ["| network | parameters | what | padded (ms) | equal sizes (ms) | cost of padding |", "|---" * 6 + "|"]
-    lines += [
-        f"| {r['network']} | {r['n_parameters']:,} | {r['kind']} | {r['padded_ms']:.1f} | {r['equal_ms']:.1f} | {r['cost']:+.1%} |"
-        for r in rows
-    ]
+    for r in rows:
+        cells = [r["network"], f"{r['n_parameters']:,}", r["kind"], f"{r['padded_ms']:.1f}", f"{r['equal_ms']:.1f}", f"{r['cost']:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Batches of {rows[0]['batch_size']}, {rows[0]['padding']:.1%} of them padding."])
 
 
