@@ -76,9 +76,9 @@ def _sequence_config(sequence: str) -> DictConfig:
 def fit_budget(overrides: Sequence[str]) -> list[str]:
     """Overrides of ``train`` with the budget that fits method and system: ``budget=cpu`` may become ``budget=plane/cpu``.
 
-    A folder ``configs/budget/<method>`` has the budgets of a method, ``configs/budget/plane`` those of BoltzNCE for systems in the plane,
-    ``configs/budget/transfer`` those for families of molecules, and ``configs/budget`` itself those of BoltzNCE for molecules. An
-    experiment without a budget on the command line keeps its own. For a family ``method=boltznce`` becomes ``boltznce_transfer``.
+    A folder ``configs/budget/<method>`` has the budgets of a method, its ``plane`` those for systems in the plane; ``configs/budget``
+    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane; ``configs/budget/transfer`` those for families of molecules, for
+    which ``method=boltznce`` becomes ``boltznce_transfer``. An experiment without a budget on the command line keeps its own.
 
     Raises UserError for a method that is not for the system.
     """
@@ -112,13 +112,15 @@ def _fit_method(overrides: Sequence[str]) -> list[str]:
 
 
 def _budget_folder(overrides: Sequence[str]) -> str | None:
-    method = _chosen("method", overrides)
+    method = _chosen("method", overrides) or ""
     if _is_family(_chosen("system", overrides) or ""):
         return "transfer"
-    if method and (config_dir() / "budget" / method).is_dir():
-        return method
     systems = (_chosen("system", overrides) or "").split(",")
-    return "plane" if all(_dimension(system) == 2 for system in systems) else None
+    in_plane = all(_dimension(system) == 2 for system in systems)
+    folder = config_dir() / "budget"
+    if method and (folder / method).is_dir():
+        return f"{method}/plane" if in_plane and (folder / method / "plane").is_dir() else method
+    return "plane" if in_plane else None
 
 
 def _chosen(group: str, overrides: Sequence[str]) -> str | None:

@@ -19,14 +19,18 @@ __all__ = ["Run", "RunFolder", "load_run", "train"]
 
 
 def train(folder: RunFolder) -> None:
-    """Run, or finish, all stages of the method that the folder's config names, and print the summary of its report."""
+    """Run, or finish, all stages of the method that the folder's config names, and print the summary of its report.
+
+    The last stage, the report, is made anew of a finished run too: there may be data now to compare with.
+    """
     config = folder.config
     set_threads(config.threads)
     method = find_method(config.method.name)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
+    *_, last = method.STAGES
     for name, stage in method.STAGES.items():
-        if not folder.stage_done(name):
+        if name == last or not folder.stage_done(name):
             with folder.stage(name) as info:
                 info.update(stage(work) or {})
     print(method.summary(work))

@@ -5,9 +5,11 @@ from boltznce.analysis.metrics import (
     energy_cut,
     energy_w2,
     energy_w2_floor,
+    held_out_likelihood,
     likelihood_agreement,
     share_above,
     torsion_kl,
+    torsion_kl_of_halves,
     torus_w2,
     torus_w2_floor,
 )
@@ -76,6 +78,49 @@ def test_torsion_kl():
     inside = (everywhere < 0.0).all(axis=1).astype(float)
     assert torsion_kl(everywhere, quarter, w1=inside, n_bins=16) == pytest.approx(0.0, abs=0.01)
     assert np.isfinite(torsion_kl(everywhere, quarter, n_bins=16))
+
+
+def test_torsion_kl_of_halves():
+    """Against the uniform, a quarter of the torus has log 4 more; its halves differ by noise alone, (occupied bins) / n."""
+    generator = np.random.default_rng(0)
+    n = 200_000
+    quarter = generator.uniform(-np.pi, 0.0, size=(n, 2))
+    everywhere = generator.uniform(-np.pi, np.pi, size=(4 * n, 2))
+    first = np.arange(n) % 2 == 0
+    assert torsion_kl_of_halves(quarter, None, first, everywhere, n_bins=16) == pytest.approx(np.log(4.0), abs=0.01)
+    floor = torsion_kl_of_halves(quarter, None, first, n_bins=32)
+    assert floor == pytest.approx(0.5 * 256 * (2 / n + 2 / n), rel=0.2)
+    rare = np.where(quarter[:, 0] < -1.0, 3.0, 1.0)
+    resampled = quarter[generator.choice(n, size=n, p=rare / rare.sum())]
+    assert torsion_kl_of_halves(quarter, rare, first, resampled, n_bins=16) < 0.01
+    assert torsion_kl_of_halves(quarter, rare, first, quarter, n_bins=16) > 0.05
+    assert torsion_kl_of_halves(quarter, None, first, quarter, rare, n_bins=16) > 0.05
+
+
+def test_torsion_kl_names_its_smoothing():
+    """One bin each, not the same: a share s of the uniform is all that either sees of the other."""
+    a, b, s = np.full((10, 2), -3.0), np.full((1000, 2), 3.0), 1e-3
+    high, low = 1 - s + s / 100, s / 100
+    expected = high * np.log(high / low) + low * np.log(low / high)
+    assert torsion_kl(a, b, n_bins=10, uniform_share=s) == pytest.approx(expected, rel=1e-9)
+
+
+def test_held_out_likelihood_by_hand():
+    found = held_out_likelihood(np.array([-1.0, -3.0, -np.inf, -np.inf]), np.log([3.0, 1.0, 2.0, 2.0]))
+    assert found.nll == pytest.approx(1.5)
+    assert (found.n, found.n_outside) == (4, 2)
+    assert found.share_outside == pytest.approx(0.5)
+    assert found.std_error == pytest.approx(np.sqrt((0.75 * 0.5) ** 2 + (0.25 * 1.5) ** 2))
+    assert held_out_likelihood(np.full(2, -np.inf)).nll == np.inf
+
+
+def test_held_out_likelihood_of_a_gaussian_is_its_entropy():
+    x = np.random.default_rng(0).normal(size=100_000)
+    found = held_out_likelihood(-0.5 * x**2 - 0.5 * np.log(2 * np.pi))
+    assert found.nll == pytest.approx(0.5 * np.log(2 * np.pi * np.e), abs=4 * found.std_error)
+    assert found.std_error == pytest.approx(np.sqrt(0.5 / 100_000), rel=0.05)
+    shifted = held_out_likelihood(-0.5 * x**2, 0.5 * x)  # weights exp(x / 2) make it N(1/2, 1)
+    assert shifted.nll == pytest.approx(0.5 * (1 + 0.25), abs=4 * shifted.std_error)
 
 
 def test_likelihood_agreement():

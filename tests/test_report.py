@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
-from boltznce.analysis.metrics import SampledDistance, likelihood_agreement
+from boltznce.analysis.metrics import HeldOutLikelihood, SampledDistance, likelihood_agreement
 from boltznce.analysis.report import summary_table, write_report
 
 
@@ -33,6 +33,9 @@ def results():
             "E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0},
             "T-W2 (rad)": {"unweighted": SampledDistance(0.8, 0.01, 500), "weighted": SampledDistance(0.3, 0.01, 500)},
         },
+        "held_out": {"flow at 300": HeldOutLikelihood(nll=-183.25, std_error=0.125, n=900, n_outside=3, share_outside=0.002)},
+        "excluded": {"cis peptide bond": {"n": 12, "by_count": 0.03, "by_weight": 0.0005, "data": 0.0}},
+        "modes": {"exact": [0.5, 0.5, 0.0], "flow": [0.4, 0.59, 0.01]},
         "energy_cut": {"cut": 20.0, "shares": {"MD": 0.0, "flow": 0.25}},
         "likelihood": likelihood_agreement(exact + generator.normal(size=50), exact, n_bootstrap=50),
         "timing": {"ebm_per_sample": 0.0005, "exact_per_sample": 0.1, "stages": {"train flow": 300.0}},
@@ -62,6 +65,9 @@ def test_report(tmp_path, results):
     ):
         assert expected in text
     assert "1.11" not in text
+    assert "| flow at 300 | -183.250 ± 0.125 | 900 | 3 | 0.200% |" in text
+    assert "| cis peptide bond | 12 | 3.0000% | 0.0500% | 0.0000% |" in text
+    assert "| largest relative error |  | 20.0% |" in text
     assert "| E-W2 (kT) | 5.000 | 2.000 | 1.000 | 0.25 |" in text
     assert "0.800 ± 0.010" in text
     assert (tmp_path / "figures" / "weights.png").read_bytes().startswith(b"\x89PNG")
@@ -95,6 +101,10 @@ def figures():
     exact = generator.normal(size=30)
     steps = np.arange(300)
     yield plotting.plot_ramachandran({"MD": (angles, None), "weighted": (angles, log_weights)}), 3
+    yield plotting.plot_ramachandran({str(t): (angles, None) for t in range(7)}, angle_names=("φ2", "ψ2"), zero_of="6"), 9
+    yield plotting.plot_plane({"draws": (angles, None)}, ((-4.0, 4.0), (-4.0, 4.0))), 2
+    yield plotting.plot_marginals({"MD": (angles, None), "flow, weighted": (angles, log_weights)}), 2
+    yield plotting.plot_ladder([4.0, 2.0, 1.0, 1.0], {"own": [0.9, 0.8, 0.7, 0.8], "weighted": [np.nan, 0.5, 0.6, 0.8]}, ""), 1
     yield plotting.plot_energy_histograms({"MD": (log_weights, None), "flow": (np.append(log_weights, np.inf), None)}), 1
     yield plotting.plot_profiles({"EBM": free_energy_profile(angles[:, 0], log_weights, n_bins=20, n_bootstrap=20)}), 1
     yield plotting.plot_likelihood_agreement(exact + 1.0, exact, exact > 0.0), 1

@@ -1,18 +1,26 @@
 """TA-BG's stages on a double well in the plane: they run, a killed one goes on to the same result, and its records are true."""
 
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-import boltznce.methods.tabg as tabg
+import boltznce as bz
+from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.checkpoint import load_weights
 from boltznce.config import compose
+from boltznce.data.dataset import Dataset
+from boltznce.data.simulate import force_evaluations
 from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
+from boltznce.methods import density, tabg
 from boltznce.methods.drawing import draw_to_folder
+from boltznce.methods.report_parts import allowed_conformers, excluded_conformers
 from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
@@ -107,45 +115,202 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch):
     assert record["steps"] == 20
 
 
-TINY = [
-    "system=aldp_amber96",
-    "method=tabg",
+SPLINE = [
     "budget=smoke",
     "threads=1",
     "generator.model={architecture: hierarchical, n_pairs: 2, width: 16, depth: 1}",
     "hot={batch_size: 32, fit: {steps: 5}}",
+    "evaluation={n_samples: 600, n_ladder: 100, batch_size: 200, n_bootstrap: 20, n_torus: 50}",
+]
+TINY = [
+    "system=aldp_amber96",
+    "method=tabg",
+    *SPLINE,
     "annealing={n_steps: 1, n_draws: 300, n_buffer: 100, draw_batch_size: 100, batch_size: 32, fit: {steps: 5}}",
-    "evaluation={n_samples: 600, n_ladder: 100, batch_size: 200, n_bootstrap: 20}",
 ]
 
 
-def test_whole_run_of_a_molecule_ends_in_a_report(tmp_path):
-    config = compose("train", TINY)
-    run = RunFolder.create(tmp_path, config, config.system.name)
-    train(run)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+def run_in(folder, overrides):
+    config = compose("train", overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    train(RunFolder.create(folder, config, config.system.name))
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tabg_run(tmp_path_factory):
+    """The folder of a finished tiny run of alanine dipeptide, without data to compare with; they would be in ``data`` beside it."""
+    folder = tmp_path_factory.mktemp("tabg")
+    run_in(folder / "run", [*TINY, f"data_dir={folder / 'data'}"])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def flow_as_data(tabg_run):
+    """The run's own draws, equally weighted, as if a simulation had made them: (folder, log q)."""
+    samples = WeightedSamples.load(tabg_run / "samples" / "weighted")
+    system = bz.load_run(tabg_run).system
+    n = len(samples)
+    meta = {"system": system.identity, "settings": {"method": "none", "temperature": 300.0}}
+    folder = tabg_run.parent / "data" / "aldp_amber96_umbrella"
+    Dataset.write(folder, np.array(samples.positions), samples.energy, repeat=np.arange(n) % 2, meta=meta)
+    return folder, samples.log_prob
+
+
+def test_whole_run_of_a_molecule_ends_in_a_report(tabg_run):
+    metrics = json.loads((tabg_run / "metrics.json").read_text())
     assert metrics["counts"]["energy evaluations, reverse KL"] == 5 * 32
     assert metrics["counts"]["energy evaluations, annealing"] == 600
-    assert metrics["counts"]["with another chirality"] == 0
-    assert "exact weights" in metrics["ess"]
+    assert metrics["counts"]["energy evaluations, training in all"] == 5 * 32 + 600
+    assert metrics["excluded"]["inverted stereocentre"] == {"n": 0, "by_count": 0.0, "by_weight": 0.0}
+    cis = metrics["excluded"]["cis peptide bond"]
+    assert cis["by_count"] == cis["n"] / 600
+    assert 0 < cis["by_weight"] < 1
+    assert metrics["ess"]["exact weights"]["ess"] <= metrics["ess"]["exact weights, top 0.01% clipped"]["ess"]
     assert "ladder, 1200 to 300" in metrics["ess"]
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"ladder", "weights", "profile", "ramachandran", "temperatures"}
-    assert "figures/ladder.png" in (tmp_path / "report.md").read_text()
+    figures = {path.stem for path in (tabg_run / "figures").iterdir()}
+    assert figures >= {"ladder", "weights", "profile", "ramachandran", "marginals", "temperatures", "learning_curves"}
+    text = (tabg_run / "report.md").read_text()
+    assert "figures/ladder.png" in text
+    assert "scripts/simulate.py system=aldp_amber96" in text  # there is nothing to compare with, and how to get it
+
+
+def test_serving(tabg_run, tmp_path):
+    run = bz.load_run(tabg_run)
+    samples = run.sample(250, likelihood="exact", seed=1)
+    assert samples.positions.shape == (250, 22, 3)
+    np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
+    np.testing.assert_allclose(samples.energy, run.system.energy(torch.from_numpy(samples.positions)), rtol=1e-4, atol=1e-2)
+    given = run._work.models.log_prob(samples.positions)
+    np.testing.assert_allclose(given, samples.log_prob, atol=0.05)  # float32 positions
+    saved = run.sample(250, seed=1, folder=tmp_path / "samples")
+    np.testing.assert_array_equal(saved.positions, samples.positions)
+    assert saved.meta["likelihood"] == "exact"
+    assert np.isnan(run.sample(3, likelihood="none").log_prob).all()
+    for likelihood in ("ebm", "hutchinson"):
+        with pytest.raises(UserError, match=f"likelihood={likelihood}: choose one of exact, none"):
+            run.sample(3, likelihood=likelihood)
+
+
+def test_scripts_serve_a_run(tabg_run, tmp_path, capsys):
+    def script(name, *overrides):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(compose(name, overrides))
+        return capsys.readouterr().out
+
+    assert "40 samples" in script("sample", f"run={tabg_run}", "n_samples=40", f"output={tmp_path / 'samples'}", "format=dcd")
+    assert (tmp_path / "samples" / "trajectory.dcd").exists()
+    assert "exact weights" in script("free_energy", f"run={tabg_run}", f"output={tmp_path / 'fe'}", "n_bootstrap=20")
+    assert (tmp_path / "fe" / "figures" / "profile.png").exists()
+
+
+def test_nothing_to_draw_from(tabg_run, tmp_path):
+    config = bz.load_run(tabg_run).config
+    for method, message in ((tabg, "no trained flow"), (density, "nothing to draw from")):
+        with pytest.raises(UserError, match=message):
+            method.load_models(tmp_path, config, bz.load_run(tabg_run).system, torch.device("cpu"))
+
+
+def test_report_with_data_that_are_the_flow_itself(tabg_run, flow_as_data, tmp_path):
+    """A finished run whose data have come since: its report is made anew. Data drawn from the flow have the flow's entropy."""
+    shutil.copytree(tabg_run, tmp_path / "run")
+    train(RunFolder.open(tmp_path / "run"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    samples = WeightedSamples.load(tabg_run / "samples" / "weighted")
+    kept = allowed_conformers(excluded_conformers(bz.load_run(tabg_run).system, samples.positions), len(samples))
+    found = metrics["held_out"]["flow at 300"]
+    assert found["n"] == kept.sum()
+    assert found["n_outside"] <= 2  # by rounding, at the edges of the domain
+    assert found["nll"] == pytest.approx(-flow_as_data[1][kept].mean(), abs=0.1)
+    kl = metrics["distances"]["KL of (φ, ψ)"]
+    assert kl["unweighted"] < kl["floor"]  # the same points, once against all and once against the other half
+    assert kl["unweighted"] < kl["weighted"]
+    assert metrics["distances"]["E-W2 (kT)"]["unweighted"] is not None
+    cis = metrics["excluded"]["cis peptide bond"]
+    assert cis["data"] == pytest.approx(cis["by_count"])
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} >= {"energy_histograms", "temperatures"}
+    assert "simulate.py" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_baseline_forward_kl(flow_as_data, tmp_path):
+    overrides = ["system=aldp_amber96", "method=forward_kl", *SPLINE, f"data.folder={flow_as_data[0]}", "data.simulation=null"]
+    flow = "flow={n_train: 500, n_validation: 100, batch_size: 50, fit: {steps: 12, validate_every: 6}}"
+    metrics = run_in(tmp_path, [*overrides, flow])
+    assert metrics["method"] == "forward_kl"
+    assert metrics["counts"]["energy evaluations, training in all"] == 0
+    assert metrics["held_out"]["flow at 300"]["n"] < 0.21 * 600  # of the test part alone
+    assert bz.load_run(tmp_path).sample(3).log_prob.shape == (3,)
+
+
+def test_baseline_reverse_kl(tmp_path):
+    metrics = run_in(tmp_path, ["system=aldp_amber96", "method=reverse_kl", *SPLINE, f"data_dir={tmp_path}"])
+    run = bz.load_run(tmp_path)
+    assert run._work.models.flows == {"hot": 300.0}
+    assert run.config.generator.coordinates.temperature == 1200.0  # the flow is TA-BG's
+    assert metrics["counts"]["energy evaluations, training in all"] == 5 * 32
+    assert not (tmp_path / "figures" / "ladder.png").exists()
+
+
+def test_a_run_in_the_plane(tmp_path):
+    sizes = ["annealing={n_draws: 400, n_buffer: 400, fit: {steps: 4}}", "hot.fit.steps=4"]
+    small = "evaluation={n_samples: 400, n_ladder: 200, n_reference: 400, n_bootstrap: 20, n_torus: 100}"
+    metrics = run_in(tmp_path, ["system=gaussians40", "method=tabg", "budget=smoke", "threads=1", *sizes, small])
+    assert len(metrics["modes"]["exact"]) == 40
+    assert metrics["held_out"]["flow at 1"]["n"] == 400
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"plane", "temperatures", "ladder", "profile"}
+
+
+def test_force_evaluations_of_a_simulation():
+    settings = {"method": "umbrella", "n_repeats": 2, "equilibration": 50.0, "timestep": 0.002, "options": {"n_windows": 24, "kappa": 60.0}}
+    assert force_evaluations({"settings": settings, "ps_per_walker": 150.0}) == 2 * 24 * 100_000
+    assert force_evaluations({"settings": {"method": "exact"}}) == 0
 
 
 @pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])
 def test_every_budget_composes(budget):
     config = compose("train", ["system=aldp_amber96", "method=tabg", f"budget={budget}"])
+    assert "ebm" not in config
     assert config.annealing.temperature == 300.0
     assert config.generator.coordinates.temperature == 1200.0
     assert (config.hot.fit.steps == 100000) == (budget == "paper")
-    FitSettings(**config.hot.fit)
-    FitSettings(**config.annealing.fit)
+    for section in (config.hot, config.annealing):
+        FitSettings(**section.fit)
+    plane = compose("train", ["system=gaussians40", "method=tabg", f"budget={budget}"])
+    assert (plane.hot.temperature, plane.annealing.temperature, plane.budget) == (30.0, 1.0, budget)
+    for method in ("forward_kl", "reverse_kl"):
+        baseline = compose("train", ["system=aldp_amber96", f"method={method}", f"budget={budget}"])
+        assert (baseline.method.name, baseline.budget) == (method, budget)
+        assert baseline.generator == OmegaConf.merge(config.generator, {"coordinates": {"temperature": 1200.0}})
+    spent = config.hot.fit.steps * config.hot.batch_size + config.annealing.n_draws * (config.annealing.n_steps + 1)
+    assert baseline.hot.fit.steps * baseline.hot.batch_size == pytest.approx(spent, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "system"),
+    [
+        ("aldp", "tabg", "aldp"),
+        ("aldp_amber96", "tabg", "aldp_amber96"),
+        ("tetrapeptide", "tabg", "tetrapeptide"),
+        ("hexapeptide", "tabg", "hexapeptide"),
+        ("gaussians40", "tabg", "gaussians40"),
+        ("forward_kl", "forward_kl", "aldp_amber96"),
+        ("reverse_kl", "reverse_kl", "aldp_amber96"),
+    ],
+)
+def test_experiments_pin_the_published_setting(name, method, system):
+    config = compose("train", [f"experiment=tabg/{name}"])
+    assert (config.method.name, config.system.name, config.budget) == (method, system, "paper")
+    if name == "aldp":
+        ladder = tabg.ladder(config)
+        assert [round(cold, 2) for _, cold in ladder] == [1028.69, 881.84, 755.95, 648.04, 555.52, 476.22, 408.24, 349.96, 300.0, 300.0]
+        assert config.annealing.fit.steps * config.annealing.batch_size == 30_000 * 2048
+    if name == "gaussians40":
+        assert [round(cold, 2) for _, cold in tabg.ladder(config)] == [18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0]
 
 
 def test_generator_of_a_molecule_and_of_a_plane():
-    import boltznce as bz
-
     aldp = make_coordinates(bz.load_system("aldp"), OmegaConf.create(CONFIG["generator"]))
     assert isinstance(aldp, InternalCoordinates)
     assert aldp.zmatrix.root == (1, 4, 6)  # the main chain

@@ -17,12 +17,14 @@ __all__ = [
     "plot_ladder",
     "plot_learning_curves",
     "plot_likelihood_agreement",
+    "plot_marginals",
     "plot_plane",
     "plot_profiles",
     "plot_ramachandran",
     "plot_weights",
 ]
 
+MOST_COLUMNS = 6  # of panels
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 _STYLE = {
     "font.size": 9,
@@ -50,31 +52,23 @@ AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
 Box = tuple[tuple[float, float], tuple[float, float]]
 
 
-def plot_ramachandran(panels: Mapping[str, AnglesAndWeights], n_bins: int = 72, highest: float = 10.0) -> Figure:
-    """Free energy -log p(φ, ψ) in kT, panels side by side on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
+def plot_ramachandran(
+    panels: Mapping[str, AnglesAndWeights],
+    n_bins: int = 72,
+    highest: float = 10.0,
+    angle_names: tuple[str, str] = ("φ", "ψ"),
+    zero_of: str | None = None,
+) -> Figure:
+    """Free energy -log p(φ, ψ) in kT, panels on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
 
-    The zero of every panel is the lowest bin of the first one (the MD), so that equal colours are equal densities.
+    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are equal densities.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
-    surfaces = {}
-    for title, (angles, log_weights) in panels.items():
-        weights = normalized_weights(np.zeros(len(angles)) if log_weights is None else log_weights)
-        histogram = np.histogram2d(angles[:, 0], angles[:, 1], bins=(edges, edges), weights=weights)[0]
-        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
-    zero = np.nanmin(next(iter(surfaces.values())))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.6), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-        for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
-            # rasterized: thousands of vector cells show seams in a PDF viewer
-            mesh = ax.pcolormesh(edges, edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
-            ax.set(title=title, xlabel="φ (rad)", aspect="equal", xlim=(-np.pi, np.pi), ylim=(-np.pi, np.pi))
-            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
-            ax.set_yticks(_ANGLE_TICKS, _ANGLE_LABELS)
-            for spine in ax.spines.values():
-                spine.set_visible(True)
-        axes[0].set_ylabel("ψ (rad)")
-        figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
+    figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of)
+    for ax in axes.flat:
+        ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+        ax.set_yticks(_ANGLE_TICKS, _ANGLE_LABELS)
+    _label_grid(axes, *(f"{name} (rad)" for name in angle_names))
     return figure
 
 
@@ -83,29 +77,15 @@ def plot_plane(
     box: Box,
     n_bins: int = 100,
     highest: float = 8.0,
+    zero_of: str | None = None,
     axes_names: tuple[str, str] = ("x", "y"),
 ) -> Figure:
     """Free energy -log p(x, y) in kT of samples in a plane; ``panels``: title -> (points (n, 2), log weights or None).
 
-    The zero of every panel is the lowest bin of the first one, the exact draws, so that equal colours are equal densities.
+    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
     """
-    edges = [np.linspace(*side, n_bins + 1) for side in box]
-    surfaces = {}
-    for title, (points, log_weights) in panels.items():
-        weights = normalized_weights(np.zeros(len(points)) if log_weights is None else log_weights)
-        histogram = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights)[0]
-        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
-    zero = np.nanmin(next(iter(surfaces.values())))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.3 * len(panels) + 0.9, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-        for ax, (title, surface) in zip(axes, surfaces.items(), strict=True):
-            mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
-            ax.set(title=title, xlabel=axes_names[0], aspect="equal", xlim=box[0], ylim=box[1])
-            for spine in ax.spines.values():
-                spine.set_visible(True)
-        axes[0].set_ylabel(axes_names[1])
-        figure.colorbar(mesh, ax=list(axes), label="free energy (kT)", extend="both", shrink=0.9)
+    figure, axes = _plot_surfaces(panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of)
+    _label_grid(axes, *axes_names)
     return figure
 
 
@@ -305,19 +285,82 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 
 
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
-    """Effective sample sizes (0 to 1) of the steps of a temperature ladder over the temperature weighted to, hot on the left."""
+    """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
+
+    Steps stand side by side, so that a temperature that comes twice is seen twice.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
-        for colour, (label, values) in zip(_COLOURS, sets.items(), strict=False):
-            ax.plot(temperatures, values, marker="o", markersize=4, color=colour, label=label)
-        ax.set(xlabel=f"temperature weighted to ({unit})" if unit else "temperature weighted to", ylabel="effective sample size")
-        ax.set(xscale="log", ylim=(0, 1.02))
-        ticks = sorted(set(temperatures))
-        ax.set_xticks(ticks, [f"{t:.4g}" for t in ticks], rotation=45)
-        ax.minorticks_off()
-        ax.invert_xaxis()
-        _legend_above(ax)
+        steps = np.arange(len(temperatures))
+        for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
+            ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
+        ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
+        ax.set_xticks(steps, [f"{t:.4g}" for t in temperatures], rotation=45)
+        _legend_above(ax, columns=1)
     return figure
+
+
+def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence[str] = ("φ", "ψ"), n_bins: int = 72) -> Figure:
+    """Probability densities of angles (n, k), an axis for each angle, logarithmic so that rare states show.
+
+    ``panels``: label -> (angles (n, k), log weights or None), "MD" as a filled curve. Empty bins are gaps.
+    """
+    edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.4 * len(angle_names), 2.9), layout="constrained")
+        axes = figure.subplots(1, len(angle_names), sharey=True, squeeze=False)[0]
+        for number, (ax, name) in enumerate(zip(axes, angle_names, strict=True)):
+            colours = iter(_COLOURS)
+            for label, (angles, log_weights) in panels.items():
+                weights = normalized_weights(np.zeros(len(angles)) if log_weights is None else log_weights)
+                density = np.histogram(angles[:, number], bins=edges, weights=weights)[0] / np.diff(edges)
+                if label == "MD":
+                    ax.stairs(density, edges, fill=True, color="0.75", label=label)
+                else:
+                    ax.stairs(np.where(density > 0.0, density, np.nan), edges, color=next(colours), linewidth=1.3, label=label)
+            ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
+            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
+        axes[0].set_ylabel("probability density (1/rad)")
+        axes[0].set_ylim(1e-6, 10.0)
+        _legend_above(axes[0])
+    return figure
+
+
+def _plot_surfaces(
+    panels: Mapping[str, AnglesAndWeights], edges: tuple[np.ndarray, np.ndarray], highest: float, zero_of: str | None
+) -> tuple[Figure, np.ndarray]:
+    """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and the axes (rows, columns) with the empty ones off."""
+    surfaces = {}
+    for title, (points, log_weights) in panels.items():
+        weights = normalized_weights(np.zeros(len(points)) if log_weights is None else log_weights)
+        histogram = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights)[0]
+        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
+    zero = np.nanmin(surfaces[next(iter(surfaces)) if zero_of is None else zero_of])
+    n_rows = -(-len(panels) // MOST_COLUMNS)
+    n_columns = -(-len(panels) // n_rows)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.3 * n_columns + 0.9, 2.3 * n_rows + 0.4), layout="constrained")
+        axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+        for ax, (title, surface) in zip(axes.flat, surfaces.items(), strict=False):
+            # rasterized: thousands of vector cells show seams in a PDF viewer
+            mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
+            ax.set(title=title, aspect="equal", xlim=(edges[0][0], edges[0][-1]), ylim=(edges[1][0], edges[1][-1]))
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_axis_off()
+        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9)
+    return figure, axes
+
+
+def _label_grid(axes: np.ndarray, x_label: str, y_label: str) -> None:
+    """Labels and tick labels below the lowest panel of each column and left of each row."""
+    for row in axes:
+        row[0].set_ylabel(y_label)
+    for column in axes.T:
+        lowest = [ax for ax in column if ax.axison][-1]
+        lowest.set_xlabel(x_label)
+        lowest.tick_params(labelbottom=True)
 
 
 def _single_axes() -> tuple[Figure, Axes]:

@@ -17,6 +17,8 @@ free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {va
                 it counts as true.
 ess             {which weights: {ess, pareto_k, n}}, ess relative
 distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has
+held_out        {whose: the fields of HeldOutLikelihood}
+excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
 likelihood      the fields of LikelihoodAgreement
 density         the fields of DensityErrors
@@ -130,8 +132,19 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
     section(
         "Distances to the reference data",
         _distance_rows(results),
-        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane. The floor is the "
-        "distance between two halves of the reference data; the last column is (weighted − floor) / (unweighted − floor).",
+        "Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where given, is "
+        "KL(data ‖ flow) in nats. The floor is the value between two halves of the reference data; the last column is "
+        "(weighted − floor) / (unweighted − floor).",
+    )
+    section(
+        "Likelihood of held-out data",
+        _held_out_rows(results),
+        "Mean negative log-likelihood over the data inside the flow's domain, in nats (positions in nm). Outside it there is no density.",
+    )
+    section(
+        "Conformers left out",
+        _excluded_rows(results),
+        "Free energies, distances and figures are conditional on all other conformers, on both sides.",
     )
     section(
         "Density on a grid",
@@ -235,6 +248,22 @@ def _distance_rows(results: dict[str, Any]) -> list[list[str]]:
     return [["distance", "unweighted", "weighted", "floor", "excess ratio"], *rows] if rows else []
 
 
+def _held_out_rows(results: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, row in (results.get("held_out") or {}).items():
+        nll = f"{_number(row.get('nll'), '.3f')} ± {_number(row.get('std_error'), '.3f')}"
+        rows.append([name, nll, _number(row.get("n"), "d"), _number(row.get("n_outside"), "d"), _number(row.get("share_outside"), ".3%")])
+    return [["whose", "NLL", "data points", "outside the domain", "their share by weight"], *rows] if rows else []
+
+
+def _excluded_rows(results: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        [name, _number(row.get("n"), "d"), *(_number(row.get(key), ".4%") for key in ("by_count", "by_weight", "data"))]
+        for name, row in (results.get("excluded") or {}).items()
+    ]
+    return [["conformers", "samples", "share by count", "share by weight", "share of the reference data"], *rows] if rows else []
+
+
 def _density_rows(results: dict[str, Any]) -> list[list[str]]:
     table = results.get("density") or {}
     names = {"forward_kl": "KL(true ‖ learned)", "reverse_kl": "KL(learned ‖ true)", "leaked_mass": "learned mass where there is none"}
@@ -249,9 +278,15 @@ def _mode_rows(results: dict[str, Any]) -> list[list[str]]:
         return []
     (name, exact), *others = table.items()
     modes = [[str(k), _number(weight, ".4f"), *(_number(values[k], ".4f") for _, values in others)] for k, weight in enumerate(exact)]
-    errors = [_number(max(abs(a - b) for a, b in zip(values, exact, strict=True)), ".4f") for _, values in others]
+    errors = [[abs(a - b) for a, b in zip(values, exact, strict=True)] for _, values in others]
+    relative = [[error / a for error, a in zip(row, exact, strict=True) if a > 0] for row in errors]
     shown = modes if len(modes) <= MOST_MODES else []
-    return [["mode", name, *(other for other, _ in others)], *shown, ["largest error", "", *errors]]
+    return [
+        ["mode", name, *(other for other, _ in others)],
+        *shown,
+        ["largest error", "", *(_number(max(row), ".4f") for row in errors)],
+        ["largest relative error", "", *(_number(max(row), ".1%") for row in relative)],
+    ]
 
 
 def _energy_cut_rows(results: dict[str, Any]) -> list[list[str]]:

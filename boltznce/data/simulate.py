@@ -32,7 +32,17 @@ from boltznce.io import require_free_space
 from boltznce.systems.workers import available_cores
 from boltznce.units import GAS_CONSTANT
 
-__all__ = ["Plan", "choose_engine", "gather", "plan", "run_plans", "simulate", "umbrella_result", "working_folder"]
+__all__ = [
+    "Plan",
+    "choose_engine",
+    "force_evaluations",
+    "gather",
+    "plan",
+    "run_plans",
+    "simulate",
+    "umbrella_result",
+    "working_folder",
+]
 
 MBAR_MAX_FRAMES = 40_000
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
@@ -270,6 +280,17 @@ def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = _ring(settings["options"], settings["temperature"], angle)
     return analyse(angle, dataset.window, dataset.time, dataset.repeat, ring=ring, **options)
+
+
+def force_evaluations(meta: dict) -> int:
+    """How often the simulation that ``meta`` of a dataset tells of has computed forces; 0 where nothing was simulated."""
+    settings = meta["settings"]
+    if settings["method"] not in SAMPLERS:
+        return 0
+    options = settings["options"]
+    n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
+    steps = (meta["ps_per_walker"] + settings["equilibration"]) / settings["timestep"]
+    return settings["n_repeats"] * n_walkers * options.get("n_ladders", 1) * round(steps)
 
 
 def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, progress: bool) -> None:

@@ -12,7 +12,9 @@ from boltznce.errors import UserError
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS = {name: f"boltznce.methods.{name}" for name in ("boltznce", "boltznce_transfer", "density", "tabg", "tbg")}
+METHODS = {
+    name: f"boltznce.methods.{name}" for name in ("boltznce", "boltznce_transfer", "density", "tabg", "tbg", "forward_kl", "reverse_kl")
+}
 
 
 def find_method(name: str) -> ModuleType:

@@ -1,6 +1,5 @@
 """The last stages of a run with a flow and an EBM: fresh weighted samples, exact likelihoods of some of them, and the report."""
 
-import csv
 import json
 import time
 from dataclasses import asdict
@@ -18,29 +17,32 @@ from boltznce.analysis.free_energy import (
     in_state,
     stratum_log_weights,
 )
-from boltznce.analysis.metrics import energy_cut, energy_w2, energy_w2_floor, likelihood_agreement, share_above
+from boltznce.analysis.metrics import likelihood_agreement
 from boltznce.analysis.report import summary_table, write_report
-from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, effective_sample_size, normalized_weights, pareto_k
-from boltznce.data.dataset import Dataset, boltzmann_indices
+from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.free_energy import reference_difference, reference_profile, state_in_words
 from boltznce.methods.models import FlowModels, solver_settings
+from boltznce.methods.report_parts import (
+    allowed_conformers,
+    data_difference,
+    ess_row,
+    excluded_conformers,
+    learning_curves,
+    mode_weights,
+    resampled,
+    wasserstein_distances,
+)
 from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
-from boltznce.systems.base import System
-from boltznce.systems.symmetry import is_trans
 
-__all__ = [
-    "energy_distance",
-    "evaluate",
-    "exact_likelihoods",
-    "learning_curves",
-    "report",
-    "summary",
-    "trans_conformers",
-    "weights_quality",
-]
+__all__ = ["LOSSES", "evaluate", "exact_likelihoods", "report", "summary"]
+
+LOSSES = {
+    "flow": {"loss": "flow loss"},
+    "ebm": {"score": "EBM, score loss", "nce": "EBM, NCE loss", "regression": "EBM, regression (kT²)"},
+}
 
 
 def evaluate(work: Workspace) -> dict:
@@ -54,7 +56,7 @@ def evaluate(work: Workspace) -> dict:
         work.models, folder / "weighted", section.n_samples, "ebm", lambda k: work.generator("evaluation", k), batch_size=section.batch_size
     )
     name, state = work.system.state
-    conformers = trans_conformers(work.system, samples)
+    conformers = _conformers(work, samples)
     angle, log_weights = work.system.coordinate(conformers.positions, name), conformers.log_weights
     rng = work.numpy_generator("exact subset")
     uniform = choose_subset(angle, log_weights, section.n_exact, rng, state, "uniform")
@@ -112,13 +114,9 @@ def _ebm_seconds(work: Workspace, samples: WeightedSamples, n: int = 4096) -> fl
     return (time.perf_counter() - begun) / len(x)
 
 
-def trans_conformers(system: System, samples: WeightedSamples) -> WeightedSamples:
+def _conformers(work: Workspace, samples: WeightedSamples) -> WeightedSamples:
     """The samples that figures are conditional on: peptide bonds trans, chirality right (it has been mended)."""
-    omegas = getattr(system, "omegas", [])
-    if not omegas:
-        return samples
-    angles = torch.stack([system.dihedral(torch.from_numpy(np.array(samples.positions)), name) for name in omegas], dim=-1)
-    return samples[is_trans(angles).numpy()]
+    return samples[allowed_conformers(excluded_conformers(work.system, samples.positions), len(samples))]
 
 
 # ---- report -----------------------------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     name, state = system.state
     folder = work.folder.path / "samples"
     drawn = WeightedSamples.load(folder / "weighted")
-    samples = trans_conformers(system, drawn)
+    samples = _conformers(work, drawn)
     subsets = np.load(folder / "subsets.npz")
     exact = WeightedSamples.load(folder / "exact_uniform")
     view = view_of(system)
@@ -139,7 +137,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
     inside = in_state(phi[uniform], state)
     exact_weights = exact.log_weights + stratum_log_weights(phi, uniform, state)
     bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": config.seed}
-    md = _held_out(work)
+    md = resampled(work.dataset.split(**config.data.split)[2], view, section.n_samples, work.numpy_generator("held out"))
     reference = system.reference()
 
     free_energy = {"reference": reference_difference(reference)} if reference else {}
@@ -148,29 +146,16 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         "corrected": _corrected(work, samples, phi, subsets["weighted"], bootstrap),
         "exact": free_energy_difference(phi[uniform], exact_weights, state, **bootstrap),
         "unweighted": free_energy_difference(phi, None, state, **bootstrap),
-        f"training data ({view.data}), error not estimated": _md_difference(
-            work.dataset, system.coordinate(work.dataset.positions, name), state
+        f"training data ({view.data}), error not estimated": data_difference(
+            work.dataset.log_weights, system.coordinate(work.dataset.positions, name), state
         ),
     }
-    cut = energy_cut(md["energy"])
     points = view.points(samples.positions)
-    subsets_of = {"n_points": section.n_torus, "generator": np.random.default_rng(config.seed)}
-    distances = {
-        "E-W2 (kT)": {
-            "unweighted": energy_distance(samples.energy, md["energy"], None, cut),
-            "weighted": energy_distance(samples.energy, md["energy"], samples.weights, cut),
-            "floor": energy_w2_floor(md["energy"], cut=cut),
-        },
-        view.distance: {
-            "unweighted": view.w2(points, md["points"], **subsets_of),
-            "weighted": view.w2(points, md["points"], samples.weights, **subsets_of),
-            "floor": view.w2_floor(md["points"], **subsets_of),
-        },
-    }
+    distances, above_cut = wasserstein_distances(view, samples, md, section.n_torus, config.seed)
     ess = {
-        "EBM weights": weights_quality(samples.log_weights),
-        "EBM weights, top 0.2% removed": weights_quality(samples.remove_top(0.002).log_weights),
-        "exact weights (subset)": weights_quality(exact_weights),
+        "EBM weights": ess_row(samples.log_weights),
+        "EBM weights, top 0.2% removed": ess_row(samples.remove_top(0.002).log_weights),
+        "exact weights (subset)": ess_row(exact_weights),
     }
     cost = work.folder.stages["evaluation"]
     counts = drawn.meta["counts"]
@@ -183,15 +168,8 @@ def _results(work: Workspace) -> tuple[dict, dict]:
         "free_energy": free_energy,
         "ess": ess,
         "distances": distances,
-        "energy_cut": {
-            "cut": cut,
-            "shares": {
-                view.data: share_above(md["energy"], cut),
-                "flow": share_above(samples.energy, cut),
-                "weighted": share_above(samples.energy, cut, samples.weights),
-            },
-        },
-        "modes": _mode_weights(system, samples),
+        "energy_cut": above_cut,
+        "modes": mode_weights(system, samples),
         "likelihood": agreement,
         "timing": {
             "ebm_per_sample": cost["ebm_seconds_per_sample"],
@@ -225,7 +203,7 @@ def _results(work: Workspace) -> tuple[dict, dict]:
             highest=view.highest,
             limits=limits,
         ),
-        "learning_curves": plotting.plotlearning_curves(learning_curves(work.folder.path)),
+        "learning_curves": plotting.plot_learning_curves(learning_curves(work.folder.path, LOSSES)),
         "weights": plotting.plot_weights({"EBM": samples.log_weights, "exact": exact_weights}),
     }
     if agreement is not None:
@@ -241,32 +219,6 @@ def _corrected(work: Workspace, samples: WeightedSamples, phi: np.ndarray, subse
     )
 
 
-def _md_difference(dataset: Dataset, angle: np.ndarray, state: tuple[float, float]) -> dict:
-    """ΔF of the run's own simulation; its error is that of its slow motions, which so short a simulation does not show."""
-    weights, inside = normalized_weights(dataset.log_weights), in_state(angle, state)
-    with np.errstate(divide="ignore"):
-        return {"value": float(np.log(weights[~inside].sum()) - np.log(weights[inside].sum()))}
-
-
-def _held_out(work: Workspace) -> dict[str, np.ndarray]:
-    """Energies and points (see `views`) of test frames, resampled to the Boltzmann distribution and in order of time."""
-    test: Dataset = work.dataset.split(**work.config.data.split)[2]
-    n = work.config.evaluation.n_samples
-    index = np.sort(boltzmann_indices(test.log_weights, n, work.numpy_generator("held out")))
-    return {"energy": test.energies[index], "points": view_of(work.system).points(test.positions[index])}
-
-
-def _mode_weights(system, samples: WeightedSamples) -> dict[str, list[float]] | None:
-    """Populations of the modes, where they are known."""
-    if not hasattr(system, "mode_weights"):
-        return None
-    exact = system.mode_weights
-    mode = system.mode(torch.from_numpy(np.array(samples.positions))).numpy()
-    found = {"flow": None, "flow, weighted": samples.weights}
-    shares = {name: np.bincount(mode, weights, minlength=len(exact)) for name, weights in found.items()}
-    return {"exact": exact} | {name: counts / counts.sum() for name, counts in shares.items()}
-
-
 def _molecular_counts(counts: dict, drawn: WeightedSamples, samples: WeightedSamples) -> dict[str, int]:
     return {
         "with the molecule's chirality": counts["right_chirality"],
@@ -274,35 +226,6 @@ def _molecular_counts(counts: dict, drawn: WeightedSamples, samples: WeightedSam
         "kept for analysis": len(drawn),
         "of these with a cis peptide bond, left out": len(drawn) - len(samples),
     }
-
-
-def energy_distance(energy: np.ndarray, md: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
-    """E-W2 below the cut; NaN, a gap in the report, where a flow has nothing there."""
-    return energy_w2(energy, md, weights, cut=cut) if share_above(energy, cut, weights) < 1 else np.nan
-
-
-def weights_quality(log_weights: np.ndarray) -> dict:
-    return {"ess": effective_sample_size(log_weights), "pareto_k": pareto_k(log_weights), "n": len(log_weights)}
-
-
-def learning_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Training and validation losses of the logs ``flow.csv`` and ``ebm.csv``."""
-    wanted = {
-        "flow": {"loss": "flow loss"},
-        "ebm": {"score": "EBM, score loss", "nce": "EBM, NCE loss", "regression": "EBM, regression (kT²)"},
-    }
-    curves = {}
-    for name, losses in wanted.items():
-        if not (folder / f"{name}.csv").exists():  # published weights: nothing was trained
-            continue
-        with open(folder / f"{name}.csv", newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        for key, title in losses.items():
-            for kind in ("train", "validation"):
-                points = [(float(r["step"]), float(r[f"{kind}/{key}"])) for r in rows if r.get(f"{kind}/{key}")]
-                if points:
-                    curves[f"{title}/{kind}"] = tuple(zip(*points, strict=True))
-    return curves
 
 
 def _settings(work: Workspace) -> dict[str, str]:

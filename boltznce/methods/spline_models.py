@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -104,3 +105,10 @@ class SplineModels:
         if likelihood == "none":
             log_prob = torch.full_like(energy, torch.nan)
         return Batch(x, energy, log_prob, {"batches": 1, "drawn": n, "not_finite": int((~fine).sum())})
+
+    @torch.no_grad()
+    def log_prob(self, positions: np.ndarray) -> np.ndarray:
+        """log q (n,) of given positions (n, atoms, dim), in batches; -inf outside the flow's domain."""
+        device = next(self.flow.parameters()).device
+        parts = torch.from_numpy(np.array(positions)).split(self.config.evaluation.batch_size)
+        return np.concatenate([self.flow.log_prob(part.to(device)).cpu().numpy() for part in parts])

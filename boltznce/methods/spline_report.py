@@ -1,32 +1,56 @@
-"""The last stages of a run with a spline flow: weighted samples with exact likelihoods, and the report."""
+"""The last stages of a run with a spline flow (TA-BG and its baselines): weighted samples with exact likelihoods, and the report."""
 
 import json
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from boltznce.analysis import plotting
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.metrics import held_out_likelihood, torsion_kl_of_halves
 from boltznce.analysis.report import summary_table, write_report
-from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.analysis.reweighting import WeightedSamples, normalized_weights
+from boltznce.data.dataset import Dataset
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.free_energy import reference_difference, reference_profile, state_in_words
+from boltznce.methods.report_parts import (
+    allowed_conformers,
+    data_difference,
+    ess_row,
+    excluded_conformers,
+    learning_curves,
+    mode_weights,
+    resampled,
+    wasserstein_distances,
+)
 from boltznce.methods.spline_models import SplineModels
+from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
-from boltznce.systems.symmetry import is_trans
 
 __all__ = ["evaluate", "report", "summary"]
 
-HIGHEST_FREE_ENERGY = 25.0  # kT, of the profile's figure: above, samples are noise
+SPENT_ON = {"hot": "reverse KL", "annealing": "annealing", "data": "simulation of the training data"}
+LOSSES = {
+    "hot": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
+    "flow": {"loss": "forward KL, -log q"},
+}
+CAPTIONS = {
+    "ladder": "Effective sample size along the ladder: of each flow's draws weighted to the next temperature, and at their own.",
+    "temperatures": "Free energy of the flow at each temperature of the ladder, not weighted; equal colours are equal densities.",
+    "marginals": "Marginal probability densities of the backbone torsions.",
+}
 
 
 def evaluate(work: Workspace) -> dict:
-    """Weighted draws of the last flow, and some of every flow of the run at its own temperature."""
+    """Weighted draws of the last flow, and some of every other flow of the run at its own temperature."""
     section, models = work.config.evaluation, work.models
-    for name in models.flows:
+    *others, _ = models.flows
+    for name in others:
         _draw(work, models.named(name), name, section.n_ladder)
     _draw(work, models, "weighted", section.n_samples)
     return {"seconds_per_sample": _seconds_per_sample(work, section.batch_size)}
@@ -34,51 +58,9 @@ def evaluate(work: Workspace) -> dict:
 
 def report(work: Workspace) -> dict:
     """Compute every number of the report from what is on disk, draw the figures, and write both."""
-    config, stages, folder = work.config, work.folder.stages, work.folder.path / "samples"
-    samples = WeightedSamples.load(folder / "weighted")
-    steps = stages["annealing"]["steps"]
-    clip = config.annealing.clip
-    clipped = samples.clip(clip)
-    results = {
-        "system": work.system.name,
-        "method": config.method.name,
-        "budget": config.budget,
-        "ess": {
-            "exact weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)},
-            f"exact weights, top {clip:.2%} clipped": {"ess": clipped.ess, "pareto_k": clipped.pareto_k, "n": len(samples)},
-        }
-        | {
-            f"ladder, {step['drawn_at']:.4g} to {step['weighted_to']:.4g}": {
-                "ess": step["ess"],
-                "pareto_k": step["pareto_k"],
-                "n": step["n_draws"],
-            }
-            for step in steps
-        },
-        "timing": {
-            "exact_per_sample": stages["evaluation"]["seconds_per_sample"],
-            "stages": {stage: record["seconds"] for stage, record in stages.items() if stage != "report"},
-            "peak_memory_mib": max(record["peak_memory"] for record in stages.values()),
-        },
-        "counts": {
-            "energy evaluations, reverse KL": stages["hot"]["energy_evaluations"],
-            "energy evaluations, annealing": stages["annealing"]["energy_evaluations"],
-            "weighted samples": len(samples),
-        },
-        "settings": {key: str(value) for key, value in OmegaConf.to_container(config.generator.model).items()} | {"seed": str(config.seed)},
-        "notes": ["log q is normalized modulo rigid motion: a likelihood is not comparable with that of a Cartesian flow."],
-    }
-    figures = {
-        "ladder": plotting.plot_ladder(
-            [step["weighted_to"] for step in steps],
-            {"all weights": [step["ess"] for step in steps], f"top {clip:.2%} clipped": [step["ess_clipped"] for step in steps]},
-            "K" if work.system.dim == 3 else "",
-        ),
-        "weights": plotting.plot_weights({"exact": samples.log_weights}),
-    }
-    if work.system.state is not None:
-        _add_conformations(work, samples, results, figures)
-    write_report(work.folder.path, results, figures, CAPTIONS)
+    found = _gather(work)
+    results = _results(work, found)
+    write_report(work.folder.path, results, _figures(work, found), CAPTIONS)
     return {}
 
 
@@ -87,25 +69,16 @@ def summary(work: Workspace) -> str:
     return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
-CAPTIONS = {
-    "ladder": "Effective sample size of each step's draws, weighted to the next temperature.",
-    "temperatures": "Free energy over φ and ψ of the flow at each temperature of the ladder, not weighted.",
-}
+# ---- draws ------------------------------------------------------------------------------------------------------------
 
 
-def _draw(work: Workspace, models: SplineModels, name: str, n: int) -> WeightedSamples:
-    return draw_to_folder(
-        models,
-        work.folder.path / "samples" / name,
-        n,
-        "exact",
-        lambda k: work.generator(f"samples {name}", k),
-        meta={"temperature": models.system.temperature},
-    )
+def _draw(work: Workspace, models: SplineModels, name: str, n: int) -> None:
+    folder, temperature = work.folder.path / "samples" / name, models.system.temperature
+    draw_to_folder(models, folder, n, "exact", lambda k: work.generator(f"samples {name}", k), meta={"temperature": temperature})
 
 
 def _seconds_per_sample(work: Workspace, n: int) -> float:
-    """Of a draw with its log q, in a batch of ``n``; the energy is not in it."""
+    """Of a draw with its log q, in a batch of ``n``; its energy is not in it."""
     flow = work.models.flow
     flow.sample(n, work.generator("timing"))
     begun = time.perf_counter()
@@ -113,49 +86,302 @@ def _seconds_per_sample(work: Workspace, n: int) -> float:
     return (time.perf_counter() - begun) / n
 
 
-def _add_conformations(work: Workspace, drawn: WeightedSamples, results: dict, figures: dict) -> None:
-    """Free energy of the system's state and figures over its torsions, conditional on trans peptide bonds."""
-    system, section = work.system, work.config.evaluation
+# ---- what there is ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Draws and data of a report: all of them, those left out and why (masks), and the others."""
+
+    system: System  # at the temperature of the last flow
+    drawn: WeightedSamples
+    excluded: dict[str, np.ndarray]
+    data: Dataset | None
+    data_excluded: dict[str, np.ndarray]
+
+    @property
+    def samples(self) -> WeightedSamples:
+        return self.drawn[allowed_conformers(self.excluded, len(self.drawn))]
+
+    @property
+    def frames(self) -> Dataset | None:
+        return self.data and self.data.take(allowed_conformers(self.data_excluded, len(self.data)))
+
+
+def _gather(work: Workspace) -> _Found:
+    system, drawn, data = work.models.system, WeightedSamples.load(work.folder.path / "samples" / "weighted"), _data(work)
+    excluded = excluded_conformers(system, drawn.positions)
+    return _Found(system, drawn, excluded, data, excluded_conformers(system, data.positions) if data else {})
+
+
+def _data(work: Workspace) -> Dataset | None:
+    """What the flow is compared with: frames that it was not trained on, exact draws in the plane, or None where there are none."""
+    system, section, n = work.models.system, work.config.data, work.config.evaluation.n_reference
+    if hasattr(system, "sample"):
+        x = system.sample(n, work.generator("exact draws")).cpu()
+        zeros, order = np.zeros(n), np.arange(n)
+        return Dataset(x.numpy(), system.energy(x).double().numpy(), zeros, order, zeros, order % 2, None, {})
+    if section.folder is None or not (Path(section.folder) / "meta.yaml").exists():
+        return None
+    if work.dataset.meta.get("settings", {}).get("temperature", system.temperature) != system.temperature:
+        return None
+    frames = work.dataset if section.split is None else work.dataset.split(**section.split)[2]
+    return frames.take(np.linspace(0, len(frames) - 1, min(n, len(frames))).astype(int))
+
+
+def _first_half(frames: Dataset) -> np.ndarray:
+    """Mask of one of two independent halves: half of the repeats, or the first half of the time where there is one repeat."""
+    repeats = np.unique(frames.repeat)
+    if len(repeats) > 1:
+        return np.isin(frames.repeat, repeats[: len(repeats) // 2])
+    return frames.time <= np.median(frames.time)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _results(work: Workspace, found: _Found) -> dict:
+    config, stages, system = work.config, work.folder.stages, found.system
+    results = {
+        "system": system.name,
+        "method": config.method.name,
+        "budget": config.budget,
+        "ess": _effective_sizes(work, found),
+        "excluded": _excluded(found),
+        "modes": mode_weights(system, found.samples),
+        "timing": {
+            "exact_per_sample": stages["evaluation"]["seconds_per_sample"],
+            "stages": {stage: record["seconds"] for stage, record in stages.items() if stage != "report"},
+            "peak_memory_mib": max(record["peak_memory"] for record in stages.values()),
+        },
+        "counts": _energy_evaluations(work) | {"weighted samples": len(found.drawn)},
+        "settings": _settings(work),
+        "notes": _notes(work, found),
+    }
+    if system.state is not None:
+        name, state = system.state
+        results["state"] = state_in_words(view_of(system).symbols.get(name, name), state)
+        results["free_energy"] = _free_energies(work, found)
+    if found.data is not None:
+        results |= _comparison(work, found)
+    return results
+
+
+def _effective_sizes(work: Workspace, found: _Found) -> dict:
+    clip, drawn = work.config.evaluation.clip, found.drawn
+    rows = {"exact weights": ess_row(drawn.log_weights), f"exact weights, top {clip:.2%} clipped": ess_row(drawn.clip(clip).log_weights)}
+    *others, _ = work.models.flows
+    for name in others:
+        rows[f"flow of {work.models.flows[name]:.4g}, at its own temperature"] = ess_row(_of_step(work, name).log_weights)
+    for step in _ladder_steps(work):
+        row = {"ess": step["ess"], "pareto_k": step["pareto_k"], "n": step["n_draws"]}
+        rows[f"ladder, {step['drawn_at']:.4g} to {step['weighted_to']:.4g}"] = row
+    return rows
+
+
+def _excluded(found: _Found) -> dict[str, dict]:
+    """Shares of what is left out, by count and by weight; of the data by weight."""
+    weights = found.drawn.weights
+    shares = {
+        why: {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(weights[mask].sum())}
+        for why, mask in found.excluded.items()
+    }
+    if found.data is not None:
+        weights = normalized_weights(found.data.log_weights)
+        for why, mask in found.data_excluded.items():
+            shares[why]["data"] = float(weights[mask].sum())
+    return shares
+
+
+def _energy_evaluations(work: Workspace) -> dict[str, int]:
+    """Those of every stage of the training, their sum, and those that the evaluation took."""
+    spent = {stage: record["energy_evaluations"] for stage, record in work.folder.stages.items() if "energy_evaluations" in record}
+    counts = {f"energy evaluations, {SPENT_ON.get(stage, stage)}": n for stage, n in spent.items()}
+    section = work.config.evaluation
+    n_drawn = section.n_samples + section.n_ladder * (len(work.models.flows) - 1)
+    return counts | {"energy evaluations, training in all": sum(spent.values()), "energy evaluations, this evaluation": n_drawn}
+
+
+def _free_energies(work: Workspace, found: _Found) -> dict:
+    """ΔF of the system's state, conditional on the conformers that are kept."""
+    system, samples, config = found.system, found.samples, work.config
     name, state = system.state
-    trans = _is_trans(system, drawn)
-    samples = drawn[trans]
-    phi, reference = system.dihedral(np.array(samples.positions), name), system.reference()
-    bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": work.config.seed}
-    results["state"] = f"{state[0]:g} < {name} < {state[1]:g} rad"
-    results["free_energy"] = {"reference": reference_difference(reference)} if reference else {}
-    results["free_energy"] |= {
-        "exact": free_energy_difference(phi, samples.log_weights, state, **bootstrap),
-        "unweighted": free_energy_difference(phi, None, state, **bootstrap),
+    angle, reference = system.coordinate(np.asarray(samples.positions), name), system.reference()
+    bootstrap = {"n_bootstrap": config.evaluation.n_bootstrap, "seed": config.seed}
+    rows = {"reference": reference_difference(reference)} if reference else {}
+    rows |= {
+        "exact": free_energy_difference(angle, samples.log_weights, state, **bootstrap),
+        "unweighted": free_energy_difference(angle, None, state, **bootstrap),
     }
-    results["counts"] |= {
-        "of these with a cis peptide bond, left out": int((~trans).sum()),
-        "their share by weight": float(drawn.weights[~trans].sum()),
-        "with another chirality": int((system.chirality(np.array(drawn.positions)) < 0).any(axis=1).sum()),
-    }
-    figures["profile"] = plotting.plot_profiles(
-        {"flow, unweighted": free_energy_profile(phi, None, 72), "exact weights": free_energy_profile(phi, samples.log_weights, 72)},
-        reference_profile(reference),
-        state,
-        highest=HIGHEST_FREE_ENERGY,
-    )
-    if {"phi", "psi"} <= set(system.dihedrals):
-        angles = _torsions(system, samples)
-        figures["ramachandran"] = plotting.plot_ramachandran({"flow": (angles, None), "flow, weighted": (angles, samples.log_weights)})
-        folder = work.folder.path / "samples"
-        figures["temperatures"] = plotting.plot_ramachandran(
-            {
-                f"{temperature:.0f} K": (_torsions(system, WeightedSamples.load(folder / step)), None)
-                for step, temperature in work.models.flows.items()
-            }
+    if found.data is not None:
+        label = f"{view_of(system).data}, error not estimated"
+        angle = system.coordinate(np.asarray(found.frames.positions), name)
+        rows[label] = data_difference(found.frames.log_weights, angle, state)
+    return rows
+
+
+def _comparison(work: Workspace, found: _Found) -> dict:
+    """Distances to the data, their likelihood under the flow, and how many they are."""
+    section, system, samples, frames = work.config.evaluation, found.system, found.samples, found.frames
+    view = view_of(system)
+    data = resampled(frames, view, min(len(frames), len(samples)), work.numpy_generator("held out"))
+    distances, above_cut = wasserstein_distances(view, samples, data, section.n_torus, work.config.seed)
+    weights, first = normalized_weights(frames.log_weights), _first_half(frames)
+    for names, symbols in _torsion_pairs(system):
+        angles = _torsions(system, frames.positions, names)
+        theirs = _torsions(system, samples.positions, names)
+        distances[f"KL of ({', '.join(symbols)})"] = {
+            "unweighted": torsion_kl_of_halves(angles, weights, first, theirs),
+            "weighted": torsion_kl_of_halves(angles, weights, first, theirs, samples.weights),
+            "floor": torsion_kl_of_halves(angles, weights, first),
+        }
+    nll = held_out_likelihood(work.models.log_prob(frames.positions), frames.log_weights)
+    return {"distances": distances, "energy_cut": above_cut, "held_out": {f"flow at {system.temperature:g}": nll}}
+
+
+def _settings(work: Workspace) -> dict[str, str]:
+    config = work.config
+    settings = {key: str(value) for key, value in OmegaConf.to_container(config.generator.model, resolve=True).items()}
+    for stage in ("hot", "flow", "annealing"):
+        record = work.folder.stages.get(stage)
+        if record:
+            steps = sum(step["steps"] for step in record["steps"]) if isinstance(record["steps"], list) else record["steps"]
+            settings[f"{stage}, training"] = f"{steps} steps of {config[stage].batch_size}"
+    return settings | {"temperatures": ", ".join(f"{t:.4g}" for t in work.models.flows.values()), "seed": str(config.seed)}
+
+
+def _notes(work: Workspace, found: _Found) -> list[str]:
+    system, folder = found.system, work.config.data.folder
+    notes = list(view_of(system).notes)
+    if found.data is not None:
+        frames = found.frames
+        effective = 1 / np.square(normalized_weights(frames.log_weights)).sum()
+        notes.append(
+            f"Distances, divergences and NLL are to {len(frames)} {view_of(system).data} points ({effective:.0f} effective ones) "
+            + ("that the flow was not trained on." if system.dim == 3 else "drawn exactly.")
         )
+    if system.dim == 3:
+        notes.append(
+            "log q is normalized modulo rigid motion, on the domain of the internal coordinates (one hand, one labelling of equivalent "
+            "hydrogens): an NLL is comparable with those of such flows only."
+        )
+        if found.data is not None:
+            notes.append(
+                "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with 1e-4 of "
+                "the uniform; the floor is that between the halves, and has the noise of fewer samples on both sides."
+            )
+        else:
+            notes.append(
+                f"There are no MD data of this system at this temperature in {folder}, so that NLL and divergences are missing: "
+                f"`python scripts/simulate.py system={system.name}` makes them, and "
+                f"`python scripts/train.py resume={work.folder.path}` writes this report anew."
+            )
+        if system.reference() is None:
+            notes.append("No reference ships for this system at this temperature and with this force field.")
+    return notes
 
 
-def _is_trans(system: System, samples: WeightedSamples) -> np.ndarray:
-    x = torch.from_numpy(np.array(samples.positions))
-    omegas = [system.dihedral(x, name) for name in system.omegas]
-    return is_trans(torch.stack(omegas, dim=-1)).numpy() if omegas else np.ones(len(samples), dtype=bool)
+# ---- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _torsions(system: System, samples: WeightedSamples) -> np.ndarray:
-    """(φ, ψ) of samples, (n, 2)."""
-    return np.stack([system.dihedral(np.array(samples.positions), name) for name in ("phi", "psi")], axis=-1)
+def _figures(work: Workspace, found: _Found) -> dict[str, Figure]:
+    system, samples, frames, view = found.system, found.samples, found.frames, view_of(found.system)
+    figures = {"weights": plotting.plot_weights({"exact": found.drawn.log_weights})}
+    curves = learning_curves(work.folder.path, LOSSES)
+    if curves:
+        figures["learning_curves"] = plotting.plot_learning_curves(curves)
+    if system.state is not None:
+        figures["profile"] = _profile(system, samples)
+    data = {} if frames is None else {view.data: frames}
+    panels = data | {"flow": _unweighted(samples), "flow, weighted": samples}
+    energies = {label: (_energy(part), part.log_weights) for label, part in panels.items()}
+    if data:
+        figures["energy_histograms"] = plotting.plot_energy_histograms(energies)
+    if system.dim == 2:
+        figures[view.figure] = view.draw({label: (view.points(part.positions), part.log_weights) for label, part in panels.items()})
+    for number, (names, symbols) in enumerate(_torsion_pairs(system), start=1):
+        points = {label: (_torsions(system, part.positions, names), part.log_weights) for label, part in panels.items()}
+        suffix = "" if number == 1 else str(number)
+        figures[f"ramachandran{suffix}"] = plotting.plot_ramachandran(points, angle_names=symbols)
+        figures[f"marginals{suffix}"] = plotting.plot_marginals(points, symbols)
+    if len(work.models.flows) > 1:
+        figures["ladder"] = _ladder(work)
+        figures |= _temperatures(work, found)
+    return figures
+
+
+def _profile(system: System, samples: WeightedSamples) -> Figure:
+    name, state = system.state
+    view, limits = view_of(system), system.coordinate_range(name)
+    angle = system.coordinate(np.asarray(samples.positions), name)
+    curves = {"flow, unweighted": None, "exact weights": samples.log_weights}
+    return plotting.plot_profiles(
+        {label: free_energy_profile(angle, log_weights, 72, limits=limits) for label, log_weights in curves.items()},
+        reference_profile(system.reference()),
+        state,
+        angle_name=view.symbols.get(name, name),
+        highest=view.highest,
+        limits=limits,
+    )
+
+
+def _ladder(work: Workspace) -> Figure:
+    """ESS of every flow at its own temperature, and weighted from the one before, with and without clipping."""
+    flows, steps = work.models.flows, _ladder_steps(work)
+    *others, _ = flows
+    own = [_of_step(work, name).ess for name in others] + [WeightedSamples.load(work.folder.path / "samples" / "weighted").ess]
+    sets = {"trained flow, at its own temperature": own}
+    if len(steps) == len(flows) - 1:
+        sets["draws from the step before, weighted"] = [np.nan, *(step["ess"] for step in steps)]
+        sets[f"the same, top {work.config.annealing.clip:.2%} clipped"] = [np.nan, *(step["ess_clipped"] for step in steps)]
+    return plotting.plot_ladder(list(flows.values()), sets, "K" if work.system.dim == 3 else "")
+
+
+def _temperatures(work: Workspace, found: _Found) -> dict[str, Figure]:
+    """The flow at every temperature of the ladder, and the data."""
+    system, view = found.system, view_of(found.system)
+    unit = " K" if system.dim == 3 else ""
+    *others, _ = work.models.flows
+    parts = {f"{work.models.flows[name]:.4g}{unit}": _of_step(work, name) for name in others}
+    final = f"{system.temperature:.4g}{unit}, final"
+    panels = {title: part.positions for title, part in (parts | {final: found.samples}).items()}
+    points = {title: (view.points(x), None) for title, x in panels.items()} if system.dim == 2 or _torsion_pairs(system) else {}
+    if not points:
+        return {}
+    if found.frames is not None:
+        points[f"{view.data}, {system.temperature:g}{unit}"] = (view.points(found.frames.positions), found.frames.log_weights)
+    zero = final if found.frames is None else list(points)[-1]
+    return {"temperatures": view.draw(points, n_bins=48, zero_of=zero)}
+
+
+# ---- small things -----------------------------------------------------------------------------------------------------
+
+
+def _of_step(work: Workspace, name: str) -> WeightedSamples:
+    return WeightedSamples.load(work.folder.path / "samples" / name)
+
+
+def _ladder_steps(work: Workspace) -> list[dict]:
+    return work.folder.stages.get("annealing", {}).get("steps", [])
+
+
+def _torsion_pairs(system: System) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Names and symbols of the (φ, ψ) of every residue that has both, from the N-terminus."""
+    dihedrals, pairs = getattr(system, "dihedrals", {}), []
+    for number in ("", *map(str, range(2, 1 + len(dihedrals)))):
+        if {f"phi{number}", f"psi{number}"} <= set(dihedrals):
+            pairs.append(((f"phi{number}", f"psi{number}"), (f"φ{number}", f"ψ{number}")))
+    return pairs
+
+
+def _torsions(system: System, positions: np.ndarray, names: tuple[str, str]) -> np.ndarray:
+    """Two torsions of positions, (n, 2)."""
+    return np.stack([system.dihedral(np.asarray(positions), name) for name in names], axis=-1)
+
+
+def _unweighted(samples: WeightedSamples) -> WeightedSamples:
+    return WeightedSamples(samples.positions, samples.energy, samples.log_prob, np.zeros(len(samples)))
+
+
+def _energy(part: WeightedSamples | Dataset) -> np.ndarray:
+    return part.energies if isinstance(part, Dataset) else part.energy

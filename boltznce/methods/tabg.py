@@ -23,7 +23,7 @@ from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, fit
 
-__all__ = ["STAGES", "anneal", "load_models", "summary", "train_hot"]
+__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 
 
 def train_hot(work: Workspace) -> dict:
@@ -45,7 +45,7 @@ def anneal(work: Workspace) -> dict:
     """
     section, flow = work.config.annealing, _trained(work, "hot")
     records = []
-    for k, temperatures in enumerate(_ladder(work.config)):
+    for k, temperatures in enumerate(ladder(work.config)):
         folder, name = work.folder.path / "annealing" / f"{k:02d}", f"anneal_{k:02d}"
         record_path = folder.with_suffix(".json")
         if record_path.exists():
@@ -75,7 +75,7 @@ def anneal(work: Workspace) -> dict:
 
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
     """The last flow of the ladder; raises UserError if it has not been trained yet."""
-    flows = {"hot": config.hot.temperature} | {f"anneal_{k:02d}": cold for k, (_, cold) in enumerate(_ladder(config))}
+    flows = {"hot": config.hot.temperature} | {f"anneal_{k:02d}": cold for k, (_, cold) in enumerate(ladder(config))}
     return SplineModels.load(folder, config, system, device, flows)
 
 
@@ -90,7 +90,8 @@ def _on_buffer(data: Tensor, batch_size: int) -> Callable:
     return loss
 
 
-def _ladder(config: DictConfig) -> list[tuple[float, float]]:
+def ladder(config: DictConfig) -> list[tuple[float, float]]:
+    """(drawn at, weighted to) of every step of the annealing."""
     section = config.annealing
     return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, section.repeat_last)
 

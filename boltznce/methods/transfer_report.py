@@ -5,13 +5,14 @@ import time
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from boltznce.analysis import plotting
 from boltznce.analysis.convergence import frames_for_error
 from boltznce.analysis.free_energy import choose_subset, free_energy_difference, free_energy_profile, in_state, stratum_log_weights
-from boltznce.analysis.metrics import energy_cut, energy_w2_floor, likelihood_agreement, share_above
+from boltznce.analysis.metrics import SampledDistance, likelihood_agreement
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.tica import tica_projection
@@ -20,8 +21,16 @@ from boltznce.data.many import load_many
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.evaluation import energy_distance, exact_likelihoods, learning_curves, trans_conformers, weights_quality
+from boltznce.methods.evaluation import LOSSES, exact_likelihoods
 from boltznce.methods.free_energy import state_in_words
+from boltznce.methods.report_parts import (
+    allowed_conformers,
+    ess_row,
+    excluded_conformers,
+    learning_curves,
+    resampled,
+    wasserstein_distances,
+)
 from boltznce.methods.transfer import TransferModels, shared_models
 from boltznce.methods.views import TorsionView
 from boltznce.methods.workspace import Workspace
@@ -49,7 +58,7 @@ def evaluate_peptide(work: Workspace, models: TransferModels) -> float:
     n = section.n_exact if likelihood == "exact" else section.n_samples
     samples = draw_to_folder(models, folder / "weighted", n, likelihood, lambda k: work.generator(f"evaluation {member.name}", k))
     if likelihood == "ebm":
-        conformers = trans_conformers(member, samples)
+        conformers = _conformers(member, samples)
         name, state = member.state
         angle = member.dihedral(np.array(conformers.positions), name)
         subset = np.sort(
@@ -71,7 +80,7 @@ def report(work: Workspace) -> dict:
         seconds = work.folder.stages["evaluation"]["seconds_per_kept_sample"][member.name]
         peptides[member.name], drawn = peptide_results(work, member, data[member.name], seconds)
         figures |= {f"{member.name}_{name}": figure for name, figure in drawn.items()}
-    curves = learning_curves(work.folder.path)
+    curves = learning_curves(work.folder.path, LOSSES)
     if curves:
         figures["learning_curves"] = plotting.plot_learning_curves(curves)
     write_report(work.folder.path, _results(work, peptides), figures, _captions(work, figures))
@@ -88,16 +97,15 @@ def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset, secon
     section, folder = work.config.evaluation, work.folder.path / "peptides" / member.name
     name, state = member.state
     drawn = WeightedSamples.load(folder / "weighted")
-    samples, likelihood = trans_conformers(member, drawn), drawn.meta["likelihood"]
+    samples, likelihood = _conformers(member, drawn), drawn.meta["likelihood"]
     phi, view = member.dihedral(np.array(samples.positions), name), TorsionView(member)
     bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": work.config.seed}
     md_phi = member.dihedral(np.array(md.positions), name)
     md_difference = free_energy_difference(md_phi, None, state, n_blocks=min(MD_BLOCKS, len(md_phi) // 2), **bootstrap)
     weighted = free_energy_difference(phi, samples.log_weights, state, **bootstrap)
 
-    some = np.sort(work.numpy_generator(f"held out {member.name}").permutation(len(md))[:MD_POINTS])
-    md_points, md_energy, points = view.points(md.positions[some]), md.energies[some], view.points(samples.positions)
-    cut, torus = energy_cut(md.energies), {"n_points": section.n_torus, "generator": np.random.default_rng(work.config.seed)}
+    data = resampled(md, view, min(MD_POINTS, len(md)), work.numpy_generator(f"held out {member.name}"))
+    distances, above_cut = wasserstein_distances(view, samples, data, section.n_torus, work.config.seed)
     counts = drawn.meta["counts"]
     results = {
         "right_graph": counts["right_graph"] / counts["drawn"],
@@ -107,29 +115,15 @@ def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset, secon
         "cis": 1 - len(samples) / len(drawn),
         "drawn": counts["drawn"],
         "likelihood": likelihood,
-        "ess": weights_quality(samples.log_weights),
+        "ess": ess_row(samples.log_weights),
         "free_energy": {
             "reference": md_difference,
             "weighted": weighted,
             "unweighted": free_energy_difference(phi, None, state, **bootstrap),
         },
         "error": weighted.value - md_difference.value,
-        "distances": {
-            "E-W2 (kT)": {
-                "unweighted": energy_distance(samples.energy, md_energy, None, cut),
-                "weighted": energy_distance(samples.energy, md_energy, samples.weights, cut),
-                "floor": energy_w2_floor(md_energy, cut=cut),
-            },
-            "T-W2 (rad)": {
-                "unweighted": view.w2(points, md_points, **torus),
-                "weighted": view.w2(points, md_points, samples.weights, **torus),
-                "floor": view.w2_floor(md_points, **torus),
-            },
-        },
-        "shares_above_cut": {
-            "flow": share_above(samples.energy, cut),
-            "weighted": share_above(samples.energy, cut, samples.weights),
-        },
+        "distances": distances,
+        "energy_cut": above_cut,
         "seconds_per_sample": seconds_per_sample,
         "md": _md_cost(md, in_state(md_phi, state), weighted, md_difference.value, seconds_per_sample * len(drawn)),
     }
@@ -138,10 +132,15 @@ def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset, secon
         inside = in_state(phi[subset], state)
         log_weights = exact.log_weights + stratum_log_weights(phi, subset, state)
         results["free_energy"]["exact"] = free_energy_difference(phi[subset], log_weights, state, **bootstrap)
-        results["ess_exact"] = weights_quality(log_weights)
+        results["ess_exact"] = ess_row(log_weights)
         if len(exact) >= 3:
             results["agreement"] = likelihood_agreement(samples.log_prob[subset], exact.log_prob, inside, **bootstrap)
-    return results, _figures(work, member, md, samples, md_points, md_energy, points, phi, md_phi)
+    return results, _figures(work, member, md, samples, data, phi, md_phi)
+
+
+def _conformers(member: MolecularSystem, samples: WeightedSamples) -> WeightedSamples:
+    """Those that figures are conditional on: peptide bonds trans (the chirality has been mended)."""
+    return samples[allowed_conformers(excluded_conformers(member, samples.positions), len(samples))]
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
@@ -218,8 +217,8 @@ def _average(peptides: dict[str, dict]) -> dict[str, float]:
 
     rows = list(peptides.values())
     distances = {
-        f"{name}, {kind}": mean([getattr(row["distances"][name][kind], "mean", row["distances"][name][kind]) for row in rows])
-        for name in ("E-W2 (kT)", "T-W2 (rad)")
+        f"{name}, {kind}": mean([_value(row["distances"][name][kind]) for row in rows])
+        for name in ("E-W2 (kT)", TorsionView.distance)
         for kind in ("unweighted", "weighted")
     }
     return {
@@ -230,6 +229,10 @@ def _average(peptides: dict[str, dict]) -> dict[str, float]:
         "speed_up": mean([row["md"]["speed_up"] for row in rows]),
         **distances,
     }
+
+
+def _value(distance: SampledDistance | float) -> float:
+    return distance.mean if isinstance(distance, SampledDistance) else distance
 
 
 def _notes(work: Workspace) -> list[str]:
@@ -248,12 +251,15 @@ def _notes(work: Workspace) -> list[str]:
 # ---- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(work, member, md, samples, md_points, md_energy, points, phi, md_phi) -> dict:
-    panels = {"MD": (md_points, None), "flow": (points, None), "flow, weighted": (points, samples.log_weights)}
+def _figures(
+    work: Workspace, member: MolecularSystem, md: Dataset, samples: WeightedSamples, data: dict, phi: np.ndarray, md_phi: np.ndarray
+) -> dict[str, Figure]:
+    points = TorsionView(member).points(samples.positions)
+    panels = {"MD": (data["points"], None), "flow": (points, None), "flow, weighted": (points, samples.log_weights)}
     figures = {
         "ramachandran": plotting.plot_ramachandran(panels),
         "energies": plotting.plot_energy_histograms(
-            {"MD": (md_energy, None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
+            {"MD": (data["energy"], None), "flow": (samples.energy, None), "flow, weighted": (samples.energy, samples.log_weights)}
         ),
         "profile": plotting.plot_profiles(
             {
@@ -271,7 +277,7 @@ def _figures(work, member, md, samples, md_points, md_energy, points, phi, md_ph
     return figures
 
 
-def _tica_figure(lag: int, member: MolecularSystem, md: Dataset, samples: WeightedSamples):
+def _tica_figure(lag: int, member: MolecularSystem, md: Dataset, samples: WeightedSamples) -> Figure:
     features = slow_features(member, md.positions)
     walkers = md.repeat.astype(np.int64) * (int(md.window.max()) + 1) + md.window
     project = tica_projection([features[walkers == walker] for walker in np.unique(walkers)], lag)

@@ -38,8 +38,8 @@ class TorsionView:
     def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
         return torus_w2_floor(points, **options)
 
-    def draw(self, panels: Mapping[str, PointsAndWeights]) -> Figure:
-        return plotting.plot_ramachandran(panels)
+    def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
+        return plotting.plot_ramachandran(panels, **options)
 
 
 class PlaneView:
@@ -65,8 +65,8 @@ class PlaneView:
     def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
         return plane_w2_floor(points, **options)
 
-    def draw(self, panels: Mapping[str, PointsAndWeights]) -> Figure:
-        return plotting.plot_plane(panels, self.system.box)
+    def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
+        return plotting.plot_plane(panels, self.system.box, **options)
 
 
 def view_of(system: System) -> TorsionView | PlaneView:

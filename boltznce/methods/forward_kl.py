@@ -1,0 +1,54 @@
+"""A baseline of TA-BG: its flow trained by forward KL, that is by maximum likelihood, on data; compared with data held out.
+
+Stages: data -> flow -> evaluation -> report.
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from boltznce.annealing import forward_kl
+from boltznce.data.dataset import boltzmann_indices
+from boltznce.data.simulate import force_evaluations
+from boltznce.methods import boltznce
+from boltznce.methods.spline_models import SplineModels, make_spline_flow
+from boltznce.methods.spline_report import evaluate, report, summary
+from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
+
+__all__ = ["STAGES", "load_models", "make_data", "summary", "train_flow"]
+
+
+def make_data(work: Workspace) -> dict:
+    """As BoltzNCE does it; the force evaluations of a simulation count, as TA-BG's energy evaluations do."""
+    return boltznce.make_data(work) | {"energy_evaluations": force_evaluations(work.dataset.meta)}
+
+
+def train_flow(work: Workspace) -> dict:
+    """Fit the flow to training frames, drawn with replacement by their weights; no mode is made more frequent than it is."""
+    section, rng = work.config.flow, work.numpy_generator("forward KL")
+    train, validation, _ = work.dataset.split(**work.config.data.split)
+    x_train, x_validation = (
+        torch.from_numpy(part.positions[boltzmann_indices(part.log_weights, n, rng)]).to(work.device)
+        for part, n in ((train, section.n_train), (validation, section.n_validation))
+    )
+
+    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        index = torch.randint(len(x_train), (section.batch_size,), generator=generator, device=work.device)
+        return forward_kl(flow.log_prob(x_train[index]))
+
+    @torch.no_grad()
+    def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        return forward_kl(torch.cat([flow.log_prob(x) for x in x_validation.split(section.batch_size)]))
+
+    return work.fit("flow", make_spline_flow(work.config, work.system).to(work.device), loss, validate)
+
+
+def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
+    """The flow; raises UserError if it has not been trained yet."""
+    return SplineModels.load(folder, config, system, device, {"flow": system.temperature})
+
+
+STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate, "report": report}

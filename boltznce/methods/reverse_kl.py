@@ -1,0 +1,24 @@
+"""A baseline of TA-BG: its flow trained by reverse KL at the system's own temperature, where it collapses onto some of the modes.
+
+Stages: hot -> evaluation -> report; the section ``hot`` is TA-BG's, with ``hot.temperature`` that of the system.
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from boltznce.methods.spline_models import SplineModels
+from boltznce.methods.spline_report import evaluate, report, summary
+from boltznce.methods.tabg import train_hot
+from boltznce.systems.base import System
+
+__all__ = ["STAGES", "load_models", "summary"]
+
+
+def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
+    """The flow; raises UserError if it has not been trained yet."""
+    return SplineModels.load(folder, config, system, device, {"hot": config.hot.temperature})
+
+
+STAGES = {"hot": train_hot, "evaluation": evaluate, "report": report}
