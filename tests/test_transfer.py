@@ -10,9 +10,11 @@ from omegaconf import OmegaConf
 
 import boltznce as bz
 from boltznce import UserError
+from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
 from boltznce.methods import find_method
+from boltznce.methods.finetune import start_finetuning
 from boltznce.methods.transfer import load_models, make_shared
 from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
@@ -139,6 +141,25 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
         load_models(run, folder.config, bz.load_system("KS", temperature=300.0), torch.device("cpu"))
     with pytest.raises(UserError, match="no amino acid"):
         load_models(run, folder.config, "KZ", torch.device("cpu"))
+
+
+def test_fine_tuning_to_one_peptide(run, monkeypatch):
+    accept_everything(monkeypatch)
+    words = {"finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}}, "samples": {"n_train": 24, "n_validation": 8}}
+    folder = start_finetuning(run, "AA", OmegaConf.create(words))
+    assert folder.path == run / "finetuned" / "AA"
+    train(folder)
+    assert {name: record.get("steps") for name, record in folder.stages.items() if "steps" in record} == {"flow": 3, "ebm": 3}
+    metrics = json.loads((folder.path / "metrics.json").read_text())
+    assert list(metrics["peptides"]) == ["AA, before", "AA"]
+    models = find_method("finetune").load_models(folder.path, folder.config, bz.load_run(run).system, torch.device("cpu"))
+    assert models.system.name == "AA"
+    # it began where its parent ended, and moved
+    parent, child = (load_weights(path / "checkpoints" / "ebm.safetensors")[0] for path in (run, folder.path))
+    change = sum((child[name] - parent[name]).square().sum() for name in parent) / sum(p.square().sum() for p in parent.values())
+    assert 0 < change < 0.01
+    with pytest.raises(UserError, match="only runs for many molecules"):
+        start_finetuning(folder.path, "AA", OmegaConf.create(words))
 
 
 def test_draws_are_held_against_the_bond_graph(run):

@@ -219,6 +219,8 @@ def _peptide_rows(results: dict[str, Any]) -> list[list[str]]:
                 _number((row.get("md") or {}).get("speed_up"), ".3g"),
             ]
         )
+    if not average:
+        return [header, *rows]
     moved = [
         f"{_number(average.get(f'{kind}, unweighted'), '.2f')} → {_number(average.get(f'{kind}, weighted'), '.2f')}"
         for kind in ("E-W2 (kT)", "T-W2 (rad)")

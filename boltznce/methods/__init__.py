@@ -13,7 +13,8 @@ from boltznce.errors import UserError
 __all__ = ["METHODS", "find_method"]
 
 METHODS = {
-    name: f"boltznce.methods.{name}" for name in ("boltznce", "boltznce_transfer", "density", "tabg", "tbg", "forward_kl", "reverse_kl")
+    name: f"boltznce.methods.{name}"
+    for name in ("boltznce", "boltznce_transfer", "density", "finetune", "forward_kl", "reverse_kl", "tabg", "tbg")
 }
 
 

@@ -31,7 +31,20 @@ from boltznce.systems.family import PeptideFamily
 from boltznce.systems.molecular import MolecularSystem
 from boltznce.systems.symmetry import mend_chirality, rotate_methyls
 
-__all__ = ["TransferModels", "draw_training_samples", "load_models", "make_data", "make_shared", "train_ebm", "train_flow"]
+__all__ = [
+    "SharedModels",
+    "TransferModels",
+    "draw_training_samples",
+    "ebm_losses",
+    "load_models",
+    "load_shared",
+    "make_data",
+    "make_shared",
+    "peptide_frames",
+    "shared_models",
+    "train_ebm",
+    "train_flow",
+]
 
 
 # ---- models -----------------------------------------------------------------------------------------------------------
@@ -168,12 +181,12 @@ def train_flow(work: Workspace) -> dict:
         member = family.member(sequence)
         parts = dataset.split(**work.config.data.split)
         if sequence in family.sequences["train"]:
-            train[sequence], fine = _frames(work, member, parts[0], section.n_train)
-            held_out[sequence], _ = _frames(work, member, parts[1], section.n_validation)
+            train[sequence], fine = peptide_frames(work, member, parts[0], section.n_train)
+            held_out[sequence], _ = peptide_frames(work, member, parts[1], section.n_validation)
             if not fine:
                 unbalanced.append(sequence)
         else:
-            unseen[sequence], _ = _frames(work, member, parts[0], section.n_validation)
+            unseen[sequence], _ = peptide_frames(work, member, parts[0], section.n_validation)
     shared = make_shared(work.config, family, "flow").to(work.device)
     members = [family.member(sequence) for sequence in train]
 
@@ -278,7 +291,7 @@ def ebm_losses(section: DictConfig, train: dict, validation: dict) -> tuple:
     return loss, validate
 
 
-def _frames(work: Workspace, member: MolecularSystem, frames: Dataset, n: int) -> tuple[Tensor, bool]:
+def peptide_frames(work: Workspace, member: MolecularSystem, frames: Dataset, n: int) -> tuple[Tensor, bool]:
     """``n`` frames balanced between states, and whether they are: a state that was never seen cannot be made frequent."""
     balance = OmegaConf.to_container(work.config.flow.balance, resolve=True) if work.config.flow.balance else None
     rng = work.numpy_generator(f"balance {member.name} {len(frames)}")

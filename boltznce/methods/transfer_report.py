@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from boltznce.methods.views import TorsionView
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.molecular import MolecularSystem
 
-__all__ = ["evaluate", "evaluate_peptide", "peptide_results", "report", "summary"]
+__all__ = ["evaluate", "evaluate_peptide", "peptide_results", "report", "summary", "write_peptide_report"]
 
 HIGHEST_FREE_ENERGY = 25.0  # kT, of a profile's figure
 MD_BLOCKS = 20  # of time, for the error of the simulation's own ΔF
@@ -87,12 +88,25 @@ def report(work: Workspace) -> dict:
     return {}
 
 
+def write_peptide_report(work: Workspace, member: MolecularSystem, md: Dataset, earlier: dict[str, dict]) -> None:
+    """The report of one peptide, beside ``earlier`` rows of the table."""
+    seconds = work.folder.stages["evaluation"]["seconds_per_kept_sample"][member.name]
+    row, figures = peptide_results(work, member, md, seconds)
+    figures = {f"{member.name}_{name}": figure for name, figure in figures.items()}
+    results = _results(work, {member.name: row})
+    results["peptides"] = earlier | results["peptides"]
+    del results["average"]
+    write_report(work.folder.path, results, figures, _captions(work, figures))
+
+
 def summary(work: Workspace) -> str:
     """The report's main numbers as a table for the terminal."""
     return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
-def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset, seconds_per_sample: float) -> tuple[dict, dict]:
+def peptide_results(
+    work: Workspace, member: MolecularSystem, md: Dataset, seconds_per_sample: float
+) -> tuple[dict[str, Any], dict[str, Figure]]:
     """Numbers (as in the report's ``peptides``) and figures of one peptide, its samples in the run's folder against its simulation."""
     section, folder = work.config.evaluation, work.folder.path / "peptides" / member.name
     name, state = member.state
@@ -100,6 +114,7 @@ def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset, secon
     samples, likelihood = _conformers(member, drawn), drawn.meta["likelihood"]
     phi, view = member.dihedral(np.array(samples.positions), name), TorsionView(member)
     bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": work.config.seed}
+    md = md.take(allowed_conformers(excluded_conformers(member, md.positions), len(md)))
     md_phi = member.dihedral(np.array(md.positions), name)
     md_difference = free_energy_difference(md_phi, None, state, n_blocks=min(MD_BLOCKS, len(md_phi) // 2), **bootstrap)
     weighted = free_energy_difference(phi, samples.log_weights, state, **bootstrap)
@@ -193,7 +208,7 @@ def _results(work: Workspace, peptides: dict[str, dict]) -> dict:
         },
         "counts": {
             "peptides trained on": len(work.system.sequences["train"]),
-            "frames of the simulations": sum(stages["data"]["frames"].values()),
+            **({"frames of the simulations": sum(stages["data"]["frames"].values())} if "data" in stages else {}),
         },
         "settings": {
             "trained on": " ".join(work.system.sequences["train"]),
