@@ -72,6 +72,7 @@ def test_members_are_the_systems_of_their_names():
         ({"never_trained": ["GA"]}, "GA is kept for tests"),
         ({"selections": {"tiny": {"test": ["AG"]}}}, "no peptides to train on"),
         ({"selections": {"tiny": {"train": ["AG"], "tests": ["GA"]}}}, "Unknown list of peptides tests"),
+        ({"colour": "red"}, "no setting colour"),
         ({"selections": {"tiny": {"train": ["AZ"]}}}, "Z in 'AZ' is no amino acid"),
     ],
 )

@@ -200,7 +200,7 @@ def train_flow(work: Workspace) -> dict:
         return {"loss": torch.stack(losses).mean()}
 
     if section.padded:
-        batches = _padded_batches(work, {member: train[member.name] for member in members})
+        batches = _padded_batches(work, {member: train[member.name] for member in members}, section.batch_size)
 
         def loss(shared: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
             x, molecules = batches(step)
@@ -248,7 +248,7 @@ def train_ebm(work: Workspace) -> dict:
     if section.padded:
         if section.regression_weight:
             raise UserError("The regression needs batches of one molecule: set ebm.padded=false or ebm.regression_weight=0.")
-        batches, any_member = _padded_batches(work, {member: x for member, (x, _) in train.items()}), next(iter(train))
+        batches, any_member = _padded_batches(work, {member: x for member, (x, _) in train.items()}, section.batch_size), next(iter(train))
 
         def loss(shared: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
             x, molecules = batches(step)
@@ -301,13 +301,13 @@ def peptide_frames(work: Workspace, member: MolecularSystem, frames: Dataset, n:
     return balanced_frames(member, frames, n, balance if seen else None, rng).to(work.device), seen
 
 
-def _padded_batches(work: Workspace, positions: dict[MolecularSystem, Tensor]) -> Batches:
+def _padded_batches(work: Workspace, positions: dict[MolecularSystem, Tensor], batch_size: int) -> Batches:
     """Batches of unlike molecules, positions as the data of each."""
     section = work.config.flow
     return Batches(
         [x.cpu().numpy() for x in positions.values()],
         [member.features for member in positions],
-        section.batch_size,
+        batch_size,
         work.config.seed,
         per_molecule=section.rows_per_molecule,
         max_padding=section.max_padding,

@@ -52,7 +52,7 @@ class ValueEmbedding(nn.Module):
         embedded = self.of_pair(pairs)
         if self.of_quadruple is None:
             return embedded
-        # of a torsion the ends are three bonds apart (less in small rings), of a centre's neighbours two
+        # tells torsions, whose ends are three bonds apart (less in small rings), from a centre with its neighbours, one bond apart
         ends = self.separations(separations[quadruples[:, 0], quadruples[:, 3]])
         return torch.cat([embedded, self.of_quadruple(torch.cat([atoms[quadruples].flatten(1), ends], dim=-1))])
 

@@ -1,5 +1,6 @@
 """Many peptides with one force field: what a model of many molecules is trained on, and which of them it must never see."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -47,6 +48,8 @@ class PeptideFamily:
         chosen = selections[selection]
         if unknown := sorted(set(chosen) - set(ROLES)):
             raise UserError(f"Unknown list of peptides {', '.join(unknown)} in {name}: the lists are {', '.join(ROLES)}.")
+        if unknown := sorted(set(settings) - set(inspect.signature(MolecularSystem).parameters)):
+            raise UserError(f"{name} has no setting {', '.join(unknown)}: its peptides have those of MolecularSystem.")
         self.name, self.selection = name, selection
         self.sequences = {role: tuple(str(sequence) for sequence in chosen.get(role, ())) for role in ROLES}
         self.encoding, self.n_places, self.settings = encoding, n_places, settings
