@@ -19,7 +19,7 @@ INDEX = "index.yaml"
 def simulate_many(
     family: PeptideFamily,
     folder: Path,
-    method: str = "replica_exchange",
+    method: str | None = None,
     *,
     n_processes: int | None = None,
     progress: bool = True,
@@ -29,11 +29,15 @@ def simulate_many(
 
     Args:
         folder: gets ``<sequence>/`` for each, and ``index.yaml``: sequence -> role, atoms, frames, digest of its ``meta.yaml``.
-        method, settings: see `boltznce.data.simulate.plan`; ``settings["test"]``, if given, replaces some of them for test peptides.
+        method, settings: see `boltznce.data.simulate.plan`, in place of ``family.simulation``; ``settings["test"]``, if given, replaces
+            some of them for test peptides.
 
     Peptides whose dataset is there are left alone, the unfinished ones of a killed call go on. Raises UserError as `plan` does.
     """
     folder, for_test = Path(folder), settings.pop("test", None) or {}
+    settings = family.simulation | settings
+    own_method = settings.pop("method", "replica_exchange")
+    method = method or own_method
     plans = {
         sequence: plan(family.member(sequence), folder / sequence, method, **(settings | for_test if role == "test" else settings))
         for role, sequences in family.sequences.items()

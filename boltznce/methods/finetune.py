@@ -150,5 +150,5 @@ def _simulation(work: Workspace, member: MolecularSystem) -> Dataset:
     settings = OmegaConf.to_container(work.config.finetune.simulation, resolve=True)
     settings.pop("test", None)
     if not (folder / "meta.yaml").exists():
-        simulate(member, folder, **settings)
+        simulate(member, folder, **(work.system.simulation | settings))
     return Dataset.load(folder)

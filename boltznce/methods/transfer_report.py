@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from boltznce.analysis import plotting
@@ -217,7 +216,7 @@ def _results(work: Workspace, peptides: dict[str, dict]) -> dict:
             "flow network": config.flow.network._target_.rpartition(".")[2],
             "flow": f"{config.flow.model.interpolant} interpolant, {config.flow.model.coupling} coupling",
             "steps of the flow": str(stages["flow"]["steps"]),
-            "data": OmegaConf.to_container(config.data.simulation)["method"],
+            "data": work.system.simulation.get("method", "replica_exchange"),
             "seed": str(config.seed),
         },
         "notes": _notes(work),

@@ -23,6 +23,7 @@ class PeptideFamily:
         selection: which of ``selections`` is meant.
         selections: name -> role (``train``, ``validation``, ``test``) -> sequences. No sequence has two roles.
         never_trained: sequences that may be nothing but test peptides, in every selection.
+        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and ``method``).
         encoding, n_places: see `encodings.encode_atoms`; the model's input for every member.
         settings: those of `MolecularSystem` that all members share.
 
@@ -41,6 +42,7 @@ class PeptideFamily:
         never_trained: Sequence[str] = (),
         encoding: str = "full",
         n_places: int = 2,
+        simulation: Mapping[str, Any] | None = None,
         **settings: Any,
     ):
         if selection not in selections:
@@ -53,6 +55,7 @@ class PeptideFamily:
         self.name, self.selection = name, selection
         self.sequences = {role: tuple(str(sequence) for sequence in chosen.get(role, ())) for role in ROLES}
         self.encoding, self.n_places, self.settings = encoding, n_places, settings
+        self.simulation = dict(simulation or {})
         self._members: dict[str, MolecularSystem] = {}
         if not self.sequences["train"]:
             raise UserError(f"{name} has no peptides to train on: set system.selections.{selection}.train.")
