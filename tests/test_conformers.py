@@ -34,7 +34,7 @@ def test_conformers_keep_the_molecule_and_turn_its_torsions(system):
     first, second = torch.tensor(system.bonds).T
     lengths = (x[:, first] - x[:, second]).norm(dim=-1)
     expected = (system.positions[first] - system.positions[second]).norm(dim=-1)
-    assert (lengths.mean(0) - expected).abs().max() < 5 * JITTER_NM**2 / 0.1
+    assert (lengths.mean(0) - expected).abs().max() < 8 * JITTER_NM**2 / 0.1
     assert (lengths.std(0) / (2**0.5 * JITTER_NM) - 1).abs().max() < 0.1
     assert (system.chirality(x) == 1).all()
     for name in ("phi", "psi"):
