@@ -20,7 +20,16 @@ from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, require_free_space
 
-__all__ = ["BufferRecord", "fill_buffer", "forget_buffer", "forward_kl", "reverse_kl", "soften", "temperature_ladder"]
+__all__ = [
+    "BufferRecord",
+    "fill_buffer",
+    "forget_buffer",
+    "forward_kl",
+    "reverse_kl",
+    "reverse_kl_along_paths",
+    "soften",
+    "temperature_ladder",
+]
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +41,12 @@ ENERGY_CAP = 1e20
 COLLAPSED = 0.01  # relative ESS below which a stage is warned about
 
 
-def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: bool = True) -> list[tuple[float, float]]:
-    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold, then once more at cold if ``repeat_last``."""
-    if not hot > cold > 0 or n_steps < 1:
+def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0) -> list[tuple[float, float]]:
+    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold; at either end so many more at that temperature."""
+    if not hot > cold > 0 or n_steps < 1 or repeat_first < 0 or repeat_last < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
-    temperatures = [hot * (cold / hot) ** (k / n_steps) for k in range(n_steps)] + [cold] * (1 + repeat_last)
-    return list(itertools.pairwise(temperatures))
+    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps)]
+    return list(itertools.pairwise([hot] * (1 + repeat_first) + between + [cold] * (1 + repeat_last)))
 
 
 def soften(u: Tensor, cut: float = ENERGY_CUT, cap: float = ENERGY_CAP) -> Tensor:
@@ -56,6 +65,29 @@ def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0, cut: float = ENE
         kept = u.detach().topk(len(u) - drop_highest, largest=False).indices
         log_q, u = log_q[kept], u[kept]
     return {"loss": (log_q + u).mean(), "log_q": log_q.mean().detach(), "energy": u.mean().detach()}
+
+
+def reverse_kl_along_paths(
+    x: Tensor, log_prob: Callable[[Tensor], Tensor], energy: Energy, clip: float, cut: float = ENERGY_CUT
+) -> dict[str, Tensor]:
+    """The loss of `reverse_kl`, whose gradient goes through the draws x (n, atoms, dim) alone (Roeder et al. 2017, arXiv 1703.09194).
+
+    Left out is the derivative of log q at fixed x, which is zero on average and nearly all of a good generator's noise: Adam makes large
+    steps of that noise in every direction that the loss hardly feels. A draw's pull on x, the gradient of log q + u, is shortened to
+    ``clip`` times the batch's median; one that is not finite is left out.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        log_q, u = log_prob(leaf), soften(energy(leaf).double(), cut)
+        (pull,) = torch.autograd.grad((log_q + u).sum(), leaf)
+    size = pull.flatten(1).norm(dim=1)
+    fine = size.isfinite() & log_q.isfinite()
+    largest = clip * torch.where(fine, size, math.inf).median()
+    shortened = torch.where(fine, torch.where(size > largest, largest / size, 1.0), 0.0)
+    pull = torch.where(fine[:, None, None], pull, 0.0) * shortened[:, None, None].to(pull)
+    log_q, u = torch.where(fine, log_q, 0.0).mean().detach(), torch.where(fine, u, 0.0).mean().detach()
+    through = (x * pull).sum() / len(x)
+    return {"loss": log_q + u + through - through.detach(), "log_q": log_q, "energy": u, "shortened": (shortened < 1).float().mean()}
 
 
 def forward_kl(log_q: Tensor) -> dict[str, Tensor]:

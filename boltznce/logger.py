@@ -17,7 +17,8 @@ __all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger"]
 class Logger(Protocol):
     """Anything that takes named numbers; the names say stage and quantity, as in ``flow/train/loss``."""
 
-    def log(self, values: Mapping[str, float]) -> None: ...
+    def log(self, values: Mapping[str, float]) -> None:
+        """Take note of named numbers of one step."""
 
 
 class CSVLog:
@@ -35,6 +36,7 @@ class CSVLog:
         self._write([row for row in rows if int(row["step"]) <= step])
 
     def append(self, row: Mapping[str, float]) -> None:
+        """Write a row at once; new columns rewrite the file."""
         new = [key for key in row if key not in self.columns]
         if new:
             self.columns += new

@@ -50,6 +50,7 @@ class Molecules:
         return Molecules(self.features.repeat(n, 1, 1), self.mask.repeat(n, 1), self.index.repeat(n))
 
     def to(self, device: torch.device | str) -> "Molecules":
+        """The same on another device."""
         return Molecules(self.features.to(device), self.mask.to(device), self.index.to(device))
 
 

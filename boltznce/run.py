@@ -4,22 +4,38 @@ import json
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.config import compose
 from boltznce.errors import UserError
 from boltznce.logger import open_logger
 from boltznce.methods import find_method
-from boltznce.methods.drawing import choose_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.drawing import Models, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 
-__all__ = ["Run", "RunFolder", "load_run", "train"]
+__all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
 
 
-def train(folder: RunFolder) -> None:
-    """Run, or finish, all stages of the method that the folder's config names, and print the summary of its report.
+def train_run(path: Path | str, *overrides: str) -> "Run":
+    """Train a run in a folder, or finish the one that is there: ``train_run("outputs/a", "system=gaussians8", "budget=smoke")``.
+
+    ``overrides`` are those of the command line of ``scripts/train.py``. Raises UserError for settings that do not exist.
+    """
+    train(start_folder(Path(path), compose("train", overrides)))
+    return Run(path)
+
+
+def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
+    """The folder of a new run with a composed config of ``train``, or of one of the same system that is to go on with it."""
+    kept = [key for key in config if key != "resume"]
+    return RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
+
+
+def train(folder: RunFolder) -> str:
+    """Run, or finish, all stages of the method that the folder's config names; returns a summary of the report for the terminal.
 
     The last stage, the report, is made anew of a finished run too: there may be data now to compare with.
     """
@@ -33,7 +49,7 @@ def train(folder: RunFolder) -> None:
         if name == last or not folder.stage_done(name):
             with folder.stage(name) as info:
                 info.update(stage(work) or {})
-    print(method.summary(work))
+    return method.summary(work)
 
 
 class Run:
@@ -47,11 +63,18 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run's folder."""
         return self.folder.path
 
     @property
     def system(self) -> System:
+        """What the run samples, at its temperature."""
         return self._work.system
+
+    @property
+    def models(self) -> Models:
+        """The trained models as far as the run has come, for BoltzNCE ``models.flow`` and ``models.ebm``. Raises UserError before any."""
+        return self._work.models
 
     @property
     def metrics(self) -> dict:
@@ -83,7 +106,7 @@ class Run:
 
         Raises UserError where the run has no generator, no likelihood of that kind, or not yet.
         """
-        models = self._work.models
+        models = self.models
         likelihood = choose_likelihood(models, likelihood)
         settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
 

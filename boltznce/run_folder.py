@@ -70,6 +70,7 @@ class RunFolder:
 
     @property
     def system(self) -> str:
+        """The system's name."""
         return self._read()["system"]
 
     @property
@@ -83,6 +84,7 @@ class RunFolder:
             raise UserError(f"{self.path} is a run of another system, '{self.system}', not '{name}': choose another hydra.run.dir.")
 
     def stage_done(self, name: str) -> bool:
+        """Whether the stage has come to its end."""
         return self.stages.get(name, {}).get("finished") is not None
 
     def mark_done(self, name: str, info: dict | None = None) -> None:

@@ -1,24 +1,24 @@
 """The main job: data if there are none, a generator, its likelihood, weights and a report. `python scripts/train.py system=aldp`"""
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from boltznce.cli import launch
 from boltznce.errors import UserError
-from boltznce.run import RunFolder, train
+from boltznce.run import RunFolder, start_folder, train
 
 
 def main(config: DictConfig) -> None:
     if config.resume is None:
-        folder = HydraConfig.get().runtime.output_dir
-        return train(RunFolder.create(folder, OmegaConf.masked_copy(config, [k for k in config if k != "resume"]), config.system.name))
+        print(train(start_folder(HydraConfig.get().runtime.output_dir, config)))
+        return
     given = [word for word in HydraConfig.get().overrides.task if not word.startswith(("resume=", "budget="))]
     run = RunFolder.open(config.resume)
     if any(word.startswith("system=") for word in given):
         run.check_system(config.system.name)
     if any(not word.startswith("system=") for word in given):
         raise UserError(f"resume= goes on with the run's own settings: leave out {' '.join(given)}, or start a new run.")
-    return train(run)
+    print(train(run))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; proce
 import pytest
 import torch
 
-from boltznce.config import compose
-from boltznce.run import RunFolder, train
+from boltznce.run import train_run
 
 TINY = [
     "budget=smoke",
@@ -50,8 +49,7 @@ def tiny_overrides(tmp_path_factory):
 def tiny_run(tiny_overrides, tmp_path_factory):
     """The folder of a finished tiny run of alanine dipeptide."""
     threads = torch.get_num_threads()
-    config = compose("train", tiny_overrides)
     folder = tmp_path_factory.mktemp("run")
-    train(RunFolder.create(folder, config, config.system.name))
+    train_run(folder, *tiny_overrides)
     torch.set_num_threads(threads)
     return folder

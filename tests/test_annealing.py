@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, reverse_kl, soften, temperature_ladder
+from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, reverse_kl, reverse_kl_along_paths, soften, temperature_ladder
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.spline_flow import SplineFlow
@@ -21,6 +21,7 @@ def test_published_ladder():
     for (hot, cold), expected in zip(ladder, itertools.pairwise(published), strict=True):
         assert (hot, cold) == pytest.approx(expected, abs=0.01)
     assert temperature_ladder(30, 1, 7)[-1] == (1, 1)
+    assert temperature_ladder(4, 1, 2, repeat_last=0, repeat_first=2) == [(4, 4), (4, 4), (4, 2), (2, 1)]
     with pytest.raises(UserError, match="goes down"):
         temperature_ladder(300, 1200, 9)
 
@@ -44,6 +45,35 @@ def test_losses():
     parts = forward_kl(torch.tensor([-1.0, -math.inf, -3.0]))
     assert parts["loss"] == 2.0
     assert parts["outside"] == pytest.approx(1 / 3)
+
+
+def test_gradient_along_paths_has_the_same_mean_and_no_noise_where_the_generator_is_right():
+    """N(m, s²) fitted to N(0, 1): dKL/dm = m and dKL/ds = s - 1/s; at m = 0, s = 1 every draw's gradient is zero."""
+    noise = torch.randn(200000, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradients(m, s, clip=math.inf, spoiled=0):
+        m, s = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (m, s))
+        x = m + s * noise
+
+        def log_prob(x):
+            return (-0.5 * ((x - m) / s).square() - s.log() - 0.5 * math.log(2 * math.pi)).sum((1, 2))
+
+        def energy(x):
+            return torch.cat([math.nan * x[:spoiled].sum((1, 2)), standard(x[spoiled:])])
+
+        parts = reverse_kl_along_paths(x, log_prob, energy, clip)
+        return {key: float(value) for key, value in parts.items()}, torch.autograd.grad(parts["loss"], (m, s))
+
+    parts, (of_m, of_s) = gradients(0.5, 1.5)
+    assert parts["loss"] == pytest.approx(2 * (0.5 * (0.25 + 1.5**2 - 1) - math.log(1.5)) - math.log(2 * math.pi), abs=0.02)
+    assert of_m.item() == pytest.approx(2 * 0.5, abs=0.02)
+    assert of_s.item() == pytest.approx(2 * (1.5 - 1 / 1.5), abs=0.02)
+    assert parts["shortened"] == 0
+    _, right = gradients(0.0, 1.0)
+    assert max(abs(gradient) for gradient in right) < 1e-12
+    parts, clipped = gradients(0.5, 1.5, clip=1.0, spoiled=10)
+    assert parts["shortened"] == pytest.approx(0.5, abs=0.01)
+    assert 0 < clipped[1] < of_s
 
 
 def gaussian(n, generator):

@@ -235,3 +235,13 @@ def test_repeated_draws_of_an_ebm_without_error_are_reliable():
     place = np.searchsorted(np.unique(subset), subset)
     found = corrected_free_energy_difference(angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100)
     assert found.reliable, found.message
+
+
+def test_a_heavy_tail_that_carries_nothing_is_no_reason_to_doubt():
+    generator = np.random.default_rng(1)
+    angle = generator.uniform(-np.pi, np.pi, size=4000)
+    heavy = generator.random(4000) ** -0.9
+    doubtful, fine = (free_energy_difference(angle, np.log1p(scale * heavy), n_bootstrap=100) for scale in (1.0, 1e-5))
+    assert doubtful.pareto_k_rest > 0.7 < fine.pareto_k_rest
+    assert (doubtful.reliable, fine.reliable) == (False, True)
+    assert fine.tail_rest < fine.std_error < doubtful.tail_rest

@@ -120,3 +120,18 @@ def test_every_figure_can_be_drawn(tmp_path):
         assert isinstance(figure, Figure)
         assert len(figure.axes) == n_axes
         figure.savefig(tmp_path / f"{number}.png")
+
+
+def test_conformers_are_superposed_without_mirroring():
+    """Copies of one conformer, turned and shifted, lie on it; its mirror image does not."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(6, 3))
+    turn = np.linalg.qr(generator.normal(size=(3, 3)))[0]
+    turn *= np.sign(np.linalg.det(turn))
+    copies = np.stack([x, x @ turn + 5.0, -x])
+    figure = plotting.plot_conformers({"copies": copies}, ["C", "C", "N", "O", "H", "Xx"], [(0, 1), (1, 2)])
+    (axes,) = figure.axes
+    first, turned, mirrored = (np.stack(collection._offsets3d) for collection in axes.collections)
+    np.testing.assert_allclose(turned, first, atol=1e-9)
+    assert np.abs(mirrored - first).max() > 0.1
+    assert len(axes.lines) == 6

@@ -2,7 +2,7 @@ import mdtraj
 import numpy as np
 import pytest
 
-from boltznce.analysis.pareto import fit_generalized_pareto, pareto_k
+from boltznce.analysis.pareto import fit_generalized_pareto, pareto_k, tail_share
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, normalized_weights
 from boltznce.errors import UserError
 
@@ -51,6 +51,20 @@ def test_pareto_k_of_generalized_pareto_samples(k):
     assert fit_generalized_pareto(excess) == pytest.approx(k, abs=0.03)
     repeats = [pareto_k(np.log((np.random.default_rng(seed).random(20_000) ** -k - 1.0) / k)) for seed in range(10)]
     assert np.mean(repeats) == pytest.approx(k, abs=0.06)
+
+
+def test_tail_share_of_exponential_weights():
+    """Above a threshold that a share p exceeds, exponential weights have an excess of mean one: p of a sum of n."""
+    weights = np.random.default_rng(0).exponential(size=1_000_000)
+    assert tail_share(np.log(weights) + 1000.0) == pytest.approx(3e-3, rel=0.05)
+    assert tail_share(np.zeros(1000)) == 0.0
+    assert np.isnan(tail_share(np.zeros(10)))
+
+
+def test_a_heavy_tail_on_equal_weights_carries_nothing():
+    heavy = np.random.default_rng(0).random(10_000) ** -0.9
+    assert pareto_k(np.log1p(1e-5 * heavy)) == pytest.approx(pareto_k(np.log(heavy)), abs=0.02)
+    assert tail_share(np.log1p(1e-5 * heavy)) < 1e-4 < 0.3 < tail_share(np.log(heavy))
 
 
 def test_pareto_k_edges():

@@ -52,7 +52,7 @@ def test_samples_of_a_loaded_run(tiny_run):
 
 
 def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
-    flow = bz.load_run(tiny_run)._work.models.flow
+    flow = bz.load_run(tiny_run).models.flow
     fine = SolverSettings("rk4", steps=12)
     x, log_q = flow.sample(4, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
     assert (flow.log_prob(x, solver=fine) - log_q).abs().max() < 0.2

@@ -17,7 +17,7 @@ from boltznce.errors import UserError
 from boltznce.systems.workers import WorkerPool
 
 ROOT = Path(__file__).parents[1]
-WITHIN = 10.0  # seconds on a busy machine
+WITHIN = 30.0  # seconds on a busy machine
 
 
 def alive(pid):

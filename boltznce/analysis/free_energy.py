@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights
 from boltznce.errors import UserError
 
@@ -36,7 +36,8 @@ class FreeEnergyDifference:
 
     ``ess_state`` and ``ess_rest`` are effective *numbers* of samples on either side, correlation in time left aside. A side that was
     never seen leaves ``value`` at +inf (no state) or -inf (no rest), ``std_error`` at NaN, ``interval`` at None, and a ``message``.
-    ``reliable``: both effective numbers are at least 30 and both Pareto-k at most 0.7.
+    ``reliable``: both effective numbers are at least 30, and both Pareto-k at most 0.7 or their tail's share (`tail_share`, which a wrong
+    tail changes the free energy by) smaller than the standard error.
     """
 
     value: float
@@ -48,6 +49,8 @@ class FreeEnergyDifference:
     ess_rest: float
     pareto_k_state: float
     pareto_k_rest: float
+    tail_state: float
+    tail_rest: float
     reliable: bool
     message: str
 
@@ -57,8 +60,8 @@ class CorrectedFreeEnergyDifference:
     """dF in kT of exact weights, from EBM weights and exact likelihoods of a subset; ``interval`` is the *total* one.
 
     ``correction_state`` and ``correction_rest`` are log<exp(E - log q)> (up to the constant of the EBM, which cancels between them);
-    ``ess_*`` (effective numbers) and ``pareto_k_*`` are the worse of those of the two sums they are made of. Not ``reliable``: an effective
-    number under 30 or a Pareto-k over 0.7 on either side, and then ``interval`` should not be believed, whatever it says.
+    ``ess_*`` (effective numbers), ``pareto_k_*`` and ``tail_*`` are the worse of the two sums they are made of. ``reliable`` as for
+    FreeEnergyDifference; if it is not, ``interval`` should not be believed, whatever it says.
     """
 
     value: float
@@ -72,6 +75,8 @@ class CorrectedFreeEnergyDifference:
     ess_rest: float
     pareto_k_state: float
     pareto_k_rest: float
+    tail_state: float
+    tail_rest: float
     reliable: bool
     message: str
 
@@ -127,6 +132,8 @@ def free_energy_difference(
         "ess_rest": _effective_number(log_weights[~inside]),
         "pareto_k_state": pareto_k(log_weights[inside]),
         "pareto_k_rest": pareto_k(log_weights[~inside]),
+        "tail_state": tail_share(log_weights[inside]),
+        "tail_rest": tail_share(log_weights[~inside]),
     }
     weights = normalized_weights(log_weights)
     sides = np.stack([weights * inside, weights * ~inside], axis=1)
@@ -139,7 +146,7 @@ def free_energy_difference(
     generator = np.random.default_rng(seed)
     replicates = np.concatenate([_minus_log_ratio(counts @ units) for counts in _bootstrap_counts(len(units), n_bootstrap, generator)])
     std_error, interval = _spread(replicates, confidence)
-    reliable, message = _judge(**diagnostics)
+    reliable, message = _judge(std_error, **diagnostics)
     return FreeEnergyDifference(value, std_error, interval, **diagnostics, reliable=reliable, message=message)
 
 
@@ -222,7 +229,7 @@ def corrected_free_energy_difference(
     members = [np.flatnonzero(side[subset]) for side in (inside, ~inside)]
     bases = [log_weights[subset[member]] if drawn_by == "uniform" else np.zeros(len(member)) for member in members]
     terms = [base + error[member] for base, member in zip(bases, members, strict=True)]
-    effective, tails = [], []
+    effective, tails, shares = [], [], []
     for member, term, base in zip(members, terms, bases, strict=True):
         _, first, repeats = np.unique(subset[member], return_index=True, return_counts=True)
         sums = (term, base) if drawn_by == "uniform" else (term,)
@@ -230,6 +237,7 @@ def corrected_free_energy_difference(
         effective.append(min(_effective_number(summands) for summands in per_sample))
         # the tail is that of the summands themselves: how often each was drawn makes steps of whole numbers, which have no tail
         tails.append(float(np.max([pareto_k(summands[first]) for summands in sums])))  # NaN, unknown, wins
+        shares.append(float(np.max([tail_share(summands[first]) for summands in sums])))
     diagnostics = {
         "n_state": len(np.unique(subset[members[0]])),
         "n_rest": len(np.unique(subset[members[1]])),
@@ -237,6 +245,8 @@ def corrected_free_energy_difference(
         "ess_rest": effective[1],
         "pareto_k_state": tails[0],
         "pareto_k_rest": tails[1],
+        "tail_state": shares[0],
+        "tail_rest": shares[1],
     }
     weights = normalized_weights(log_weights)
     sides = np.stack([weights * inside, weights * ~inside], axis=1)
@@ -260,7 +270,7 @@ def corrected_free_energy_difference(
             delta.append(_log_mean(t, base, subset_counts))
         replicates.append(_minus_log_ratio(counts @ sides) - (delta[0] - delta[1]))
     std_error, interval = _spread(np.concatenate(replicates), confidence)
-    reliable, message = _judge(**diagnostics)
+    reliable, message = _judge(std_error, **diagnostics)
     value = ebm_value - (corrections[0] - corrections[1])
     return CorrectedFreeEnergyDifference(
         float(value), std_error, interval, float(corrections[0]), float(corrections[1]), **diagnostics, reliable=reliable, message=message
@@ -377,12 +387,22 @@ def _spread(replicates: np.ndarray, confidence: float) -> tuple[float, tuple[flo
     return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan"), (float(low), float(high))
 
 
-def _judge(*, ess_state: float, ess_rest: float, pareto_k_state: float, pareto_k_rest: float, **_: int) -> tuple[bool, str]:
-    """Whether both sides have enough effective samples and light enough tails, and if not, why."""
+def _judge(
+    std_error: float,
+    *,
+    ess_state: float,
+    ess_rest: float,
+    pareto_k_state: float,
+    pareto_k_rest: float,
+    tail_state: float,
+    tail_rest: float,
+    **_: int,
+) -> tuple[bool, str]:
+    """Whether both sides have enough effective samples, and tails that are light or carry next to nothing; if not, why."""
     reasons = []
-    for name, number, k in (("state", ess_state, pareto_k_state), ("rest", ess_rest, pareto_k_rest)):
+    for name, number, k, tail in (("state", ess_state, pareto_k_state, tail_state), ("rest", ess_rest, pareto_k_rest, tail_rest)):
         if number < _FEWEST_EFFECTIVE:
             reasons.append(f"{number:.1f} effective samples in the {name} (at least {_FEWEST_EFFECTIVE:.0f} are needed)")
-        elif not k <= _LARGEST_PARETO_K:
+        elif not (k <= _LARGEST_PARETO_K or tail < std_error):
             reasons.append(f"Pareto-k {k:.2f} in the {name} (at most {_LARGEST_PARETO_K} can be trusted)")
     return not reasons, "; ".join(reasons)

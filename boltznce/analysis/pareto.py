@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["fit_generalized_pareto", "pareto_k"]
+__all__ = ["fit_generalized_pareto", "pareto_k", "tail_share"]
 
 _FEWEST_TAIL_POINTS = 5
 _SMALLEST_EXCESS = 1e-290  # keeps ratios of excesses inside the range of float64
@@ -35,16 +35,37 @@ def pareto_k(log_weights: np.ndarray) -> float:
     ``nan`` where fewer than five weights make the tail, too few to tell.
     """
     log_weights = np.asarray(log_weights, dtype=np.float64)
-    n = len(log_weights)
-    n_tail = int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))
-    if n_tail < _FEWEST_TAIL_POINTS:
+    if _tail_size(len(log_weights)) < _FEWEST_TAIL_POINTS:
         return float("nan")
-    largest = np.sort(np.partition(log_weights, n - n_tail - 1)[n - n_tail - 1 :])
-    cutoff, tail = largest[0], largest[1:]
-    tail = tail[tail > cutoff]
+    cutoff, tail = _tail(log_weights)
     if len(tail) == 0:
         return float("-inf")
     if len(tail) < _FEWEST_TAIL_POINTS:
         return float("nan")
     excess = np.exp(tail - tail[-1]) - np.exp(cutoff - tail[-1])
     return fit_generalized_pareto(np.maximum(excess, _SMALLEST_EXCESS))
+
+
+def tail_share(log_weights: np.ndarray) -> float:
+    """Share of the sum of weights (n,) that stands above the threshold of the tail that `pareto_k` is fitted to; nan where that is nan.
+
+    How heavy a tail is matters as far as it carries something: k knows no scale, and is as large for weights that are nearly equal.
+    """
+    log_weights = np.asarray(log_weights, dtype=np.float64)
+    if _tail_size(len(log_weights)) < _FEWEST_TAIL_POINTS:
+        return float("nan")
+    cutoff, tail = _tail(log_weights)
+    highest = log_weights.max()
+    excess = np.exp(tail - highest) - np.exp(cutoff - highest)
+    return float(excess.sum() / np.exp(log_weights - highest).sum())
+
+
+def _tail_size(n: int) -> int:
+    return int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))
+
+
+def _tail(log_weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """The threshold, and the log weights above it, in order."""
+    first = len(log_weights) - _tail_size(len(log_weights)) - 1
+    largest = np.sort(np.partition(log_weights, first)[first:])
+    return largest[0], largest[largest > largest[0]]

@@ -11,6 +11,7 @@ from boltznce.analysis.free_energy import FreeEnergyProfile
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
 
 __all__ = [
+    "plot_conformers",
     "plot_densities",
     "plot_energy_cost",
     "plot_energy_histograms",
@@ -48,6 +49,9 @@ _DENSITY_MAP = "Blues"
 _ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
 _ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
 
+# colour and size (points²) of each element's ball; others are grey
+_ELEMENTS = {"H": ("#d9d9d9", 10), "C": ("#5a5a5a", 36), "N": ("#3b5bdb", 36), "O": ("#d6336c", 36), "S": ("#e8b400", 50)}
+
 AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
 Box = tuple[tuple[float, float], tuple[float, float]]
 
@@ -69,6 +73,37 @@ def plot_ramachandran(
         ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
         ax.set_yticks(_ANGLE_TICKS, _ANGLE_LABELS)
     _label_grid(axes, *(f"{name} (rad)" for name in angle_names))
+    return figure
+
+
+def plot_conformers(
+    panels: Mapping[str, np.ndarray], elements: Sequence[str], bonds: Sequence[tuple[int, int]], core: Sequence[int] | None = None
+) -> Figure:
+    """Balls and sticks of conformers, superposed on their ``core`` atoms (default: all but hydrogens), seen from where the first is widest.
+
+    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols (n_atoms,).
+    """
+    core = [k for k, element in enumerate(elements) if element != "H"] if core is None else list(core)
+    template = np.asarray(next(iter(panels.values()))[0], dtype=np.float64)
+    template = template - template[core].mean(axis=0)
+    axes = np.linalg.svd(template[core], full_matrices=True)[2]
+    template = template @ (axes * np.sign(np.linalg.det(axes))).T  # longest axis along x, shortest towards the eye; no mirror image
+    reach = 1.05 * np.abs(template).max()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(panels), 2.6), layout="constrained")
+        for position, (title, conformers) in enumerate(panels.items()):
+            ax = figure.add_subplot(1, len(panels), position + 1, projection="3d", title=title)
+            opacity = 1.0 / np.sqrt(len(conformers))
+            for conformer in conformers:
+                x = _superposed(np.asarray(conformer, dtype=np.float64), template, core)
+                for a, b in bonds:
+                    ax.plot(*x[[a, b]].T, color="0.5", linewidth=1.2, alpha=opacity, zorder=1)
+                colours, sizes = zip(*(_ELEMENTS.get(element, ("0.4", 36)) for element in elements), strict=True)
+                ax.scatter(*x.T, c=colours, s=sizes, alpha=opacity, edgecolors="0.3", linewidths=0.3, depthshade=False)
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+            ax.set_box_aspect((1, 1, 1), zoom=1.5)
+            ax.view_init(elev=80, azim=-90)
+            ax.set_axis_off()
     return figure
 
 
@@ -295,7 +330,7 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
         for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
             ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
         ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
-        ax.set_xticks(steps, [f"{t:.4g}" for t in temperatures], rotation=45)
+        ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
         _legend_above(ax, columns=1)
     return figure
 
@@ -306,6 +341,7 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
     ``panels``: label -> (angles (n, k), log weights or None), "MD" as a filled curve. Empty bins are gaps.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    centres = 0.5 * (edges[1:] + edges[:-1])
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4 * len(angle_names), 2.9), layout="constrained")
         axes = figure.subplots(1, len(angle_names), sharey=True, squeeze=False)[0]
@@ -317,11 +353,11 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
                 if label == "MD":
                     ax.stairs(density, edges, fill=True, color="0.75", label=label)
                 else:
-                    ax.stairs(np.where(density > 0.0, density, np.nan), edges, color=next(colours), linewidth=1.3, label=label)
+                    ax.plot(centres, np.where(density > 0.0, density, np.nan), color=next(colours), linewidth=1.3, label=label)
             ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
             ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
         axes[0].set_ylabel("probability density (1/rad)")
-        axes[0].set_ylim(1e-6, 10.0)
+        axes[0].set_ylim(1e-5, 10.0)
         _legend_above(axes[0])
     return figure
 
@@ -349,7 +385,7 @@ def _plot_surfaces(
                 spine.set_visible(True)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
-        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9)
+        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9, aspect=20 * n_rows, pad=0.01)
     return figure, axes
 
 
@@ -361,6 +397,13 @@ def _label_grid(axes: np.ndarray, x_label: str, y_label: str) -> None:
         lowest = [ax for ax in column if ax.axison][-1]
         lowest.set_xlabel(x_label)
         lowest.tick_params(labelbottom=True)
+
+
+def _superposed(x: np.ndarray, template: np.ndarray, core: Sequence[int]) -> np.ndarray:
+    """``x`` (n, 3) turned and shifted so that its core lies best on that of the template, which is centred there (Kabsch)."""
+    x = x - x[core].mean(axis=0)
+    u, _, vt = np.linalg.svd(x[core].T @ template[core])
+    return x @ u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
 
 
 def _single_axes() -> tuple[Figure, Axes]:

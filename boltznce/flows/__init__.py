@@ -1,0 +1,1 @@
+"""Generators: interpolant flows in Cartesian space and spline flows on internal coordinates, with their likelihoods."""

@@ -18,16 +18,20 @@ class Interpolant(ABC):
     """α, σ and their derivatives at times ``t`` of any shape; every conversion follows from these four."""
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor:
+        """α(t), the share of the data."""
 
     @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ(t), the share of the prior."""
 
     @abstractmethod
-    def d_alpha(self, t: Tensor) -> Tensor: ...
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """dα/dt."""
 
     @abstractmethod
-    def d_sigma(self, t: Tensor) -> Tensor: ...
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """dσ/dt."""
 
     def wronskian(self, t: Tensor) -> Tensor:
         """α σ' - α' σ: 1 for the linear schedule, π/2 for the trigonometric one."""

@@ -24,9 +24,12 @@ __all__ = ["SplineModels", "make_coordinates", "make_spline_flow", "weights_path
 def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinates | BoxCoordinates:
     """Internal coordinates of a molecule, with a peptide's main chain for backbone; for other systems the box of ``settings.box``."""
     if system.dim != 3:
-        if settings.get("box") is None:
-            raise UserError(f"The generator of {system.name} needs a box that holds it: set generator.box=[[low, low], [high, high]].")
-        return BoxCoordinates(system.n_atoms, *OmegaConf.to_container(settings.box))
+        box = OmegaConf.to_container(settings).get("box")
+        if box is None or not all(low < high for low, high in box):
+            raise UserError(
+                f"The generator of {system.name} needs a box that holds it, not {box}: set generator.box=[[low,high],[low,high]]."
+            )
+        return BoxCoordinates(system.n_atoms, *zip(*box, strict=True))
     bonds, angles = harmonic_constants(system.openmm_system())
     return InternalCoordinates(
         system.positions,

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +100,11 @@ class _Found:
     data: Dataset | None
     data_excluded: dict[str, np.ndarray]
 
-    @property
+    @cached_property
     def samples(self) -> WeightedSamples:
         return self.drawn[allowed_conformers(self.excluded, len(self.drawn))]
 
-    @property
+    @cached_property
     def frames(self) -> Dataset | None:
         return self.data and self.data.take(allowed_conformers(self.data_excluded, len(self.data)))
 
@@ -223,20 +224,21 @@ def _free_energies(work: Workspace, found: _Found) -> dict:
 def _comparison(work: Workspace, found: _Found) -> dict:
     """Distances to the data, their likelihood under the flow, and how many they are."""
     section, system, samples, frames = work.config.evaluation, found.system, found.samples, found.frames
-    view = view_of(system)
-    data = resampled(frames, view, min(len(frames), len(samples)), work.numpy_generator("held out"))
-    distances, above_cut = wasserstein_distances(view, samples, data, section.n_torus, work.config.seed)
+    results, view = {"distances": {}}, view_of(system)
+    if _has_points(system):
+        data = resampled(frames, view, min(len(frames), len(samples)), work.numpy_generator("held out"))
+        results["distances"], results["energy_cut"] = wasserstein_distances(view, samples, data, section.n_torus, work.config.seed)
     weights, first = normalized_weights(frames.log_weights), _first_half(frames)
     for names, symbols in _torsion_pairs(system):
         angles = _torsions(system, frames.positions, names)
         theirs = _torsions(system, samples.positions, names)
-        distances[f"KL of ({', '.join(symbols)})"] = {
+        results["distances"][f"KL of ({', '.join(symbols)})"] = {
             "unweighted": torsion_kl_of_halves(angles, weights, first, theirs),
             "weighted": torsion_kl_of_halves(angles, weights, first, theirs, samples.weights),
             "floor": torsion_kl_of_halves(angles, weights, first),
         }
     nll = held_out_likelihood(work.models.log_prob(frames.positions), frames.log_weights)
-    return {"distances": distances, "energy_cut": above_cut, "held_out": {f"flow at {system.temperature:g}": nll}}
+    return results | {"held_out": {f"flow at {system.temperature:g}": nll}}
 
 
 def _settings(work: Workspace) -> dict[str, str]:
@@ -273,7 +275,7 @@ def _notes(work: Workspace, found: _Found) -> list[str]:
         else:
             notes.append(
                 f"There are no MD data of this system at this temperature in {folder}, so that NLL and divergences are missing: "
-                f"`python scripts/simulate.py system={system.name}` makes them, and "
+                f"`python scripts/simulate.py system={system.name} data_dir={work.config.data_dir}` makes them, and "
                 f"`python scripts/train.py resume={work.folder.path}` writes this report anew."
             )
         if system.reference() is None:
@@ -333,7 +335,8 @@ def _ladder(work: Workspace) -> Figure:
     sets = {"trained flow, at its own temperature": own}
     if len(steps) == len(flows) - 1:
         sets["draws from the step before, weighted"] = [np.nan, *(step["ess"] for step in steps)]
-        sets[f"the same, top {work.config.annealing.clip:.2%} clipped"] = [np.nan, *(step["ess_clipped"] for step in steps)]
+        if work.config.annealing.clip:
+            sets[f"the same, top {work.config.annealing.clip:.2%} clipped"] = [np.nan, *(step["ess_clipped"] for step in steps)]
     return plotting.plot_ladder(list(flows.values()), sets, "K" if work.system.dim == 3 else "")
 
 
@@ -342,15 +345,15 @@ def _temperatures(work: Workspace, found: _Found) -> dict[str, Figure]:
     system, view = found.system, view_of(found.system)
     unit = " K" if system.dim == 3 else ""
     *others, _ = work.models.flows
-    parts = {f"{work.models.flows[name]:.4g}{unit}": _of_step(work, name) for name in others}
-    final = f"{system.temperature:.4g}{unit}, final"
-    panels = {title: part.positions for title, part in (parts | {final: found.samples}).items()}
-    points = {title: (view.points(x), None) for title, x in panels.items()} if system.dim == 2 or _torsion_pairs(system) else {}
-    if not points:
+    if not _has_points(system):
         return {}
+    panels = {f"{_short(work.models.flows[name])}{unit}": _of_step(work, name).positions for name in others}
+    final = f"{_short(system.temperature)}{unit}, final"
+    points = {title: (view.points(x), None) for title, x in (panels | {final: found.samples.positions}).items()}
+    zero = final
     if found.frames is not None:
-        points[f"{view.data}, {system.temperature:g}{unit}"] = (view.points(found.frames.positions), found.frames.log_weights)
-    zero = final if found.frames is None else list(points)[-1]
+        zero = f"{view.data}, {_short(system.temperature)}{unit}"
+        points[zero] = (view.points(found.frames.positions), found.frames.log_weights)
     return {"temperatures": view.draw(points, n_bins=48, zero_of=zero)}
 
 
@@ -372,6 +375,15 @@ def _torsion_pairs(system: System) -> list[tuple[tuple[str, str], tuple[str, str
         if {f"phi{number}", f"psi{number}"} <= set(dihedrals):
             pairs.append(((f"phi{number}", f"psi{number}"), (f"φ{number}", f"ψ{number}")))
     return pairs
+
+
+def _has_points(system: System) -> bool:
+    """Whether there is something to look at in two dimensions: the plane, or a φ and ψ."""
+    return system.dim == 2 or bool(_torsion_pairs(system))
+
+
+def _short(temperature: float) -> str:
+    return f"{temperature:.0f}" if temperature >= 100 else f"{temperature:.3g}"
 
 
 def _torsions(system: System, positions: np.ndarray, names: tuple[str, str]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What is compared and drawn of positions: backbone torsions of a molecule, or the plane itself."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,12 +10,28 @@ from boltznce.analysis import plotting
 from boltznce.analysis.metrics import SampledDistance, plane_w2, plane_w2_floor, torus_w2, torus_w2_floor
 from boltznce.systems.base import System
 
-__all__ = ["PlaneView", "TorsionView", "view_of"]
+__all__ = ["PlaneView", "TorsionView", "View", "view_of"]
 
 PointsAndWeights = tuple[np.ndarray, np.ndarray | None]
 
 
-class TorsionView:
+class View(Protocol):
+    """Two coordinates of every sample: how far two sets are apart in them, and how they are drawn."""
+
+    def points(self, positions: np.ndarray) -> np.ndarray:
+        """(n, 2) of positions (n, atoms, dim)."""
+
+    def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
+        """Wasserstein-2 distance of two sets of points, the first one weighted."""
+
+    def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
+        """The distance between the halves of one set."""
+
+    def draw(self, panels: Mapping[str, PointsAndWeights]) -> Figure:
+        """Free energy over the two coordinates, a panel for each titled set of points and log weights."""
+
+
+class TorsionView(View):
     """The (φ, ψ) of a molecule, on the torus."""
 
     data = "MD"
@@ -29,7 +45,6 @@ class TorsionView:
         self.system = system
 
     def points(self, positions: np.ndarray) -> np.ndarray:
-        """(n, 2) of positions (n, atoms, 3)."""
         return np.stack([self.system.dihedral(np.asarray(positions), name) for name in ("phi", "psi")], axis=-1)
 
     def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
@@ -42,7 +57,7 @@ class TorsionView:
         return plotting.plot_ramachandran(panels, **options)
 
 
-class PlaneView:
+class PlaneView(View):
     """The positions of one particle in the plane."""
 
     data = "data"
@@ -56,7 +71,6 @@ class PlaneView:
         self.system = system
 
     def points(self, positions: np.ndarray) -> np.ndarray:
-        """(n, 2) of positions (n, 1, 2)."""
         return np.asarray(positions)[:, 0]
 
     def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
@@ -69,5 +83,6 @@ class PlaneView:
         return plotting.plot_plane(panels, self.system.box, **options)
 
 
-def view_of(system: System) -> TorsionView | PlaneView:
+def view_of(system: System) -> View:
+    """The plane for a particle in it, backbone torsions for a molecule."""
     return PlaneView(system) if system.dim == 2 else TorsionView(system)

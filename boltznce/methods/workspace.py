@@ -87,6 +87,7 @@ class Workspace:
 
     @property
     def device(self) -> torch.device:
+        """Where the run computes."""
         return self.fabric.device
 
     def generator(self, name: str, index: int = 0) -> torch.Generator:

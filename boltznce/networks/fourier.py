@@ -1,7 +1,8 @@
 """Energy and vector field of a particle in the plane on Fourier features that fade with the noise.
 
 Noise of size σ blurs a density's Fourier components by exp(-ω²σ²/2), so that is how much of a wave of frequency ω is shown to the network
-at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at every t from slow ones.
+at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at every t from slow ones. A velocity turns
+sharply where the noised modes meet, although the density is smooth there: its waves fade later.
 """
 
 import math
@@ -20,11 +21,13 @@ class FadingWaves(nn.Module):
     """Points (batch, 2) and times (batch,) -> (batch, n_features): x itself, and sines and cosines along some directions, faded.
 
     Frequencies are slowest · 2^k in rad per unit of x, k < n_octaves. The noise-to-signal ratio σ/α is taken as tan(πt/2), which is that of
-    the trigonometric interpolant and close to that of the linear one.
+    the trigonometric interpolant and close to that of the linear one. ``fading`` multiplies the exponent: at 1 a wave fades as that
+    component of the density does.
     """
 
-    def __init__(self, n_octaves: int, n_directions: int = 4, slowest: float = math.pi / 2) -> None:
+    def __init__(self, n_octaves: int, fading: float = 1.0, n_directions: int = 4, slowest: float = math.pi / 2) -> None:
         super().__init__()
+        self.fading = fading
         angles = math.pi / n_directions * torch.arange(n_directions)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         frequencies = slowest * 2.0 ** torch.arange(n_octaves)
@@ -34,7 +37,7 @@ class FadingWaves(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         noise = torch.tan(math.pi / 2 * t.clamp(max=LATEST)).unsqueeze(-1)
-        strength = torch.exp(-0.5 * noise.square() * self.squares)
+        strength = torch.exp(-0.5 * self.fading * noise.square() * self.squares)
         phase = x @ self.waves.T
         return torch.cat([x, strength * phase.sin(), strength * phase.cos()], dim=-1)
 
@@ -42,10 +45,10 @@ class FadingWaves(nn.Module):
 class _Trunk(nn.Module):
     """h <- h + silu(W h + time), on `FadingWaves`: (batch, 2), (batch,) -> (batch, n_out) and the time embedding (batch, n_time)."""
 
-    def __init__(self, n_out: int, width: int, n_layers: int, n_octaves: int) -> None:
+    def __init__(self, n_out: int, width: int, n_layers: int, n_octaves: int, fading: float) -> None:
         super().__init__()
         self.width = width
-        self.time, self.waves = TimeEmbedding(), FadingWaves(n_octaves)
+        self.time, self.waves = TimeEmbedding(), FadingWaves(n_octaves, fading)
         self.inlet = nn.Linear(self.waves.n_features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(n_layers))
         self.shift = nn.Linear(64, width * (n_layers + 1))
@@ -67,9 +70,9 @@ class _Trunk(nn.Module):
 class FourierVectorField(nn.Module):
     """Velocity (batch, 1, 2)."""
 
-    def __init__(self, width: int = 128, n_layers: int = 3, n_octaves: int = 7) -> None:
+    def __init__(self, width: int = 128, n_layers: int = 3, n_octaves: int = 5, fading: float = 0.2) -> None:
         super().__init__()
-        self.trunk = _Trunk(2, width, n_layers, n_octaves)
+        self.trunk = _Trunk(2, width, n_layers, n_octaves, fading)
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         return self.trunk(x.flatten(1), t)[0].view_as(x)
@@ -78,9 +81,9 @@ class FourierVectorField(nn.Module):
 class FourierEnergy(nn.Module):
     """Log-likelihood up to a constant (batch,): a quadratic well, a level that depends on time, and the network."""
 
-    def __init__(self, width: int = 128, n_layers: int = 3, n_octaves: int = 7) -> None:
+    def __init__(self, width: int = 128, n_layers: int = 3, n_octaves: int = 7, fading: float = 1.0) -> None:
         super().__init__()
-        self.trunk, self.level = _Trunk(1, width, n_layers, n_octaves), nn.Linear(64, 1)
+        self.trunk, self.level = _Trunk(1, width, n_layers, n_octaves, fading), nn.Linear(64, 1)
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         x = x.flatten(1)
