@@ -47,7 +47,7 @@ def pareto_k(log_weights: np.ndarray) -> float:
 
 
 def tail_share(log_weights: np.ndarray) -> float:
-    """Share of the sum of weights (n,) that stands above the threshold of the tail that `pareto_k` is fitted to; nan where that is nan.
+    """Share of the sum of weights (n,) that stands above the threshold of the tail that `pareto_k` is fitted to; nan if they are too few.
 
     How heavy a tail is matters as far as it carries something: k knows no scale, and is as large for weights that are nearly equal.
     """

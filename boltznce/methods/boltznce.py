@@ -16,8 +16,9 @@ from boltznce.data.dataset import boltzmann_indices, mode_balanced_indices
 from boltznce.data.exact import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.evaluation import evaluate, report, summary
+from boltznce.methods.evaluation import evaluate, report
 from boltznce.methods.models import load_models, make_ebm, make_flow
+from boltznce.methods.report_parts import summary
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.symmetry import rotate_methyls
 

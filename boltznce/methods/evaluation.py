@@ -1,6 +1,5 @@
 """The last stages of a run with a flow and an EBM: fresh weighted samples, exact likelihoods of some of them, and the report."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from boltznce.analysis.free_energy import (
     stratum_log_weights,
 )
 from boltznce.analysis.metrics import likelihood_agreement
-from boltznce.analysis.report import summary_table, write_report
+from boltznce.analysis.report import write_report
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
@@ -37,7 +36,7 @@ from boltznce.methods.report_parts import (
 from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
 
-__all__ = ["evaluate", "report", "summary"]
+__all__ = ["evaluate", "report"]
 
 LOSSES = {
     "flow": {"loss": "flow loss"},
@@ -75,11 +74,6 @@ def report(work: Workspace) -> dict:
     results, figures = _results(work)
     write_report(work.folder.path, results, figures)
     return {}
-
-
-def summary(work: Workspace) -> str:
-    """The report's main numbers as a table for the terminal."""
-    return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
 # ---- likelihoods ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from boltznce.annealing import forward_kl
 from boltznce.data.dataset import boltzmann_indices
 from boltznce.data.simulate import force_evaluations
 from boltznce.methods import boltznce
+from boltznce.methods.report_parts import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
-from boltznce.methods.spline_report import evaluate, report, summary
+from boltznce.methods.spline_report import evaluate, report
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 

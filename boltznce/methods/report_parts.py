@@ -1,6 +1,7 @@
 """What the reports of all methods with a generator share: conformers left out, frames of the data, distances to them, learning curves."""
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from boltznce.analysis.free_energy import in_state
 from boltznce.analysis.metrics import energy_cut, energy_w2, energy_w2_floor, share_above
 from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.report import summary_table
 from boltznce.analysis.reweighting import WeightedSamples, effective_sample_size, normalized_weights
 from boltznce.data.dataset import Dataset, boltzmann_indices
-from boltznce.methods.views import PlaneView, TorsionView
+from boltznce.methods.views import View
+from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.systems.symmetry import is_trans
 
@@ -24,6 +27,7 @@ __all__ = [
     "learning_curves",
     "mode_weights",
     "resampled",
+    "summary",
     "wasserstein_distances",
 ]
 
@@ -44,14 +48,14 @@ def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray
     return ~np.any([np.zeros(n, dtype=bool), *excluded.values()], axis=0)
 
 
-def resampled(dataset: Dataset, view: TorsionView | PlaneView, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def resampled(dataset: Dataset, view: View, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Energies (n,) and points (n, 2) of frames, resampled to the Boltzmann distribution and in order of time."""
     index = np.sort(boltzmann_indices(dataset.log_weights, n, rng))
     return {"energy": dataset.energies[index], "points": view.points(dataset.positions[index])}
 
 
 def wasserstein_distances(
-    view: TorsionView | PlaneView, samples: WeightedSamples, data: Mapping[str, np.ndarray], n_points: int, seed: int
+    view: View, samples: WeightedSamples, data: Mapping[str, np.ndarray], n_points: int, seed: int
 ) -> tuple[dict[str, dict], dict]:
     """E-W2 and W2 of the view's points between samples and ``data`` (see `resampled`), and the shares of energies above E-W2's cut."""
     cut = energy_cut(data["energy"])
@@ -114,6 +118,11 @@ def learning_curves(folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> di
                 if points:
                     curves[f"{title}/{kind}"] = tuple(zip(*points, strict=True))
     return curves
+
+
+def summary(work: Workspace) -> str:
+    """The report's main numbers as a table for the terminal."""
+    return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
 def _energy_distance(energy: np.ndarray, data: np.ndarray, weights: np.ndarray | None, cut: float) -> float:

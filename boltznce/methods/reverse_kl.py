@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from boltznce.methods.report_parts import summary
 from boltznce.methods.spline_models import SplineModels
-from boltznce.methods.spline_report import evaluate, report, summary
+from boltznce.methods.spline_report import evaluate, report
 from boltznce.methods.tabg import train_hot
 from boltznce.systems.base import System
 

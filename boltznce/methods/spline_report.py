@@ -1,6 +1,5 @@
 """The last stages of a run with a spline flow (TA-BG and its baselines): weighted samples with exact likelihoods, and the report."""
 
-import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from boltznce.analysis import plotting
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
 from boltznce.analysis.metrics import held_out_likelihood, torsion_kl_of_halves
-from boltznce.analysis.report import summary_table, write_report
+from boltznce.analysis.report import write_report
 from boltznce.analysis.reweighting import WeightedSamples, normalized_weights
 from boltznce.data.dataset import Dataset
 from boltznce.methods.drawing import draw_to_folder
@@ -33,7 +32,7 @@ from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
-__all__ = ["evaluate", "report", "summary"]
+__all__ = ["evaluate", "report"]
 
 SPENT_ON = {"hot": "reverse KL", "annealing": "annealing", "data": "simulation of the training data"}
 LOSSES = {
@@ -63,11 +62,6 @@ def report(work: Workspace) -> dict:
     results = _results(work, found)
     write_report(work.folder.path, results, _figures(work, found), CAPTIONS)
     return {}
-
-
-def summary(work: Workspace) -> str:
-    """The report's main numbers as a table for the terminal."""
-    return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
 # ---- draws ------------------------------------------------------------------------------------------------------------

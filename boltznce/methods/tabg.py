@@ -18,8 +18,9 @@ from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
 from boltznce.methods.models import load_trained
+from boltznce.methods.report_parts import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow, weights_path
-from boltznce.methods.spline_report import evaluate, report, summary
+from boltznce.methods.spline_report import evaluate, report
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, fit

@@ -16,7 +16,21 @@ PointsAndWeights = tuple[np.ndarray, np.ndarray | None]
 
 
 class View(Protocol):
-    """Two coordinates of every sample: how far two sets are apart in them, and how they are drawn."""
+    """Two coordinates of every sample: how far two sets are apart in them, and how they are drawn.
+
+    Attributes:
+        data, figure, distance: what reports call the reference data, the figure and the distance.
+        highest: kT, of the profile's figure: above, samples are noise.
+        symbols: of named coordinates.
+        notes: sentences for the report.
+    """
+
+    data: str
+    figure: str
+    distance: str
+    highest: float
+    symbols: ClassVar[Mapping[str, str]]
+    notes: tuple[str, ...]
 
     def points(self, positions: np.ndarray) -> np.ndarray:
         """(n, 2) of positions (n, atoms, dim)."""
