@@ -41,11 +41,16 @@ ENERGY_CAP = 1e20
 COLLAPSED = 0.01  # relative ESS below which a stage is warned about
 
 
-def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0) -> list[tuple[float, float]]:
-    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold; at either end so many more at that temperature."""
-    if not hot > cold > 0 or n_steps < 1 or repeat_first < 0 or repeat_last < 0:
+def temperature_ladder(
+    hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0, repeat_between: int = 0
+) -> list[tuple[float, float]]:
+    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold.
+
+    So many more stages stay at the first temperature, at the last, and at each one between.
+    """
+    if not hot > cold > 0 or n_steps < 1 or min(repeat_first, repeat_between, repeat_last) < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
-    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps)]
+    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps) for _ in range(1 + repeat_between)]
     return list(itertools.pairwise([hot] * (1 + repeat_first) + between + [cold] * (1 + repeat_last)))
 
 

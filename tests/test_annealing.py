@@ -22,6 +22,7 @@ def test_published_ladder():
         assert (hot, cold) == pytest.approx(expected, abs=0.01)
     assert temperature_ladder(30, 1, 7)[-1] == (1, 1)
     assert temperature_ladder(4, 1, 2, repeat_last=0, repeat_first=2) == [(4, 4), (4, 4), (4, 2), (2, 1)]
+    assert temperature_ladder(4, 1, 2, repeat_between=1) == [(4, 2), (2, 2), (2, 1), (1, 1)]
     with pytest.raises(UserError, match="goes down"):
         temperature_ladder(300, 1200, 9)
 

@@ -42,6 +42,7 @@ CONFIG = {
         "temperature": 1.0,
         "n_steps": 2,
         "repeat_first": 0,
+        "repeat_between": 0,
         "repeat_last": 1,
         "n_draws": 900,
         "objective": "forward_kl",
@@ -318,6 +319,9 @@ def test_experiments_pin_the_published_setting(name, method, system):
         ladder = tabg.ladder(config)
         assert [round(cold, 2) for _, cold in ladder] == [1028.69, 881.84, 755.95, 648.04, 555.52, 476.22, 408.24, 349.96, 300.0, 300.0]
         assert config.annealing.fit.steps * config.annealing.batch_size == 30_000 * 2048
+    if name == "hexapeptide":
+        assert len(tabg.ladder(config)) == 18
+        assert [round(cold) for _, cold in tabg.ladder(config)[:4]] == [1029, 1029, 882, 882]
     if name == "gaussians40":
         assert [cold for _, cold in tabg.ladder(config)] == pytest.approx([18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0], abs=0.01)
 

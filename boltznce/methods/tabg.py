@@ -4,7 +4,6 @@ Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from boltznce.methods.spline_models import SplineModels, make_spline_flow, weigh
 from boltznce.methods.spline_report import evaluate, report
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
-from boltznce.training import FitSettings, Loss, fit
+from boltznce.training import Loss
 
 __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 
@@ -39,7 +38,8 @@ def train_hot(work: Workspace) -> dict:
         x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
         return reverse_kl(log_q, system.energy(x), section.drop_highest, section.energy_cut)
 
-    return _fit(work, "hot", make_spline_flow(work.config, work.system), loss, section)
+    fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
+    return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
 
 
 def anneal(work: Workspace) -> dict:
@@ -70,7 +70,7 @@ def anneal(work: Workspace) -> dict:
                 generator_of=lambda i, name=name: work.generator(f"{name} draws", i),
             )
             loss = OBJECTIVES[section.objective](drawn, section, work.numpy_generator(f"{name} resampling"), work.device)
-            fitted = _fit(work, name, flow, loss, section)
+            fitted = work.fit(name, flow, loss, section="annealing")
             with atomic_file(record_path) as path:
                 path.write_text(json.dumps(asdict(covered) | fitted, indent=1))
             forget_buffer(folder)
@@ -116,25 +116,10 @@ OBJECTIVES = {"forward_kl": _forward_kl_of, "log_variance": _log_variance_of}
 def ladder(config: DictConfig) -> list[tuple[float, float]]:
     """(drawn at, weighted to) of every step of the annealing."""
     section = config.annealing
-    return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, section.repeat_last, section.repeat_first)
+    repeats = section.repeat_last, section.repeat_first, section.repeat_between
+    return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, *repeats)
 
 
 def _trained(work: Workspace, name: str) -> SplineFlow:
     flow = make_spline_flow(work.config, work.system)
     return load_trained(flow, weights_path(work.folder.path, name)).to(work.device)
-
-
-def _fit(work: Workspace, name: str, flow: nn.Module, loss: Callable, section: DictConfig) -> dict:
-    """Train ``flow`` in place; returns what the run's record keeps of it."""
-    result = fit(
-        flow,
-        loss,
-        FitSettings(**section.fit),
-        work.folder.path,
-        fabric=work.fabric,
-        seed=work.config.seed,
-        name=name,
-        logger=work.logger,
-    )
-    spent = {"energy_evaluations": result.steps * section.batch_size} if name == "hot" else {}
-    return {"steps": result.steps, "skipped_steps": result.skipped_steps} | spent

@@ -69,12 +69,12 @@ class Workspace:
         """
         return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
-    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
-        """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
+    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, section: str | None = None) -> dict:
+        """Train ``module`` with the ``fit`` of the config's ``section`` (default ``name``); returns what the run's record keeps of it."""
         result = fit(
             module,
             loss,
-            FitSettings(**self.config[name].fit),
+            FitSettings(**self.config[section or name].fit),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,
