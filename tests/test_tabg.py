@@ -269,6 +269,15 @@ def test_a_run_in_the_plane(tmp_path):
     assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"plane", "temperatures", "ladder", "profile"}
 
 
+@pytest.mark.parametrize("method", ["forward_kl", "reverse_kl"])
+def test_baselines_in_the_plane(tmp_path, method):
+    small = "evaluation={n_samples: 400, n_reference: 400, n_bootstrap: 20, n_torus: 100}"
+    fits = ["hot.fit.steps=4", *(["flow.fit.steps=4"] if method == "forward_kl" else [])]
+    settings = [f"method={method}", "budget=smoke", "threads=1", f"data_dir={tmp_path}", *fits, small]
+    metrics = run_in(tmp_path / "run", ["system=gaussians8", *settings])
+    assert len(metrics["modes"]["exact"]) == 8
+
+
 def test_the_checkerboard_has_no_gradient_to_train_on(tmp_path):
     with pytest.raises(UserError, match="checkerboard has no gradient, which method=tabg needs"):
         run_in(tmp_path, ["system=checkerboard", "method=tabg", "budget=smoke", "threads=1"])
@@ -296,8 +305,12 @@ def test_every_budget_composes(budget):
         baseline = compose("train", ["system=aldp_amber96", f"method={method}", f"budget={budget}"])
         assert (baseline.method.name, baseline.budget) == (method, budget)
         assert OmegaConf.to_container(baseline.generator, resolve=True) == OmegaConf.to_container(config.generator, resolve=True)
-    spent = config.hot.fit.steps * config.hot.batch_size + config.annealing.n_draws * len(tabg.ladder(config))
-    assert baseline.hot.fit.steps * baseline.hot.batch_size == pytest.approx(spent, rel=0.02)
+        planar = compose("train", ["system=gaussians40", f"method={method}", f"budget={budget}"])
+        assert (planar.generator.model, planar.generator.box) == (plane.generator.model, plane.generator.box)
+    for annealed, direct in ((config, baseline), (plane, planar)):
+        spent = annealed.hot.fit.steps * annealed.hot.batch_size + annealed.annealing.n_draws * len(tabg.ladder(annealed))
+        assert direct.hot.fit.steps * direct.hot.batch_size == pytest.approx(spent, rel=0.02)
+        assert direct.hot.temperature == direct.system.temperature
 
 
 @pytest.mark.parametrize(

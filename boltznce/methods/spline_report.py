@@ -39,6 +39,10 @@ LOSSES = {
     "hot": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
     "flow": {"loss": "forward KL, -log q"},
 }
+ANNEALING_LOSSES = {  # column of the log, title
+    "forward_kl": ("loss", "annealing: forward KL, -log q"),
+    "log_variance": ("variance", "annealing: variance of log p - log q"),
+}
 CAPTIONS = {
     "ladder": "Effective sample size along the ladder: of each flow's draws weighted to the next temperature, and at their own.",
     "temperatures": "Free energy of the flow at each temperature of the ladder, not weighted; equal colours are equal densities.",
@@ -283,7 +287,7 @@ def _notes(work: Workspace, found: _Found) -> list[str]:
 def _figures(work: Workspace, found: _Found) -> dict[str, Figure]:
     system, samples, frames, view = found.system, found.samples, found.frames, view_of(found.system)
     figures = {"weights": plotting.plot_weights({"exact": found.drawn.log_weights})}
-    curves = learning_curves(work.folder.path, LOSSES)
+    curves = learning_curves(work.folder.path, LOSSES) | _annealing_curve(work)
     if curves:
         figures["learning_curves"] = plotting.plot_learning_curves(curves)
     if system.state is not None:
@@ -332,6 +336,19 @@ def _ladder(work: Workspace) -> Figure:
         if work.config.annealing.clip:
             sets[f"the same, top {work.config.annealing.clip:.2%} clipped"] = [np.nan, *(step["ess_clipped"] for step in steps)]
     return plotting.plot_ladder(list(flows.values()), sets, "K" if work.system.dim == 3 else "")
+
+
+def _annealing_curve(work: Workspace) -> dict[str, tuple[list[float], list[float]]]:
+    """Training loss of all stages of the annealing, one after another."""
+    objective = work.config.annealing.objective
+    joined, start = ([], []), 0
+    for number, step in enumerate(_ladder_steps(work)):
+        name = f"anneal_{number:02d}"
+        for steps, values in learning_curves(work.folder.path, {name: {ANNEALING_LOSSES[objective][0]: name}}).values():
+            joined[0].extend(start + at for at in steps)
+            joined[1].extend(values)
+        start += step["steps"]
+    return {f"{ANNEALING_LOSSES[objective][1]}/train": joined} if joined[0] else {}
 
 
 def _temperatures(work: Workspace, found: _Found) -> dict[str, Figure]:
