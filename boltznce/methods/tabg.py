@@ -7,13 +7,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, reverse_kl, temperature_ladder
+from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, reverse_kl, soften, temperature_ladder
 from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
@@ -43,36 +42,39 @@ def train_hot(work: Workspace) -> dict:
 
 
 def anneal(work: Workspace) -> dict:
-    """Down the ladder: each step draws from the flow so far, weights to the next temperature, and trains on the draws.
+    """Down the ladder: each stage draws from the flow so far, weights to the next temperature, and trains.
 
-    How is ``annealing.objective``: the paper's ``forward_kl`` on draws resampled by their clipped weights, or ``log_variance`` on the draws
-    as they are. A finished step is its weights, ``checkpoints/anneal_<k>.safetensors``, and its record, ``annealing/<k>.json``.
+    ``annealing.objective`` says on what: ``forward_kl``, the paper's, on those draws, resampled by their clipped weights; ``log_variance`` on
+    fresh draws in every step. A finished stage is its weights, ``checkpoints/anneal_<k>.safetensors``, and its record,
+    ``annealing/<k>.json``.
     """
-    section = work.config.annealing
+    section, temperatures = work.config.annealing, ladder(work.config)
     if section.objective not in OBJECTIVES:
         raise UserError(f"Unknown annealing.objective={section.objective}: choose one of {', '.join(OBJECTIVES)}.")
     flow, records = _trained(work, "hot"), []
-    for k, temperatures in enumerate(ladder(work.config)):
+    for k, (hot, cold) in enumerate(temperatures):
         folder, name = work.folder.path / "annealing" / f"{k:02d}", f"anneal_{k:02d}"
         record_path = folder.with_suffix(".json")
         if record_path.exists():
             flow = load_trained(flow, weights_path(work.folder.path, name))
         else:
-            cold = work.system.at_temperature(temperatures[1])
+            system = work.system.at_temperature(cold)
             drawn, covered = fill_buffer(
                 lambda n, generator, flow=flow: flow.sample(n, generator),
-                cold.energy,
+                system.energy,
                 folder,
-                temperatures=temperatures,
+                temperatures=(hot, cold),
                 n_draws=section.n_draws,
                 clip=section.clip,
                 batch_size=section.draw_batch_size,
                 generator_of=lambda i, name=name: work.generator(f"{name} draws", i),
             )
-            loss = OBJECTIVES[section.objective](drawn, section, work.numpy_generator(f"{name} resampling"), work.device)
-            fitted = work.fit(name, flow, loss, section="annealing")
+            loss, n_evaluations = OBJECTIVES[section.objective](work, system, drawn, name)
+            fitted = work.fit(name, flow, loss, section="annealing", lr=_stage_lr(section, k, len(temperatures)))
+            record = asdict(covered) | fitted
+            record["energy_evaluations"] += n_evaluations * fitted["steps"]
             with atomic_file(record_path) as path:
-                path.write_text(json.dumps(asdict(covered) | fitted, indent=1))
+                path.write_text(json.dumps(record, indent=1))
             forget_buffer(folder)
         records.append(json.loads(record_path.read_text()))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
@@ -87,30 +89,41 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
 STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate, "report": report}
 
 
-def _forward_kl_of(drawn: WeightedSamples, section: DictConfig, rng: np.random.Generator, device: torch.device) -> Loss:
-    """On ``n_buffer`` samples, drawn with replacement by the weights."""
-    data = torch.from_numpy(drawn.resample(section.n_buffer, rng).positions).to(device)
+# ---- objectives of a stage: (work, system, draws of the stage before, name) -> loss and energy evaluations a step -----
+
+
+def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
+    """On ``n_buffer`` of the draws, taken with replacement by their weights."""
+    section, rng = work.config.annealing, work.numpy_generator(f"{name} resampling")
+    data = torch.from_numpy(drawn.resample(section.n_buffer, rng).positions).to(work.device)
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(data), (section.batch_size,), generator=generator, device=device)
+        index = torch.randint(len(data), (section.batch_size,), generator=generator, device=work.device)
         return forward_kl(flow.log_prob(data[index]))
 
-    return loss
+    return loss, 0
 
 
-def _log_variance_of(drawn: WeightedSamples, section: DictConfig, rng: np.random.Generator, device: torch.device) -> Loss:
-    """On all draws of finite energy; their weights are not used."""
-    drawn = drawn[np.isfinite(drawn.log_weights)]
-    data, energies = torch.from_numpy(drawn.positions).to(device), torch.from_numpy(drawn.energy).to(device)
+def _log_variance_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
+    """On the flow's own draws in each step: on draws made before, it would move to where none of them are and nothing holds it."""
+    section = work.config.annealing
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(data), (section.batch_size,), generator=generator, device=device)
-        return log_variance(flow.log_prob(data[index]), energies[index], section.deviation, section.covering)
+        x, _ = flow.sample(section.batch_size, generator)
+        with torch.no_grad():
+            u = soften(system.energy(x))
+        return log_variance(flow.log_prob(x), u, section.deviation, section.covering)
 
-    return loss
+    return loss, section.batch_size
 
 
 OBJECTIVES = {"forward_kl": _forward_kl_of, "log_variance": _log_variance_of}
+
+
+def _stage_lr(section: DictConfig, k: int, n_stages: int) -> float:
+    """From ``fit.lr`` in the first stage to ``last_lr`` in the last one, in steps of one ratio."""
+    first = section.fit.lr
+    return first * ((section.last_lr or first) / first) ** (k / max(1, n_stages - 1))
 
 
 def ladder(config: DictConfig) -> list[tuple[float, float]]:

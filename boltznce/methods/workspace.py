@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,12 +70,17 @@ class Workspace:
         """
         return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
-    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, section: str | None = None) -> dict:
-        """Train ``module`` with the ``fit`` of the config's ``section`` (default ``name``); returns what the run's record keeps of it."""
+    def fit(
+        self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, section: str | None = None, **changes: Any
+    ) -> dict:
+        """Train ``module`` with the settings ``fit`` of the config's ``section`` (default ``name``), but for ``changes`` to them.
+
+        Returns what the run's record keeps of it.
+        """
         result = fit(
             module,
             loss,
-            FitSettings(**self.config[section or name].fit),
+            FitSettings(**{**self.config[section or name].fit, **changes}),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,
