@@ -44,9 +44,8 @@ def train_hot(work: Workspace) -> dict:
 def anneal(work: Workspace) -> dict:
     """Down the ladder: each stage draws from the flow so far, weights to the next temperature, and trains.
 
-    ``annealing.objective`` says on what: ``forward_kl``, the paper's, on those draws, resampled by their clipped weights; ``log_variance`` on
-    fresh draws in every step. A finished stage is its weights, ``checkpoints/anneal_<k>.safetensors``, and its record,
-    ``annealing/<k>.json``.
+    ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights; ``log_variance`` on
+    fresh draws in every step. A finished stage is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
     if section.objective not in OBJECTIVES:
