@@ -74,7 +74,8 @@ def fit_budget(overrides: Sequence[str]) -> list[str]:
     """Overrides of ``train`` with the budget that fits method and system: ``budget=cpu`` may become ``budget=plane/cpu``.
 
     A folder ``configs/budget/<method>`` has the budgets of a method, its ``plane`` those for systems in the plane; ``configs/budget``
-    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane. An experiment without a budget on the command line keeps its own.
+    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane. Where such a folder has one of the system's name, as
+    ``configs/budget/tabg/hexapeptide``, its files come first. An experiment without a budget on the command line keeps its own.
     """
     folder = _budget_folder(overrides)
     if folder is None:
@@ -84,9 +85,15 @@ def fit_budget(overrides: Sequence[str]) -> list[str]:
     for i, word in enumerate(words):
         key, _, names = word.partition("=")
         if key == "budget":
-            files = {name: config_dir() / "budget" / folder / f"{name}.yaml" for name in names.split(",")}
-            words[i] = "budget=" + ",".join(f"{folder}/{name}" if file.is_file() else name for name, file in files.items())
+            folders = [f"{folder}/{_chosen('system', overrides)}", folder]
+            words[i] = "budget=" + ",".join(_fitting(name, folders) for name in names.split(","))
     return words
+
+
+def _fitting(name: str, folders: Sequence[str]) -> str:
+    """The budget called ``name`` of the first folder that has one."""
+    fitting = (f"{folder}/{name}" for folder in folders if (config_dir() / "budget" / folder / f"{name}.yaml").is_file())
+    return next(fitting, name)
 
 
 def _budget_folder(overrides: Sequence[str]) -> str | None:

@@ -308,6 +308,11 @@ def test_every_budget_composes(budget):
         assert OmegaConf.to_container(baseline.generator, resolve=True) == OmegaConf.to_container(config.generator, resolve=True)
         planar = compose("train", ["system=gaussians40", f"method={method}", f"budget={budget}"])
         assert (planar.generator.model, planar.generator.box) == (plane.generator.model, plane.generator.box)
+    larger = [compose("train", [f"system={name}", "method=tabg", f"budget={budget}"]) for name in ("tetrapeptide", "hexapeptide")]
+    sizes = [part.annealing.fit.steps for part in (config, *larger)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0] > sizes[2]) == (budget in ("cpu", "long"))
+    assert {part.budget for part in larger} == {budget}
     for annealed, direct in ((config, baseline), (plane, planar)):
         section = annealed.annealing
         a_stage = section.n_draws + (section.fit.steps * section.batch_size if section.objective == "log_variance" else 0)
