@@ -29,7 +29,7 @@ def test_spline_rows_table_and_figure():
     assert [row["kind"] for row in rows] == ["sample + log q", "log q", "reverse KL, with gradient"]
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
     assert "| aldp | 60 | small | eager |" in spline_table(rows)
-    assert len(spline_figure(rows).axes) == 3
+    assert len(spline_figure(rows).axes) == 4
 
 
 def test_the_first_call_does_not_count():

@@ -1,4 +1,4 @@
-"""Microseconds a sample of the spline flow on a molecule's internal coordinates: draws, likelihoods and a step of reverse KL."""
+"""Microseconds a sample of the spline flow on a molecule's internal coordinates: draws, likelihoods and steps of training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from boltznce.analysis.plotting import plot_energy_cost
-from boltznce.annealing import reverse_kl
+from boltznce.annealing import log_variance, reverse_kl
 from boltznce.benchmarks.timing import time_call
 from boltznce.config import load_system
 from boltznce.flows.spline_flow import SplineFlow
@@ -18,7 +18,7 @@ from boltznce.systems.base import System
 
 __all__ = ["measure_spline", "spline_figure", "spline_table"]
 
-KINDS = ("sample + log q", "log q", "reverse KL, with gradient")
+KINDS = ("sample + log q", "log q", "step of reverse KL", "step of log-variance")
 
 
 def measure_spline(
@@ -45,10 +45,7 @@ def measure_spline(
             for label, settings in flows.items():
                 for mode in modes:
                     torch.manual_seed(seed)
-                    flow = SplineFlow(coordinates, **settings).to(device)
-                    if mode == "compiled":
-                        for coupling in flow.couplings:
-                            coupling.compile(dynamic=False)
+                    flow = SplineFlow(coordinates, **settings, compile=mode == "compiled").to(device)
                     for kind, call in _calls(flow, system, batch_size, torch.Generator(device).manual_seed(seed)).items():
                         case = {"molecule": name, "n_atoms": system.n_atoms, "flow": label, "backend": mode, "kind": kind}
                         rows.append(case | {"batch_size": batch_size} | time_call(call, min_seconds).per(batch_size))
@@ -63,12 +60,19 @@ def _calls(flow: SplineFlow, system: System, n: int, generator: torch.Generator)
         with torch.no_grad():
             flow.log_prob(x)
 
-    def step() -> None:
+    def reverse_kl_step() -> None:
         x, log_q = flow.sample_with_log_prob(n, generator)
         flow.zero_grad()
         reverse_kl(log_q, system.energy(x))["loss"].backward()
 
-    return dict(zip(KINDS, (lambda: flow.sample(n, generator, batch_size=n), likelihood, step), strict=True))
+    def log_variance_step() -> None:
+        x, _ = flow.sample(n, generator, batch_size=n)
+        with torch.no_grad():
+            u = system.energy(x)
+        flow.zero_grad()
+        log_variance(flow.log_prob(x), u)["loss"].backward()
+
+    return dict(zip(KINDS, (lambda: flow.sample(n, generator, batch_size=n), likelihood, reverse_kl_step, log_variance_step), strict=True))
 
 
 def spline_table(rows: Sequence[Mapping]) -> str:
