@@ -108,14 +108,19 @@ def plot_conformers(
 
 
 def plot_plane(
-    panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 100, highest: float = 8.0, zero_of: str | None = None
+    panels: Mapping[str, AnglesAndWeights],
+    box: Box,
+    n_bins: int = 100,
+    highest: float = 8.0,
+    zero_of: str | None = None,
+    axes_names: tuple[str, str] = ("x", "y"),
 ) -> Figure:
-    """Free energy -log p(x, y) in kT of samples in the plane; ``panels``: title -> (points (n, 2), log weights or None).
+    """Free energy -log p(x, y) in kT of samples in a plane; ``panels``: title -> (points (n, 2), log weights or None).
 
     The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
     """
     figure, axes = _plot_surfaces(panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of)
-    _label_grid(axes, "x", "y")
+    _label_grid(axes, *axes_names)
     return figure
 
 

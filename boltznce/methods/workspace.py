@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,12 +70,12 @@ class Workspace:
         """
         return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
-    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation) -> dict:
-        """Train ``module`` with the settings of the config's section ``name``; returns what the run's record keeps of it."""
+    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation, **settings: Any) -> dict:
+        """Train ``module`` with the settings of the config's section ``name``, some replaced; returns what the run's record keeps of it."""
         result = fit(
             module,
             loss,
-            FitSettings(**self.config[name].fit),
+            FitSettings(**{**self.config[name].fit, **settings}),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,

@@ -152,19 +152,7 @@ class DistanceVectorField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         time = self.time(t)
         linear = self.linear(time).split(2 * self.geometry.n_values, dim=-1)
-        shrink = self.shrink(time)
-        noise = t.reshape(-1, 1, 1)
-        total, hidden = torch.zeros_like(x), 0.0
-        for k, (inlet, blocks, outlet) in enumerate(zip(self.inlets, self.blocks, self.outlets, strict=True)):
-            estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (self.geometry.metric @ total) if k else x
-            mean, spread, steepness = self.geometry.statistics(t * 0.5**k)
-            values, parts = self.geometry.values(estimate)
-            z = soft_clip((values - mean) / spread)
-            hidden = blocks(hidden + inlet(z), time)
-            constant, slope = linear[k].chunk(2, dim=-1)
-            strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
-            total = total + self.geometry.along_gradients(strengths, parts, steepness)
-        return total
+        return rounds(self.geometry, x, t, time, self.shrink(time), self.inlets, self.blocks, self.outlets, linear)
 
 
 class DistanceEnergy(nn.Module):
@@ -197,6 +185,36 @@ class DistanceEnergy(nn.Module):
         n = self.geometry.n_values
         slope, stiffness, level = self.quadratic(time).split([n, n, 1], dim=-1)
         return (slope * z - 0.5 * stiffness * z.square()).sum(-1) + (self.mlp(z, time) + level).squeeze(-1)
+
+
+def rounds(
+    geometry: MolecularGeometry,
+    x: Tensor,
+    t: Tensor,
+    time: Tensor,
+    shrink: Tensor,
+    inlets: Sequence[Callable[[Tensor], Tensor]],
+    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    outlets: Sequence[Callable[[Tensor], Tensor]],
+    linear: Sequence[Tensor],
+) -> Tensor:
+    """The sum over rounds of `DistanceVectorField`: (batch, n, 3).
+
+    ``time`` (batch, N_TIME), ``shrink`` (batch, n_rounds); of each round, ``linear`` (batch, 2 n_values) are the coefficients a and b, and
+    an inlet maps (batch, n_values) to the hidden width, an outlet back.
+    """
+    noise = t.reshape(-1, 1, 1)
+    total, hidden = torch.zeros_like(x), 0.0
+    for k, (inlet, block, outlet) in enumerate(zip(inlets, blocks, outlets, strict=True)):
+        estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (geometry.metric @ total) if k else x
+        mean, spread, steepness = geometry.statistics(t * 0.5**k)
+        values, parts = geometry.values(estimate)
+        z = soft_clip((values - mean) / spread)
+        hidden = block(hidden + inlet(z), time)
+        constant, slope = linear[k].chunk(2, dim=-1)
+        strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
+        total = total + geometry.along_gradients(strengths, parts, steepness)
+    return total
 
 
 def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:
