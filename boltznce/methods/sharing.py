@@ -11,7 +11,7 @@ from boltznce.systems.molecular import MolecularSystem
 
 __all__ = ["SharedModel"]
 
-N_CONFORMERS = 4096  # rough ones, on which a molecule's model is calibrated
+N_CONFORMERS = 1024  # rough ones, on which a molecule's model is calibrated
 
 
 class SharedModel(nn.Module):

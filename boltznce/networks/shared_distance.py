@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from boltznce.networks.distance import N_TIME, MolecularGeometry, bonded_quadruples, rounds, soft_clip
-from boltznce.networks.mlp import ResidualBlocks, TimeEmbedding
+from boltznce.networks.mlp import ResidualBlocks, TimeEmbedding, standardize
 
 __all__ = ["SharedDistanceEnergy", "SharedDistanceVectorField", "bonds_between"]
 
 FAR = 8  # so many bonds apart and more are one class
+LARGEST = 3.0  # mean velocity beyond the best linear one, in units of the prior's spread: a molecule never seen must not be led away
 
 
 def bonds_between(bonds: Sequence[tuple[int, int]], n_atoms: int) -> Tensor:
@@ -64,7 +65,7 @@ class _Bound(nn.Module):
         super().__init__()
         quadruples = bonded_quadruples(bonds) if shared.chiral else ()
         self.shared = shared
-        self.geometry = MolecularGeometry(len(features), quadruples)
+        self.geometry = MolecularGeometry(len(features), quadruples, preconditioned=True)
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("separations", bonds_between(bonds, len(features)), persistent=False)
         self.register_buffer("quadruples", torch.as_tensor(quadruples, dtype=torch.long).reshape(-1, 4), persistent=False)
@@ -91,8 +92,8 @@ class _Bound(nn.Module):
         return self._make()
 
     def _make(self) -> tuple[Tensor, ...]:
-        embedded = self.shared.embedding(self.features, self.separations, self.quadruples)
-        return self.shared.make_weights(embedded)
+        embedded = standardize(self.shared.embedding(self.features, self.separations, self.quadruples))
+        return self.shared.make_weights(embedded, len(self.features))
 
 
 class SharedDistanceVectorField(nn.Module):
@@ -126,10 +127,13 @@ class SharedDistanceVectorField(nn.Module):
         """The vector field of one molecule: features (n, F) and pairs of bonded atoms."""
         return BoundVectorField(self, features, bonds)
 
-    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def make_weights(self, embedded: Tensor, n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width)."""
         scale = len(embedded) ** -0.5
-        return scale * self.into(embedded), self.out(embedded), self.linear(embedded)
+        # weights made by a layer: without 1 / width a step of Adam would change them width times as strongly as it changes a layer's;
+        # and n_values pulls add up on 3 n_atoms coordinates
+        made = 3 * n_atoms / len(embedded) / embedded.shape[1]
+        return scale * self.into(embedded), made * self.out(embedded), made * self.linear(embedded)
 
 
 class BoundVectorField(_Bound):
@@ -150,7 +154,7 @@ class BoundVectorField(_Bound):
             torch.cat([extended @ part.T for part in of_round.split(N_TIME + 1, dim=-1)], dim=-1)
             for of_round in linear.split(2 * (N_TIME + 1), dim=-1)
         ]
-        return rounds(self.geometry, x, t, time, shared.shrink(time), inlets, shared.blocks, outlets, coefficients)
+        return rounds(self.geometry, x, t, time, shared.shrink(time), inlets, shared.blocks, outlets, coefficients, LARGEST)
 
 
 class SharedDistanceEnergy(nn.Module):
@@ -177,9 +181,10 @@ class SharedDistanceEnergy(nn.Module):
         """The energy of one molecule: features (n, F) and pairs of bonded atoms."""
         return BoundEnergy(self, features, bonds)
 
-    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def make_weights(self, embedded: Tensor, n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width), and the molecule's own embedding."""
-        return len(embedded) ** -0.5 * self.into(embedded), self.quadratic(embedded), embedded.mean(dim=0)
+        made = 1 / embedded.shape[1]
+        return len(embedded) ** -0.5 * self.into(embedded), made * self.quadratic(embedded), made * embedded.mean(dim=0)
 
 
 class BoundEnergy(_Bound):
