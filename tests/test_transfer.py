@@ -13,7 +13,7 @@ from boltznce import UserError
 from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
-from boltznce.methods import find_method
+from boltznce.methods import find_method, sharing, transfer_report
 from boltznce.methods.finetune import start_finetuning
 from boltznce.methods.models import solver_settings
 from boltznce.methods.transfer import load_models, make_shared
@@ -21,7 +21,7 @@ from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
 from boltznce.systems.conformers import random_conformers
 
-N_FRAMES = 300
+N_FRAMES = 150
 TINY = [
     "budget=smoke",
     "threads=1",
@@ -46,6 +46,14 @@ TINY = [
     "evaluation.n_bootstrap=20",
     "evaluation.n_torus=30",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_conformers():
+    """Calibration on few rough conformers: the numbers of these runs mean nothing anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "N_CONFORMERS", 32)
+        yield
 
 
 def fake_data(folder, sequences, roles):
@@ -95,6 +103,12 @@ def accept_everything(patch):
     patch.setattr(BondGraph, "check", check)
 
 
+def draw_no_figures(patch):
+    """What the other test of a report looks at."""
+    patch.setattr(transfer_report, "_figures", lambda *_: {})
+    patch.setattr(transfer_report, "learning_curves", lambda *_: {})
+
+
 def test_the_stages_leave_a_report_of_the_unseen_peptide(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "boltznce_transfer"
@@ -120,35 +134,40 @@ def test_the_stages_leave_a_report_of_the_unseen_peptide(run):
 
 
 def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
+    """KS has residues of which the run saw none, and is nearly twice as large as what it saw."""
     accept_everything(monkeypatch)
-    folder = RunFolder.open(run)
-    method = find_method(folder.config.method.name)
-    models = method.load_models(run, folder.config, "KS", torch.device("cpu"))
-    same = load_models(run, folder.config, bz.load_system("KS"), torch.device("cpu"))
-    one, other = (m.draw(6, "exact", torch.Generator().manual_seed(0)) for m in (models, same))
-    torch.testing.assert_close(one.log_prob, other.log_prob)
-    system = bz.load_system("KS")
-    assert one.positions.shape[1:] == (system.n_atoms, 3)
-    assert one.log_prob.isfinite().all()
-    assert (system.chirality(one.positions) == 1).all()
-    assert one.counts["drawn"] == 6
-    # the likelihood is that of the rows that were kept
-    solver = solver_settings(folder.config.flow.solver)
-    x, log_q = models.flow.sample(6, torch.Generator().manual_seed(0), solver=solver, likelihood="exact")
+    finished, system = bz.load_run(run), bz.load_system("KS")
+    samples = finished.sample(2, "ebm", system="KS")
+    assert samples.positions.shape == (2, system.n_atoms, 3)
+    assert samples.topology == system.topology
+    assert np.isfinite(samples.log_prob).all()
+    assert np.abs(samples.positions).max() < 3  # nm: nothing has run away
+    again = finished.sample(2, "ebm", system=system)
+    np.testing.assert_array_equal(samples.positions, again.positions)
+    # an exact likelihood is that of the rows that are kept
+    models = load_models(run, finished.config, "KS", torch.device("cpu"))
+    batch = models.draw(8, "exact", torch.Generator().manual_seed(0))
+    assert batch.counts["drawn"] == 8
+    assert batch.log_prob.isfinite().all()
+    assert (system.chirality(batch.positions) == 1).all()
+    torch.testing.assert_close(batch.energy, system.energy(batch.positions).double())
+    solver = solver_settings(finished.config.flow.solver)
+    x, log_q = models.flow.sample(8, torch.Generator().manual_seed(0), solver=solver, likelihood="exact")
     kept = (system.chirality(x) > 0).all(dim=1)
-    torch.testing.assert_close(one.positions, x[kept])
-    torch.testing.assert_close(one.log_prob, log_q[kept])
-    assert models.draw(4, "ebm", torch.Generator().manual_seed(1)).log_prob.isfinite().all()
+    assert kept.any()
+    torch.testing.assert_close(batch.positions, x[kept])
+    torch.testing.assert_close(batch.log_prob, log_q[kept])
     with pytest.raises(UserError, match="many molecules: say which"):
-        bz.load_run(run).sample(2)
+        finished.sample(2)
     with pytest.raises(UserError, match="another force field or temperature"):
-        load_models(run, folder.config, bz.load_system("KS", temperature=300.0), torch.device("cpu"))
+        finished.sample(2, system=bz.load_system("KS", temperature=300.0))
     with pytest.raises(UserError, match="no amino acid"):
-        load_models(run, folder.config, "KZ", torch.device("cpu"))
+        finished.sample(2, system="KZ")
 
 
 def test_fine_tuning_to_one_peptide(run, monkeypatch):
     accept_everything(monkeypatch)
+    draw_no_figures(monkeypatch)
     words = {"finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}}, "samples": {"n_train": 24, "n_validation": 8}}
     folder = start_finetuning(run, "AA", OmegaConf.create(words))
     assert folder.path == run / "finetuned" / "AA"
@@ -210,14 +229,14 @@ def test_reordering_needs_atoms_that_are_equal_to_the_network(data, tmp_path):
 
 def test_tbg_has_exact_weights_and_no_ebm(data, tmp_path, monkeypatch):
     accept_everything(monkeypatch)
+    draw_no_figures(monkeypatch)
     config = config_of(data, "flow.network.n_rounds=1", method="tbg")
     train(RunFolder.create(tmp_path, config, config.system.name))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["peptides"]["AA"]["likelihood"] == "exact"
     assert len(bz.WeightedSamples.load(tmp_path / "peptides" / "AA" / "weighted")) == 8
-    models = load_models(tmp_path, config, "AA", torch.device("cpu"))
     with pytest.raises(UserError, match="this run has none"):
-        models.check("ebm")
+        bz.load_run(tmp_path).sample(2, "ebm", system="AA")
 
 
 @pytest.mark.parametrize("network", ["gvp", "egnn"])

@@ -35,9 +35,9 @@ class MolecularGeometry(nn.Module):
     The signed volume of (i, j, k, m) is a·(b×c) with a = x_j - x_i, b = x_k - x_j, c = x_m - x_k; it changes sign in a mirror.
     ``calibrate`` measures mean and spread on a grid of noise levels; between them they are interpolated.
 
-    Gradients are scaled to about one: a distance's is its connecting vector over the mean distance, and so on. With ``preconditioned``, what
-    they move atoms by, metric @ gradient, is about one spread of the prior: a far pair then pulls little and a bond, along which the prior is
-    narrow, much.
+    Gradients are scaled to about one: a distance's is its connecting vector over the mean distance, and so on. With ``preconditioned``,
+    what they move atoms by, metric @ gradient, is about one spread of the prior: a far pair then pulls little and a bond, along which the
+    prior is narrow, much.
     """
 
     N_LEVELS = 65
