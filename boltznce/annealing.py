@@ -1,6 +1,7 @@
 """From high temperature to low without data: reverse KL where nothing is separated, then draw, weight, clip, resample, retrain.
 
-For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. Energies are reduced, u = U / kT.
+For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. The draws can be trained on by the log-variance divergence
+(arXiv 2010.10436) in place of resampling and maximum likelihood. Energies are reduced, u = U / kT.
 """
 
 import itertools
@@ -18,15 +19,14 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.errors import UserError
-from boltznce.io import atomic_file, require_free_space
 
 __all__ = [
     "BufferRecord",
     "fill_buffer",
     "forget_buffer",
     "forward_kl",
+    "log_variance",
     "reverse_kl",
-    "reverse_kl_along_paths",
     "soften",
     "temperature_ladder",
 ]
@@ -41,11 +41,16 @@ ENERGY_CAP = 1e20
 COLLAPSED = 0.01  # relative ESS below which a stage is warned about
 
 
-def temperature_ladder(hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0) -> list[tuple[float, float]]:
-    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold; at either end so many more at that temperature."""
-    if not hot > cold > 0 or n_steps < 1 or repeat_first < 0 or repeat_last < 0:
+def temperature_ladder(
+    hot: float, cold: float, n_steps: int, repeat_last: int = 1, repeat_first: int = 0, repeat_between: int = 0
+) -> list[tuple[float, float]]:
+    """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold.
+
+    So many more stages stay at the first temperature, at the last, and at each one between.
+    """
+    if not hot > cold > 0 or n_steps < 1 or min(repeat_first, repeat_between, repeat_last) < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
-    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps)]
+    between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps) for _ in range(1 + repeat_between)]
     return list(itertools.pairwise([hot] * (1 + repeat_first) + between + [cold] * (1 + repeat_last)))
 
 
@@ -67,33 +72,31 @@ def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0, cut: float = ENE
     return {"loss": (log_q + u).mean(), "log_q": log_q.mean().detach(), "energy": u.mean().detach()}
 
 
-def reverse_kl_along_paths(
-    x: Tensor, log_prob: Callable[[Tensor], Tensor], energy: Energy, clip: float, cut: float = ENERGY_CUT
-) -> dict[str, Tensor]:
-    """The loss of `reverse_kl`, whose gradient goes through the draws x (n, atoms, dim) alone (Roeder et al. 2017, arXiv 1703.09194).
-
-    Left out is the derivative of log q at fixed x, which is zero on average and nearly all of a good generator's noise: Adam makes large
-    steps of that noise in every direction that the loss hardly feels. A draw's pull on x, the gradient of log q + u, is shortened to
-    ``clip`` times the batch's median; one that is not finite is left out.
-    """
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
-        log_q, u = log_prob(leaf), soften(energy(leaf).double(), cut)
-        (pull,) = torch.autograd.grad((log_q + u).sum(), leaf)
-    size = pull.flatten(1).norm(dim=1)
-    fine = size.isfinite() & log_q.isfinite()
-    largest = clip * torch.where(fine, size, math.inf).median()
-    shortened = torch.where(fine, torch.where(size > largest, largest / size, 1.0), 0.0)
-    pull = torch.where(fine[:, None, None], pull, 0.0) * shortened[:, None, None].to(pull)
-    log_q, u = torch.where(fine, log_q, 0.0).mean().detach(), torch.where(fine, u, 0.0).mean().detach()
-    through = (x * pull).sum() / len(x)
-    return {"loss": log_q + u + through - through.detach(), "log_q": log_q, "energy": u, "shortened": (shortened < 1).float().mean()}
-
-
 def forward_kl(log_q: Tensor) -> dict[str, Tensor]:
     """The loss -E[log q] over the data inside the generator's domain, and the share of them outside, where log q is -inf."""
     inside = log_q.isfinite()
     return {"loss": -torch.where(inside, log_q, 0.0).sum() / inside.sum(), "outside": 1 - inside.float().mean()}
+
+
+def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0) -> dict[str, Tensor]:
+    """The loss whose gradient makes d = log p - log q the same for all points (n,), wherever these come from.
+
+    Its gradient is -mean(φ ∇ log q), with φ(d) = d + ``covering`` (exp(d) - 1) less its mean, d counted from the median and cut at
+    ±``clip``: for ``covering=0`` half that of the log-variance divergence (Richter et al. 2020, arXiv 2010.10436), with Huber's cut
+    against points of extreme energy. What q has too little of counts more the larger ``covering``. It needs no derivative of the
+    energy, and no weights, and it is free of noise where q is right: reverse KL's is as rough as the energy, forward KL's never ends.
+
+    Points outside the generator's domain, where log q is -inf, are left out. Also returned: the variance of the cut d.
+    """
+    inside = log_q.isfinite()
+    share = inside.double() / inside.sum()
+    log_q = torch.where(inside, log_q, 0.0)
+    d = -u.double() - log_q.detach()
+    d = (d - torch.where(inside, d, math.nan).nanmedian()).clamp(-clip, clip)
+    pull = share * (d + covering * torch.expm1(d))
+    pull = pull - share * pull.sum()
+    variance = (share * d.square()).sum() - (share * d).sum().square()
+    return {"loss": -(pull * log_q).sum(), "variance": variance, "outside": 1 - inside.float().mean()}
 
 
 @dataclass(frozen=True)
@@ -117,21 +120,19 @@ def fill_buffer(
     *,
     temperatures: tuple[float, float],
     n_draws: int,
-    n_buffer: int,
     clip: float,
     batch_size: int,
     generator_of: Callable[[int], torch.Generator],
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, BufferRecord]:
-    """Draw, weight by exp(-u - log q) at the next temperature, clip the top share ``clip`` of the weights, resample with replacement.
+) -> tuple[WeightedSamples, BufferRecord]:
+    """Draw, weight by exp(-u - log q) at the next temperature, clip the top share ``clip`` of the weights.
 
-    Returns positions (n_buffer, atoms, dim), memory-mapped from ``folder``, and the record. Draws are on disk batch by batch (batch k takes
+    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by batch (batch k takes
     its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished one is loaded.
 
     Warns if the effective sample size has collapsed, with what to do.
     """
     folder = Path(folder)
-    drawn = _draw_weighted(draw, energy, folder.with_name(f"{folder.name}-draws"), n_draws, batch_size, generator_of)
+    drawn = _draw_weighted(draw, energy, folder, n_draws, batch_size, generator_of)
     clipped = drawn.clip(clip)
     record = BufferRecord(
         *temperatures,
@@ -149,19 +150,12 @@ def fill_buffer(
             *temperatures,
             100 * record.ess_clipped,
         )
-    path = folder / "positions.npy"
-    if not path.exists():
-        require_free_space(folder, 4 * n_buffer * int(np.prod(drawn.positions.shape[1:])))
-        positions = clipped.resample(n_buffer, rng).positions
-        with atomic_file(path) as temporary, open(temporary, "wb") as handle:
-            np.save(handle, positions)
-    return np.load(path, mmap_mode="r"), record
+    return clipped, record
 
 
 def forget_buffer(folder: Path) -> None:
     """Delete what `fill_buffer` left on disk."""
-    for path in (Path(folder), Path(folder).with_name(f"{Path(folder).name}-draws")):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.no_grad()

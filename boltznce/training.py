@@ -22,7 +22,7 @@ from boltznce.checkpoint import Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
 
-__all__ = ["FitResult", "FitSettings", "WeightAverage", "fit", "learning_rate", "step_generator"]
+__all__ = ["FitResult", "FitSettings", "Loss", "WeightAverage", "fit", "learning_rate", "step_generator"]
 
 SCHEDULES = ("constant", "cosine", "plateau")
 PLATEAU_THRESHOLD = 1e-4  # relative improvement that counts, the default of torch's ReduceLROnPlateau

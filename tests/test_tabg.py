@@ -37,14 +37,18 @@ CONFIG = {
         "coordinates": {"temperature": 1200.0, "fix_chirality": True, "fix_methyls": True},
         "model": {"n_pairs": 1, "width": 16, "depth": 1, "prior_std": 0.2},
     },
-    "hot": {"temperature": 4.0, "batch_size": 64, "gradient": "path", "drop_highest": 2, "path_clip": 4.0, "energy_cut": 1e8, "fit": FIT},
+    "hot": {"temperature": 4.0, "batch_size": 64, "drop_highest": 2, "energy_cut": 1e8, "fit": FIT},
     "annealing": {
         "temperature": 1.0,
         "n_steps": 2,
         "repeat_first": 0,
+        "repeat_between": 0,
         "repeat_last": 1,
         "n_draws": 900,
+        "objective": "forward_kl",
         "n_buffer": 400,
+        "deviation": 3.0,
+        "covering": 0.3,
         "clip": 1e-3,
         "draw_batch_size": 200,
         "batch_size": 64,
@@ -76,7 +80,9 @@ def work_in(path, system):
     return work
 
 
-def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["forward_kl", "log_variance"])
+def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch, objective):
+    monkeypatch.setitem(CONFIG["annealing"], "objective", objective)
     whole = work_in(tmp_path / "whole", DoubleWell())
     hot = tabg.train_hot(whole)
     assert hot["energy_evaluations"] == 20 * 64
@@ -89,15 +95,15 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch):
 
     killed = work_in(tmp_path / "killed", DoubleWell())
     tabg.train_hot(killed)
-    forward_kl, calls = tabg.forward_kl, []
+    loss, calls = getattr(tabg, objective), []
 
-    def failing(log_q):
+    def failing(*arguments):
         calls.append(1)
         if len(calls) == 33:  # in the second stage, between two checkpoints
             raise KeyboardInterrupt
-        return forward_kl(log_q)
+        return loss(*arguments)
 
-    monkeypatch.setattr(tabg, "forward_kl", failing)
+    monkeypatch.setattr(tabg, objective, failing)
     with pytest.raises(KeyboardInterrupt):
         tabg.anneal(killed)
     again = work_in(tmp_path / "killed", DoubleWell())
@@ -313,15 +319,18 @@ def test_experiments_pin_the_published_setting(name, method, system):
         ladder = tabg.ladder(config)
         assert [round(cold, 2) for _, cold in ladder] == [1028.69, 881.84, 755.95, 648.04, 555.52, 476.22, 408.24, 349.96, 300.0, 300.0]
         assert config.annealing.fit.steps * config.annealing.batch_size == 30_000 * 2048
+    if name == "hexapeptide":
+        assert len(tabg.ladder(config)) == 18
+        assert [round(cold) for _, cold in tabg.ladder(config)[:4]] == [1029, 1029, 882, 882]
     if name == "gaussians40":
         assert [cold for _, cold in tabg.ladder(config)] == pytest.approx([18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0], abs=0.01)
 
 
-def test_unknown_gradient(tmp_path):
+def test_unknown_objective(tmp_path):
     work = work_in(tmp_path, DoubleWell())
-    work.config.hot.gradient = "score"
-    with pytest.raises(UserError, match=r"hot.gradient=score.*total, path"):
-        tabg.train_hot(work)
+    work.config.annealing.objective = "score"
+    with pytest.raises(UserError, match=r"annealing.objective=score.*forward_kl, log_variance"):
+        tabg.anneal(work)
 
 
 def test_generator_of_a_molecule_and_of_a_plane():

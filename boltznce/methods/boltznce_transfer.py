@@ -3,8 +3,9 @@
 Stages: data -> flow -> samples -> ebm -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
 """
 
+from boltznce.methods.report_parts import summary
 from boltznce.methods.transfer import draw_training_samples, load_models, make_data, train_ebm, train_flow
-from boltznce.methods.transfer_report import evaluate, report, summary
+from boltznce.methods.transfer_report import evaluate, report
 
 __all__ = ["STAGES", "load_models", "summary"]
 

@@ -18,8 +18,9 @@ from boltznce.io import atomic_file
 from boltznce.methods import transfer
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.frames import drawn_samples, minibatch
+from boltznce.methods.report_parts import summary
 from boltznce.methods.transfer import TransferModels, ebm_losses, load_shared, peptide_frames, shared_models
-from boltznce.methods.transfer_report import evaluate_peptide, summary, write_peptide_report
+from boltznce.methods.transfer_report import evaluate_peptide, write_peptide_report
 from boltznce.methods.workspace import Workspace
 from boltznce.run_folder import RunFolder
 from boltznce.systems.family import PeptideFamily

@@ -1,6 +1,5 @@
 """The last stages of a run for many molecules: weighted draws for every test peptide, which it has never seen, and one report of all."""
 
-import json
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from boltznce.analysis import plotting
 from boltznce.analysis.convergence import frames_for_error
 from boltznce.analysis.free_energy import choose_subset, free_energy_difference, free_energy_profile, in_state, stratum_log_weights
 from boltznce.analysis.metrics import SampledDistance, likelihood_agreement
-from boltznce.analysis.report import summary_table, write_report
+from boltznce.analysis.report import write_report
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.tica import tica_projection
 from boltznce.data.dataset import Dataset
@@ -36,7 +35,7 @@ from boltznce.methods.views import TorsionView
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.molecular import MolecularSystem
 
-__all__ = ["evaluate", "evaluate_peptide", "peptide_results", "report", "summary", "write_peptide_report"]
+__all__ = ["evaluate", "evaluate_peptide", "peptide_results", "report", "write_peptide_report"]
 
 HIGHEST_FREE_ENERGY = 25.0  # kT, of a profile's figure
 MD_BLOCKS = 20  # of time, for the error of the simulation's own ΔF
@@ -96,11 +95,6 @@ def write_peptide_report(work: Workspace, member: MolecularSystem, md: Dataset, 
     results["peptides"] = earlier | results["peptides"]
     del results["average"]
     write_report(work.folder.path, results, figures, _captions(work, figures))
-
-
-def summary(work: Workspace) -> str:
-    """The report's main numbers as a table for the terminal."""
-    return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
 def peptide_results(

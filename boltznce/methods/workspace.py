@@ -70,12 +70,23 @@ class Workspace:
         """
         return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
-    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation, **settings: Any) -> dict:
-        """Train ``module`` with the settings of the config's section ``name``, some replaced; returns what the run's record keeps of it."""
+    def fit(
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Loss,
+        validate: Validation | None = None,
+        section: str | None = None,
+        **settings: Any,
+    ) -> dict:
+        """Train ``module``; returns what the run's record keeps of it.
+
+        Its settings are the ``fit`` of the config's ``section`` (default ``name``), with those of ``settings`` in their place.
+        """
         result = fit(
             module,
             loss,
-            FitSettings(**{**self.config[name].fit, **settings}),
+            FitSettings(**{**self.config[section or name].fit, **settings}),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,
