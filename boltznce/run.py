@@ -71,6 +71,21 @@ class Run:
         """What the run samples, at its temperature."""
         return self._work.system
 
+    def system_of(self, system: System | str | None = None) -> System:
+        """The run's own system; of a run for many molecules the one that ``system`` names, seen in training or not.
+
+        Raises UserError where it has to be named and is not, and for a system that the run is not for.
+        """
+        if getattr(self.system, "many", False):
+            return self.system.choose(system)
+        if system is not None:
+            name = system if isinstance(system, str) else system.name
+            raise UserError(
+                f"{self.path} is a run of {self.system.name} alone, not of {name}: leave system= out, "
+                "or choose a run of many molecules (system=dipeptides)."
+            )
+        return self.system
+
     @property
     def models(self) -> Models:
         """The trained models as far as the run has come, for BoltzNCE ``models.flow`` and ``models.ebm``. Raises UserError before any."""
@@ -109,7 +124,10 @@ class Run:
 
         Raises UserError where the run has no generator, no likelihood of that kind, or not yet, and for a system that it is not for.
         """
-        models = self.models if system is None else self._models_of(system)
+        if system is None:
+            models = self.models
+        else:
+            models = find_method(self.config.method.name).load_models(self.path, self.config, self.system_of(system), self._work.device)
         likelihood = choose_likelihood(models, likelihood)
         settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
 
@@ -121,16 +139,6 @@ class Run:
         batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
         arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
         return WeightedSamples(*arrays, topology=getattr(models.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
-
-    def _models_of(self, system: System | str) -> Models:
-        """The models of one system of a run for many."""
-        if not getattr(self.system, "many", False):
-            name = system if isinstance(system, str) else system.name
-            raise UserError(
-                f"{self.path} is a run of {self.system.name} alone and cannot draw {name}: leave system= out, "
-                "or choose a run of many molecules (system=dipeptides)."
-            )
-        return find_method(self.config.method.name).load_models(self.path, self.config, system, self._work.device)
 
 
 def load_run(path: Path | str, device: str = "auto") -> Run:

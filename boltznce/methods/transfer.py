@@ -142,13 +142,9 @@ def load_models(folder: Path, config: DictConfig, system: PeptideFamily | Molecu
     Raises UserError if there is no flow yet, for a system that is no member of the family, and for the family itself, which is more than
     one can draw from.
     """
-    family = system if isinstance(system, PeptideFamily) else build(config.system)
-    if system is family:
-        raise UserError(f"This run is of many molecules: say which one to draw, for example system={family.all_sequences[-1]}.")
-    name = system if isinstance(system, str) else system.name
-    member = family.member(name)
-    if not isinstance(system, str) and (system.identity, system.temperature) != (member.identity, member.temperature):
-        raise UserError(f"{name} has another force field or temperature than the peptides of this run: give its sequence alone.")
+    of_many = isinstance(system, PeptideFamily)
+    family = system if of_many else build(config.system)
+    member = family.choose(None if of_many else system)
     return SharedModels.load(folder, config, family, device).of(member)
 
 

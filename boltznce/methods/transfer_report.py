@@ -109,7 +109,7 @@ def peptide_results(
     bootstrap = {"n_bootstrap": section.n_bootstrap, "seed": work.config.seed}
     md = md.take(allowed_conformers(excluded_conformers(member, md.positions), len(md)))
     md_phi = member.dihedral(np.array(md.positions), name)
-    md_difference = free_energy_difference(md_phi, None, state, n_blocks=min(MD_BLOCKS, len(md_phi) // 2), **bootstrap)
+    md_difference = free_energy_difference(md_phi, None, state, n_blocks=_md_blocks(md_phi), **bootstrap)
     weighted = free_energy_difference(phi, samples.log_weights, state, **bootstrap)
 
     data = resampled(md, view, min(MD_POINTS, len(md)), work.numpy_generator(f"held out {member.name}"))
@@ -129,7 +129,7 @@ def peptide_results(
             "weighted": weighted,
             "unweighted": free_energy_difference(phi, None, state, **bootstrap),
         },
-        "error": weighted.value - md_difference.value,
+        "error": _error(weighted.value, md_difference.value),
         "distances": distances,
         "energy_cut": above_cut,
         "seconds_per_sample": seconds_per_sample,
@@ -149,6 +149,16 @@ def peptide_results(
 def _conformers(member: MolecularSystem, samples: WeightedSamples) -> WeightedSamples:
     """Those that figures are conditional on: peptide bonds trans (the chirality has been mended)."""
     return samples[allowed_conformers(excluded_conformers(member, samples.positions), len(samples))]
+
+
+def _md_blocks(md_phi: np.ndarray) -> int:
+    """Blocks of the bootstrap over a simulation, whose frames are no independent draws."""
+    return min(MD_BLOCKS, len(md_phi) // 2)
+
+
+def _error(value: float, reference: float) -> float:
+    """NaN where one of them is infinite: a side that was not visited."""
+    return value - reference if np.isfinite([value, reference]).all() else float("nan")
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
@@ -271,7 +281,7 @@ def _figures(
         ),
         "profile": plotting.plot_profiles(
             {
-                "MD": free_energy_profile(md_phi, None, 72),
+                "MD": free_energy_profile(md_phi, None, 72, n_blocks=_md_blocks(md_phi)),
                 "flow, unweighted": free_energy_profile(phi, None, 72),
                 "flow, weighted": free_energy_profile(phi, samples.log_weights, 72),
             },

@@ -81,6 +81,20 @@ class PeptideFamily:
             self._members[sequence] = MolecularSystem(sequence, sequence, encoding=self.encoding, n_places=self.n_places, **self.settings)
         return self._members[sequence]
 
+    def choose(self, system: MolecularSystem | str | None) -> MolecularSystem:
+        """A peptide, listed or not, by its sequence or as `load_system` makes it.
+
+        Raises UserError for None, and for a system of another force field or temperature than the family's.
+        """
+        if system is None:
+            raise UserError(f"This run is of many molecules: say which one is meant, for example system={self.all_sequences[-1]}.")
+        if isinstance(system, str):
+            return self.member(system)
+        member = self.member(system.name)
+        if (system.identity, system.temperature) != (member.identity, member.temperature):
+            raise UserError(f"{system.name} has another force field or temperature than the peptides of this run: give its sequence alone.")
+        return member
+
     def members(self, role: str) -> list[MolecularSystem]:
         """The peptides of a role, in the order of their list."""
         return [self.member(sequence) for sequence in self.sequences[role]]
