@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from boltznce import UserError, load_system
+from boltznce.data import many
+from boltznce.data.engine import run_job
 from boltznce.data.many import is_complete, load_many, simulate_many
 from boltznce.systems.family import PeptideFamily
 
@@ -17,11 +20,11 @@ PHYSICS = {
 }
 LISTS = {"tiny": {"train": ["AG", "GA"], "test": ["AA"]}}
 SHORT = {
-    "duration": 0.4,
+    "duration": 0.1,
     "n_repeats": 1,
     "frame_interval": 0.02,
     "exchange_interval": 0.02,
-    "segment_length": 0.2,
+    "segment_length": 0.1,
     "equilibration": 0.02,
     "n_replicas": 2,
     "n_ladders": 2,
@@ -81,15 +84,25 @@ def test_bad_lists_are_one_sentence(settings, message):
         family(**settings)
 
 
-def test_data_of_many(tmp_path):
+def run_here(plans, *_):
+    """`run_plans` without processes of their own, whose start takes far longer than these simulations; those are tested in test_simulate."""
+    for each in plans:
+        for path in each.job_folders:
+            run_job(path, lambda: None)
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_data_of_many(tmp_path, monkeypatch, processes):
+    if not processes:
+        monkeypatch.setattr(many, "run_plans", run_here)
     peptides = family()
     folder = tmp_path / "data"
     assert not is_complete(peptides, folder)
     with pytest.raises(UserError, match="no datasets"):
         load_many(peptides, folder)
-    made = simulate_many(peptides, folder, engine="torch", test={"duration": 0.6}, **SHORT)
+    made = simulate_many(peptides, folder, engine="torch", test={"duration": 0.2}, **SHORT)
     assert list(made) == ["AG", "GA", "AA"]
-    assert [len(data) for data in made.values()] == [40, 40, 60]
+    assert [len(data) for data in made.values()] == [10, 10, 20]
     for sequence, data in made.items():
         member = peptides.member(sequence)
         assert np.allclose(member.energy(np_to(data.positions)).numpy(), data.energies, atol=1e-3)
@@ -104,7 +117,7 @@ def test_data_of_many(tmp_path):
 
     # a second call makes nothing anew; another force field or a changed dataset is noticed
     before = (folder / "AG" / "meta.yaml").stat().st_mtime_ns
-    simulate_many(peptides, folder, engine="torch", test={"duration": 0.6}, **SHORT)
+    simulate_many(peptides, folder, engine="torch", test={"duration": 0.2}, **SHORT)
     assert (folder / "AG" / "meta.yaml").stat().st_mtime_ns == before
     other = family(forcefield=["amber14-all.xml", "implicit/obc2.xml"])
     with pytest.raises(UserError, match="another system or force field"):
@@ -117,6 +130,4 @@ def test_data_of_many(tmp_path):
 
 
 def np_to(positions):
-    import torch
-
     return torch.from_numpy(np.array(positions)).double()
