@@ -90,7 +90,9 @@ def peptide(ours, simulation, **distances):
 def test_peptides_say_in_words_what_is_not_known(tmp_path):
     generator = np.random.default_rng(0)
     angle = generator.uniform(-np.pi, np.pi, size=2000)
-    fine, few, none = (free_energy_difference(a, n_bootstrap=50) for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0)))
+    fine, few, none = (
+        free_energy_difference(a, n_bootstrap=50) for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
+    )
     peptides = {
         "AC": peptide(fine, fine),
         "CA": peptide(few, fine),

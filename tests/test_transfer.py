@@ -1,5 +1,6 @@
 """Many molecules, one model: a tiny run of BoltzNCE for dipeptides, its report, and a peptide that it has never seen."""
 
+import importlib
 import json
 
 import numpy as np
@@ -21,28 +22,30 @@ from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
 from boltznce.systems.conformers import random_conformers
 
-N_FRAMES = 150
+N_FRAMES = 60
 TINY = [
     "budget=smoke",
     "threads=1",
-    "flow.fit.steps=6",
-    "flow.fit.validate_every=3",
+    "flow.fit.steps=4",
+    "flow.fit.validate_every=2",
     "flow.network.width=16",
     "flow.network.embedding_width=8",
-    "flow.solver.steps=3",
+    "flow.solver.steps=2",
     "flow.n_train=200",
-    "flow.n_validation=16",
+    "flow.n_validation=8",
     "flow.batch_size=16",
-    "samples.n_train=24",
-    "samples.n_validation=8",
-    "samples.batch_size=32",
+    "samples.n_train=16",
+    "samples.n_validation=4",
+    "samples.batch_size=16",
     "ebm.network.width=16",
     "ebm.network.embedding_width=8",
-    "ebm.fit.steps=4",
+    "ebm.fit.steps=2",
     "ebm.fit.validate_every=2",
     "ebm.batch_size=16",
     "evaluation.n_samples=40",
-    "evaluation.n_exact=8",
+    "evaluation.n_exact=4",
+    "evaluation.batch_size=32",
+    "evaluation.exact_batch_size=4",
     "evaluation.n_bootstrap=20",
     "evaluation.n_torus=30",
 ]
@@ -137,12 +140,12 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
     """KS has residues of which the run saw none, and is nearly twice as large as what it saw."""
     accept_everything(monkeypatch)
     finished, system = bz.load_run(run), bz.load_system("KS")
-    samples = finished.sample(2, "ebm", system="KS")
+    samples = finished.sample(2, "ebm", system="KS", batch_size=8)
     assert samples.positions.shape == (2, system.n_atoms, 3)
     assert samples.topology == system.topology
     assert np.isfinite(samples.log_prob).all()
     assert np.abs(samples.positions).max() < 3  # nm: nothing has run away
-    again = finished.sample(2, "ebm", system=system)
+    again = finished.sample(2, "ebm", system=system, batch_size=8)
     np.testing.assert_array_equal(samples.positions, again.positions)
     # an exact likelihood is that of the rows that are kept
     models = load_models(run, finished.config, "KS", torch.device("cpu"))
@@ -159,16 +162,38 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
     torch.testing.assert_close(batch.log_prob, log_q[kept])
     with pytest.raises(UserError, match="many molecules: say which"):
         finished.sample(2)
+    with pytest.raises(UserError, match="many molecules: say which"):
+        finished.system_of()
     with pytest.raises(UserError, match="another force field or temperature"):
         finished.sample(2, system=bz.load_system("KS", temperature=300.0))
     with pytest.raises(UserError, match="no amino acid"):
         finished.sample(2, system="KZ")
 
 
+def test_a_run_of_one_system_draws_no_other(tmp_path):
+    config = compose("train", ["system=gaussians8", "budget=smoke"])
+    RunFolder.create(tmp_path, config, config.system.name)
+    for ask in (bz.load_run(tmp_path).system_of, lambda system: bz.load_run(tmp_path).sample(2, system=system)):
+        with pytest.raises(UserError, match="is a run of gaussians8 alone, not of KS: leave system= out"):
+            ask("KS")
+
+
+def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
+    """``scripts/free_energy.py``: of a run for many it has to be told which; then it takes the samples of the report."""
+    script = importlib.import_module("scripts.free_energy").main
+    words = [f"run={run}", f"output={tmp_path}", "n_bootstrap=20", "device=cpu"]
+    with pytest.raises(UserError, match="say which one is meant, for example system=AA"):
+        script(compose("free_energy", words))
+    script(compose("free_energy", [*words, "system=AA"]))
+    assert json.loads((tmp_path / "metrics.json").read_text())["ess"]["weights"]["n"] == 40
+    with pytest.raises(UserError, match="holds no weighted samples"):
+        script(compose("free_energy", [*words, "system=KS"]))
+
+
 def test_fine_tuning_to_one_peptide(run, monkeypatch):
     accept_everything(monkeypatch)
     draw_no_figures(monkeypatch)
-    words = {"finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}}, "samples": {"n_train": 24, "n_validation": 8}}
+    words = {"finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}}, "samples": {"n_train": 16, "n_validation": 4}}
     folder = start_finetuning(run, "AA", OmegaConf.create(words))
     assert folder.path == run / "finetuned" / "AA"
     train(folder)
@@ -234,7 +259,7 @@ def test_tbg_has_exact_weights_and_no_ebm(data, tmp_path, monkeypatch):
     train(RunFolder.create(tmp_path, config, config.system.name))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["peptides"]["AA"]["likelihood"] == "exact"
-    assert len(bz.WeightedSamples.load(tmp_path / "peptides" / "AA" / "weighted")) == 8
+    assert len(bz.WeightedSamples.load(tmp_path / "peptides" / "AA" / "weighted")) == 4
     with pytest.raises(UserError, match="this run has none"):
         bz.load_run(tmp_path).sample(2, "ebm", system="AA")
 
@@ -261,7 +286,7 @@ def test_padded_batches_train_the_published_networks(data, tmp_path, network):
     )
     work = workspace(config, tmp_path)
     record = find_method("tbg").STAGES["flow"](work)
-    assert record["steps"] == 6
+    assert record["steps"] == 4
     assert np.isfinite(record["validation_loss"])
 
 

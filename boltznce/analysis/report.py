@@ -226,7 +226,7 @@ def _peptide_rows(results: dict[str, Any]) -> list[list[str]]:
     ]
     shares = [_number(average.get("right_graph"), ".1%"), _number(average.get("kept"), ".1%"), _number(average.get("ess"), ".2%")]
     error, speed_up = _number(average.get("abs_error"), ".2f"), _number(average.get("speed_up"), ".3g")
-    return [header, *rows, ["average", *shares, "", "", "", f"{error} in size", *moved, "", speed_up]]
+    return [header, *rows, ["average", *shares, "", "", "", "–" if error == "–" else f"{error} in size", *moved, "", speed_up]]
 
 
 def _free_energy_cell(row: dict[str, Any]) -> str:

@@ -281,13 +281,13 @@ def _figures(
         ),
         "profile": plotting.plot_profiles(
             {
-                "MD": free_energy_profile(md_phi, None, 72, n_blocks=_md_blocks(md_phi)),
                 "flow, unweighted": free_energy_profile(phi, None, 72),
                 "flow, weighted": free_energy_profile(phi, samples.log_weights, 72),
             },
-            None,
+            free_energy_profile(md_phi, None, 72, n_blocks=_md_blocks(md_phi)),
             member.state[1],
             highest=HIGHEST_FREE_ENERGY,
+            reference_name="MD",
         ),
     }
     if work.config.evaluation.tica_lag:
@@ -304,7 +304,7 @@ def _tica_figure(lag: int, member: MolecularSystem, md: Dataset, samples: Weight
     margin = 0.1 * (high - low)
     box = tuple((float(a), float(b)) for a, b in zip(low - margin, high + margin, strict=True))
     panels = {"MD": (of_md, None), "flow": (of_flow, None), "flow, weighted": (of_flow, samples.log_weights)}
-    return plotting.plot_plane(panels, box, n_bins=60, axes_names=("TIC 1", "TIC 2"))
+    return plotting.plot_plane(panels, box, n_bins=60, axes_names=("TIC 1", "TIC 2"), aspect="auto")
 
 
 def slow_features(member: MolecularSystem, positions: np.ndarray) -> np.ndarray:
@@ -322,7 +322,7 @@ def _captions(work: Workspace, figures: dict) -> dict[str, str]:
     texts = {
         "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
         "energies": "Potential energy of the simulation, the flow's samples, and these with their weights.",
-        "profile": "Free-energy profile of the first φ; bands are 95% (1.96 standard errors), the state is shaded.",
+        "profile": "Free-energy profile of the first φ; bands are 95% (1.96 standard errors), the state is shaded, gaps are not known.",
         "tica": f"Free energy over the slowest coordinates of the simulation (TICA, lag {lag} frames of replica exchange at its lowest "
         "temperature, whose time is not a physical one).",
     }
