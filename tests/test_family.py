@@ -85,7 +85,7 @@ def test_bad_lists_are_one_sentence(settings, message):
 
 
 def run_here(plans, *_):
-    """`run_plans` without processes of their own, whose start takes far longer than these simulations; those are tested in test_simulate."""
+    """`run_plans` without processes, whose start takes far longer than these simulations; those are tested in test_simulate."""
     for each in plans:
         for path in each.job_folders:
             run_job(path, lambda: None)

@@ -1,7 +1,8 @@
 """Many molecules, one model: a tiny run of BoltzNCE for dipeptides, its report, and a peptide that it has never seen."""
 
-import importlib
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_a_run_of_one_system_draws_no_other(tmp_path):
 
 def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
     """``scripts/free_energy.py``: of a run for many it has to be told which; then it takes the samples of the report."""
-    script = importlib.import_module("scripts.free_energy").main
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "free_energy.py"))["main"]
     words = [f"run={run}", f"output={tmp_path}", "n_bootstrap=20", "device=cpu"]
     with pytest.raises(UserError, match="say which one is meant, for example system=AA"):
         script(compose("free_energy", words))
@@ -190,6 +191,7 @@ def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
         script(compose("free_energy", [*words, "system=KS"]))
 
 
+@pytest.mark.slow
 def test_fine_tuning_to_one_peptide(run, monkeypatch):
     accept_everything(monkeypatch)
     draw_no_figures(monkeypatch)
@@ -252,6 +254,7 @@ def test_reordering_needs_atoms_that_are_equal_to_the_network(data, tmp_path):
             torch.testing.assert_close(mended[:, [0, 4]], x[kept][:, [0, 4]])
 
 
+@pytest.mark.slow
 def test_tbg_has_exact_weights_and_no_ebm(data, tmp_path, monkeypatch):
     accept_everything(monkeypatch)
     draw_no_figures(monkeypatch)
