@@ -203,7 +203,7 @@ def plot_profiles(
     legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
     curves = ({} if reference is None else {reference_name: reference}) | dict(profiles)
-    shown: list[np.ndarray] = []  # the values of each curve that are known
+    shown: list[np.ndarray] = []  # upper ends of each curve where it is known
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
         if state is not None:
@@ -214,7 +214,8 @@ def plot_profiles(
             known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
             values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
             ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
-            shown.append(values[np.isfinite(values)])
+            upper = values + np.nan_to_num(band)
+            shown.append(upper[np.isfinite(upper)])
             named = label if len(shown[-1]) else f"{label}: not known"
             ax.plot(profile.centres, values, color=colour, label=named, linewidth=2.0 if is_reference else 1.3)
         top = max(1.0, np.concatenate(shown).max(initial=0.0))
