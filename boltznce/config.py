@@ -19,6 +19,9 @@ from boltznce.systems.peptides import looks_like_sequence, parse_sequence
 __all__ = ["available", "build", "compose", "config_dir", "explain", "fit_budget", "load_system", "offer_sequences"]
 
 
+FAMILY_METHODS = {"tbg": "tbg", "boltznce": "boltznce_transfer"}  # what a method is called where the system is a family of molecules
+
+
 def config_dir() -> Path:
     """The folder of the configs: inside the installed package, or at the top of the repository."""
     package = Path(__file__).parent
@@ -74,9 +77,13 @@ def fit_budget(overrides: Sequence[str]) -> list[str]:
     """Overrides of ``train`` with the budget that fits method and system: ``budget=cpu`` may become ``budget=plane/cpu``.
 
     A folder ``configs/budget/<method>`` has the budgets of a method, its ``plane`` those for systems in the plane; ``configs/budget``
-    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane. Where such a folder has one of the system's name, as
+    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane; ``configs/budget/transfer`` those for families of molecules, for
+    which ``method=boltznce`` becomes ``boltznce_transfer``. Where a folder has one of the system's name, as
     ``configs/budget/tabg/hexapeptide``, its files come first. An experiment without a budget on the command line keeps its own.
+
+    Raises UserError for a method that is not for the system.
     """
+    overrides = _fit_method(overrides)
     folder = _budget_folder(overrides)
     if folder is None:
         return list(overrides)
@@ -96,8 +103,25 @@ def _fitting(name: str, folders: Sequence[str]) -> str:
     return next(fitting, name)
 
 
+def _fit_method(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the method's form for many molecules where the system is a family of them."""
+    words = list(overrides)
+    method, system = _chosen("method", overrides) or "boltznce", _chosen("system", overrides) or ""
+    if not _is_family(system):
+        if method in FAMILY_METHODS.values():
+            raise UserError(f"method={method} is for many molecules: set system=dipeptides, or choose another method.")
+        return words
+    if method not in {*FAMILY_METHODS, *FAMILY_METHODS.values()}:
+        raise UserError(f"system={system} are many molecules, and method={method} is for one: choose {' or '.join(FAMILY_METHODS)}.")
+    words = [word for word in words if not word.startswith("method=")]
+    given = len(words) < len(overrides) or "experiment" not in [word.partition("=")[0] for word in words]
+    return [*words, f"method={FAMILY_METHODS.get(method, method)}"] if given else words
+
+
 def _budget_folder(overrides: Sequence[str]) -> str | None:
     method = _chosen("method", overrides) or ""
+    if _is_family(_chosen("system", overrides) or ""):
+        return "transfer"
     systems = (_chosen("system", overrides) or "").split(",")
     in_plane = all(_dimension(system) == 2 for system in systems)
     folder = config_dir() / "budget"
@@ -114,6 +138,11 @@ def _chosen(group: str, overrides: Sequence[str]) -> str | None:
         return given.get(group)
     choices = [entry for entry in OmegaConf.load(experiment).get("defaults", []) if not isinstance(entry, str)]
     return next((entry[f"override /{group}"] for entry in choices if f"override /{group}" in entry), None)
+
+
+def _is_family(system: str) -> bool:
+    path = config_dir() / "system" / f"{system}.yaml"
+    return path.is_file() and getattr(_target(OmegaConf.load(path)._target_), "many", False)
 
 
 def _dimension(system: str) -> int | None:

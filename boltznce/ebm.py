@@ -131,12 +131,14 @@ class EnergyBasedModel(nn.Module):
         logits = torch.cat([energy.unsqueeze(0), negative])
         return -functional.log_softmax(logits, dim=0)[0].mean()
 
-    def regression_loss(self, positions: Tensor, log_q: Tensor, huber: float = 20.0) -> Tensor:
+    def regression_loss(self, positions: Tensor, log_q: Tensor, huber: float = 20.0, free_constant: bool = False) -> Tensor:
         """Huber loss in kT² between E(x, 0) + c and (noisy, unbiased) log-likelihoods (batch,) of samples; c is learned.
 
         Where the noise is that of one Hutchinson probe its average is the log-likelihood itself: the regression takes the average.
+        ``free_constant``: c is the best one for this batch, of one molecule, in place of a learned one.
         """
-        difference = self.log_prob(positions).to(positions.dtype) + self.log_constant - log_q.to(positions.dtype)
+        difference = self.log_prob(positions).to(positions.dtype) - log_q.to(positions.dtype)
+        difference = difference - _centre(difference.detach(), huber) if free_constant else difference + self.log_constant
         return functional.huber_loss(difference, torch.zeros_like(difference), delta=huber)
 
     def _energy(self, x: Tensor, t: Tensor, molecules: Molecules | None = None) -> Tensor:
@@ -146,6 +148,12 @@ class EnergyBasedModel(nn.Module):
 
     def _scale(self, positions: Tensor, molecules: Molecules | None = None) -> Tensor:
         return self.prior.project(positions / self.length_scale, None if molecules is None else molecules.mask)
+
+
+def _centre(values: Tensor, width: float) -> Tensor:
+    """Mean of values, those further than ``width`` from their median drawn in to it."""
+    middle = values.median()
+    return middle + (values - middle).clamp(-width, width).mean()
 
 
 def _reflect(u: Tensor) -> Tensor:

@@ -71,6 +71,21 @@ class Run:
         """What the run samples, at its temperature."""
         return self._work.system
 
+    def system_of(self, system: System | str | None = None) -> System:
+        """The run's own system; of a run for many molecules the one that ``system`` names, seen in training or not.
+
+        Raises UserError where it has to be named and is not, and for a system that the run is not for.
+        """
+        if getattr(self.system, "many", False):
+            return self.system.choose(system)
+        if system is not None:
+            name = system if isinstance(system, str) else system.name
+            raise UserError(
+                f"{self.path} is a run of {self.system.name} alone, not of {name}: leave system= out, "
+                "or choose a run of many molecules (system=dipeptides)."
+            )
+        return self.system
+
     @property
     def models(self) -> Models:
         """The trained models as far as the run has come, for BoltzNCE ``models.flow`` and ``models.ebm``. Raises UserError before any."""
@@ -89,6 +104,7 @@ class Run:
         n: int,
         likelihood: str = "auto",
         *,
+        system: System | str | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         n_probes: int = 1,
@@ -100,13 +116,18 @@ class Run:
         Args:
             likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none";
                 "auto" is the method's own: "ebm" of BoltzNCE, "exact" of TA-BG, whose flow has nothing but that.
+            system: what to sample, where the run is of many molecules: one of these, or one that it never saw, by its sequence ("KS") or as
+                `load_system` makes it.
             seed: the same seed gives the same samples.
             folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
-        Raises UserError where the run has no generator, no likelihood of that kind, or not yet.
+        Raises UserError where the run has no generator, no likelihood of that kind, or not yet, and for a system that it is not for.
         """
-        models = self.models
+        if system is None:
+            models = self.models
+        else:
+            models = find_method(self.config.method.name).load_models(self.path, self.config, self.system_of(system), self._work.device)
         likelihood = choose_likelihood(models, likelihood)
         settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
 
@@ -117,7 +138,7 @@ class Run:
             return draw_to_folder(models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings)
         batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
         arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
-        return WeightedSamples(*arrays, topology=getattr(self.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
+        return WeightedSamples(*arrays, topology=getattr(models.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
 
 
 def load_run(path: Path | str, device: str = "auto") -> Run:

@@ -1,4 +1,7 @@
-"""ΔF and profile of weighted samples, with uncertainties and a figure. `python scripts/free_energy.py run=outputs/...`"""
+"""ΔF and profile of weighted samples, with uncertainties and a figure. `python scripts/free_energy.py run=outputs/...`
+
+Of a run for many molecules: `python scripts/free_energy.py run=outputs/... system=KS`
+"""
 
 from pathlib import Path
 
@@ -6,15 +9,19 @@ from omegaconf import DictConfig
 
 from boltznce import load_run
 from boltznce.cli import launch
+from boltznce.config import build
 from boltznce.methods.free_energy import write_free_energy
 
 
 def main(config: DictConfig) -> None:
     state = None if config.state is None else tuple(config.state)
+    run = load_run(config.run, config.device)
+    system = run.system_of(build(config.system) if "system" in config else None)
+    of_report = Path("samples") if system is run.system else Path("peptides", system.name)
     print(
         write_free_energy(
-            load_run(config.run, config.device).system,
-            Path(config.samples),
+            system,
+            Path(config.samples or run.path / of_report / "weighted"),
             Path(config.output),
             coordinate=config.coordinate,
             state=state,

@@ -1,4 +1,7 @@
-"""Weighted samples of a trained run. `python scripts/sample.py run=outputs/... n_samples=100000 likelihood=ebm`"""
+"""Weighted samples of a trained run. `python scripts/sample.py run=outputs/... n_samples=100000 likelihood=ebm`
+
+Of a run for many molecules: `python scripts/sample.py run=outputs/... system=KS`
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,7 @@ from omegaconf import DictConfig
 
 from boltznce import load_run
 from boltznce.cli import launch
+from boltznce.config import build
 from boltznce.errors import UserError
 
 
@@ -16,6 +20,7 @@ def main(config: DictConfig) -> None:
     samples = load_run(config.run, config.device).sample(
         config.n_samples,
         config.likelihood,
+        system=build(config.system) if "system" in config else None,
         seed=config.seed,
         batch_size=config.batch_size,
         n_probes=config.n_probes,

@@ -8,9 +8,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.cli import launch
 from boltznce.config import build
+from boltznce.data.many import simulate_many
 from boltznce.data.reference import REFERENCE_FOLDER, make_reference, save_reference
 from boltznce.data.simulate import simulate, umbrella_result
 from boltznce.errors import UserError
+from boltznce.systems.family import PeptideFamily
 
 
 def main(config: DictConfig) -> None:
@@ -18,6 +20,8 @@ def main(config: DictConfig) -> None:
     if config.reference and config.sampling != "umbrella":
         raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
     folder = Path(config.data_dir) / config.name
+    if getattr(system, "many", False):
+        return simulate_family(system, folder, config)
     dataset = simulate(
         system,
         folder,
@@ -37,6 +41,23 @@ def main(config: DictConfig) -> None:
         save_reference(make_reference(system, dataset.meta, result, command), output)
         print(result.summary())
         print(f"reference in {output}")
+
+
+def simulate_family(family: PeptideFamily, folder: Path, config: DictConfig) -> None:
+    if config.reference:
+        raise UserError(f"{family.name} are many molecules: make references one by one, for example with system={family.all_sequences[0]}.")
+    datasets = simulate_many(
+        family,
+        folder,
+        config.sampling,
+        duration=config.duration,
+        n_repeats=config.n_repeats,
+        n_processes=config.n_processes,
+        engine=config.engine,
+        seed=config.seed,
+        **OmegaConf.to_container(config.settings),
+    )
+    print(f"{len(datasets)} peptides, {sum(map(len, datasets.values()))} frames in {folder}")
 
 
 if __name__ == "__main__":

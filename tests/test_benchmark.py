@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from boltznce.benchmarks.energy import energy_figure, energy_table, measure_energy
+from boltznce.benchmarks.network import measure_network, network_figure, network_table
 from boltznce.benchmarks.spline import measure_spline, spline_figure, spline_table
 from boltznce.benchmarks.timing import time_call
 from boltznce.errors import UserError
@@ -30,6 +31,25 @@ def test_spline_rows_table_and_figure():
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
     assert "| aldp | 60 | small | eager |" in spline_table(rows)
     assert len(spline_figure(rows).axes) == 4
+
+
+def test_network_rows_tell_what_padding_costs():
+    networks = {
+        "egnn": {"_target_": "boltznce.networks.egnn.EGNNVectorField", "n_layers": 1, "width": 8},
+        "ebm": {
+            "_target_": "boltznce.networks.graphormer.GraphormerEnergy",
+            **{"n_layers": 1, "width": 8, "ffn_width": 8, "n_heads": 2, "n_kernels": 4, "n_types": 54},
+        },
+    }
+    family = {"system": "dipeptides", "selection": "mine", "selections": {"mine": {"train": ["AG", "GS", "SA"]}}}
+    rows = measure_network(family, networks, batch_size=4, max_padding=0.3, min_seconds=0.0)
+    assert [(row["network"], row["kind"]) for row in rows] == [(n, k) for n in ("egnn", "ebm") for k in ("forward", "training step")]
+    for row in rows:
+        assert set(row["by_size"]) == {"20", "21", "24"}
+        assert 0 < row["padding"] < 0.3
+        assert row["cost"] == pytest.approx(row["padded_ms"] / row["equal_ms"] - 1)
+    assert "| egnn |" in network_table(rows)
+    assert len(network_figure(rows).axes) == 2
 
 
 def test_the_first_call_does_not_count():

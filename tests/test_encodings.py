@@ -56,11 +56,22 @@ def test_elements_and_backbone():
     chain = topology("MC")
     elements = encode_atoms(chain, "elements")
     assert [ELEMENTS[k] for k in elements.argmax(dim=1)] == [atom.element.symbol for atom in chain.atoms]
+    # the published one has 13 classes: N, CA, C and O of both residues are not elements but themselves
     backbone = encode_atoms(chain, "backbone")
-    torch.testing.assert_close(backbone[:, :5], elements)
-    named = {atom.name for atom, row in zip(chain.atoms, backbone[:, 5:], strict=True) if row.any()}
-    assert named == {"N", "CA", "C", "O", "OXT", "H1", "H2", "H3", "H", "HA"}
-    assert (backbone[:, 5:].sum(dim=1) <= 1).all()
+    assert backbone.shape == (chain.n_atoms, 13)
+    assert (backbone.sum(dim=1) == 1).all()
+    special = [str(atom) for atom, row in zip(chain.atoms, backbone[:, 5:], strict=True) if row.any()]
+    assert special == ["MET1-N", "MET1-CA", "MET1-C", "MET1-O", "CYS2-N", "CYS2-CA", "CYS2-C", "CYS2-O"]
+    assert [row.argmax().item() for row in backbone[:, 5:] if row.any()] == list(range(8))
+    ordinary = backbone[:, 5:].sum(dim=1) == 0
+    torch.testing.assert_close(backbone[ordinary, :5], elements[ordinary])
+
+
+def test_numbered_tells_every_atom_apart(chains):
+    for chain in chains:
+        numbered = encode_atoms(chain, "numbered", n_places=3)
+        torch.testing.assert_close(numbered[:, :-3], encode_atoms(chain, n_places=3))
+        assert len(numbered.unique(dim=0)) == chain.n_atoms
 
 
 def test_a_system_takes_the_encoding_by_a_setting():

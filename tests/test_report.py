@@ -76,6 +76,42 @@ def test_report(tmp_path, results):
     assert all(line.endswith("|") for line in tables)
 
 
+def peptide(ours, simulation, **distances):
+    return {
+        "right_graph": 0.9,
+        "kept": 0.8,
+        "ess": {"ess": 0.05, "pareto_k": 0.4},
+        "free_energy": {"weighted": ours, "reference": simulation},
+        "error": float("nan"),
+        "distances": {"E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0} | distances, "T-W2 (rad)": {}},
+    }
+
+
+def test_peptides_say_in_words_what_is_not_known(tmp_path):
+    generator = np.random.default_rng(0)
+    angle = generator.uniform(-np.pi, np.pi, size=2000)
+    fine, few, none = (
+        free_energy_difference(a, n_bootstrap=50) for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
+    )
+    peptides = {
+        "AC": peptide(fine, fine),
+        "CA": peptide(few, fine),
+        "SV": peptide(fine, none, weighted=float("nan"), missing="no weighted sample below the cut"),
+    }
+    text = write_report(tmp_path, {"peptides": peptides}, {}).read_text()
+    table = {line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[0:1] == "|"}
+    interval = f"{fine.value:.2f} [{fine.interval[0]:.2f}, {fine.interval[1]:.2f}]"
+    assert table["AC"][6:9] == [interval, interval, "–"]
+    assert table["CA"][6] == f"{few.value:.2f} not reliable"
+    assert table["SV"][6:10] == [interval, "not visited", "–", "5.00 → – (1.00)"]
+    assert f"- CA, ΔF of the weighted samples: {few.message}." in text
+    assert f"- SV, ΔF of the simulation: {none.message}." in text
+    assert "- SV, E-W2 (kT): no weighted sample below the cut." in text
+    # a report that was read back has None where there was infinity
+    again = write_report(tmp_path, json.loads((tmp_path / "metrics.json").read_text()), {}).read_text()
+    assert "not visited" in again
+
+
 def test_summary_table(results):
     text = summary_table(results)
     assert text.startswith("aldp · boltznce · smoke")

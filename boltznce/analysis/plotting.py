@@ -108,14 +108,21 @@ def plot_conformers(
 
 
 def plot_plane(
-    panels: Mapping[str, AnglesAndWeights], box: Box, n_bins: int = 100, highest: float = 8.0, zero_of: str | None = None
+    panels: Mapping[str, AnglesAndWeights],
+    box: Box,
+    n_bins: int = 100,
+    highest: float = 8.0,
+    zero_of: str | None = None,
+    axes_names: tuple[str, str] = ("x", "y"),
+    aspect: str = "equal",
 ) -> Figure:
-    """Free energy -log p(x, y) in kT of samples in the plane; ``panels``: title -> (points (n, 2), log weights or None).
+    """Free energy -log p(x, y) in kT of samples in a plane; ``panels``: title -> (points (n, 2), log weights or None).
 
     The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
+    ``aspect``: ``auto`` where the two coordinates have no common unit.
     """
-    figure, axes = _plot_surfaces(panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of)
-    _label_grid(axes, "x", "y")
+    figure, axes = _plot_surfaces(panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of, aspect)
+    _label_grid(axes, *axes_names)
     return figure
 
 
@@ -188,12 +195,15 @@ def plot_profiles(
     angle_name: str = "φ",
     highest: float | None = None,
     limits: tuple[float, float] | None = None,
+    reference_name: str = "reference",
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
 
-    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps.
+    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps, and the
+    legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
-    curves = ({} if reference is None else {"reference": reference}) | dict(profiles)
+    curves = ({} if reference is None else {reference_name: reference}) | dict(profiles)
+    shown: list[np.ndarray] = []  # upper ends of each curve where it is known
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
         if state is not None:
@@ -204,8 +214,12 @@ def plot_profiles(
             known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
             values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
             ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
-            ax.plot(profile.centres, values, color=colour, label=label, linewidth=2.0 if is_reference else 1.3)
-        top = max(float(np.nanmax(profile.free_energy)) for profile in curves.values()) if highest is None else highest
+            upper = values + np.nan_to_num(band)
+            shown.append(upper[np.isfinite(upper)])
+            named = label if len(shown[-1]) else f"{label}: not known"
+            ax.plot(profile.centres, values, color=colour, label=named, linewidth=2.0 if is_reference else 1.3)
+        top = max(1.0, np.concatenate(shown).max(initial=0.0))
+        top = top if highest is None else min(top, highest)
         ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
         if limits is None:
             ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
@@ -358,7 +372,7 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
 
 
 def _plot_surfaces(
-    panels: Mapping[str, AnglesAndWeights], edges: tuple[np.ndarray, np.ndarray], highest: float, zero_of: str | None
+    panels: Mapping[str, AnglesAndWeights], edges: tuple[np.ndarray, np.ndarray], highest: float, zero_of: str | None, aspect: str = "equal"
 ) -> tuple[Figure, np.ndarray]:
     """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and the axes (rows, columns) with the empty ones off."""
     surfaces = {}
@@ -375,7 +389,7 @@ def _plot_surfaces(
         for ax, (title, surface) in zip(axes.flat, surfaces.items(), strict=False):
             # rasterized: thousands of vector cells show seams in a PDF viewer
             mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
-            ax.set(title=title, aspect="equal", xlim=(edges[0][0], edges[0][-1]), ylim=(edges[1][0], edges[1][-1]))
+            ax.set(title=title, aspect=aspect, xlim=(edges[0][0], edges[0][-1]), ylim=(edges[1][0], edges[1][-1]))
             for spine in ax.spines.values():
                 spine.set_visible(True)
         for ax in axes.flat[len(panels) :]:

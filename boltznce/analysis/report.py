@@ -16,7 +16,7 @@ free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {va
                 one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
                 it counts as true.
 ess             {which weights: {ess, pareto_k, n}}, ess relative
-distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has
+distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has; "missing": why one is NaN
 held_out        {whose: the fields of HeldOutLikelihood}
 excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
 energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
@@ -24,6 +24,10 @@ likelihood      the fields of LikelihoodAgreement
 density         the fields of DensityErrors
 modes           {whose: [population of each mode]}, the exact ones first
 timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
+peptides        {name: {right_graph, kept (shares of the draws), ess: {ess, pareto_k, n}, free_energy: {reference, weighted}, error,
+                distances, agreement, md: {speed_up}}} of molecules that a model was never trained on; both ΔF have the fields of
+                FreeEnergyDifference
+average         {the same names, and "abs_error": mean over the peptides}
 notes           [sentence, ...]
 ==============  ==============================================================================================
 """
@@ -82,7 +86,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     """The figures that matter most, as lines for a terminal."""
     results = _plain(results, keep_infinities=True)
     lines = [" · ".join(str(results[key]) for key in ("system", "method", "budget") if key in results)]
-    sections = (_free_energy_rows, _ess_rows, _mode_rows, _distance_rows, _likelihood_rows, _timing_rows)
+    sections = (_peptide_rows, _free_energy_rows, _ess_rows, _mode_rows, _distance_rows, _likelihood_rows, _timing_rows)
     for rows in (rows_of(results) for rows_of in sections):
         if rows:
             widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -107,12 +111,20 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
         "the error of the EBM, measured on exact likelihoods of a subset.",
     )
     warnings = [
-        f"- {_FREE_ENERGY_ROWS.get(key, key)}: {row['message']}."
+        f"{_FREE_ENERGY_ROWS.get(key, key)}: {row['message']}."
         for key, row in results.get("free_energy", {}).items()
         if row and row.get("message")
     ]
-    if warnings:
-        parts.append("\n".join(["Why a figure cannot be relied on:", "", *warnings]))
+    _bullets(parts, "Why a figure cannot be relied on:", warnings)
+    section(
+        f"Peptides never trained on: free-energy difference{where}",
+        _peptide_rows(results),
+        "Shares of the draws with the right bonds, and with the right chirality too, after mending. ΔF in kT, of the weighted samples and "
+        "of the simulation, with its 95% interval by bootstrap. E-W2 (kT) and T-W2 (rad): Wasserstein-2 distances to the simulation, "
+        "without weights → with them (floor: two halves of the simulation). EBM − exact: standard deviation of the difference of the "
+        "log-likelihoods (kT). Above a Pareto-k of 0.7 no weighted figure of a row can be trusted.",
+    )
+    _bullets(parts, "Why a figure cannot be relied on, or is missing:", _peptide_warnings(results))
     section(
         "Weights",
         _ess_rows(results),
@@ -125,6 +137,7 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
         "KL(data ‖ flow) in nats. The floor is the value between two halves of the reference data; the last column is "
         "(weighted − floor) / (unweighted − floor).",
     )
+    _bullets(parts, "Why a distance is missing:", _missing_distances(results.get("distances")))
     section(
         "Likelihood of held-out data",
         _held_out_rows(results),
@@ -174,6 +187,76 @@ def _free_energy_rows(results: dict[str, Any]) -> list[list[str]]:
         )
     header = ["weights", "ΔF (kT)", "std. error", "95% interval", "kind", "− reference", "samples state / rest"]
     return [header, *rows] if rows else []
+
+
+def _peptide_rows(results: dict[str, Any]) -> list[list[str]]:
+    peptides, average = results.get("peptides") or {}, results.get("average") or {}
+    if not peptides:
+        return []
+
+    def distance(row: dict[str, Any]) -> str:
+        unweighted, weighted, floor = (_number(_mean(row.get(key)), ".2f") for key in ("unweighted", "weighted", "floor"))
+        return f"{unweighted} → {weighted} ({floor})"
+
+    header = ["peptide", "bonds right", "and chirality", "ESS", "Pareto-k", "ΔF weighted", "ΔF simulation", "error", "E-W2", "T-W2"]
+    header += ["EBM − exact", "speed-up"]
+    rows = []
+    for name, row in peptides.items():
+        free_energy, agreement = row["free_energy"], row.get("agreement") or {}
+        rows.append(
+            [
+                name,
+                _number(row.get("right_graph"), ".1%"),
+                _number(row.get("kept"), ".1%"),
+                _number(row["ess"].get("ess"), ".2%"),
+                _number(row["ess"].get("pareto_k"), ".2f"),
+                _free_energy_cell(free_energy["weighted"]),
+                _free_energy_cell(free_energy["reference"]),
+                _number(row.get("error"), "+.2f"),
+                *(distance(row["distances"][kind]) for kind in ("E-W2 (kT)", "T-W2 (rad)")),
+                _number(agreement.get("std"), ".2f"),
+                _number((row.get("md") or {}).get("speed_up"), ".3g"),
+            ]
+        )
+    if not average:
+        return [header, *rows]
+    moved = [
+        f"{_number(average.get(f'{kind}, unweighted'), '.2f')} → {_number(average.get(f'{kind}, weighted'), '.2f')}"
+        for kind in ("E-W2 (kT)", "T-W2 (rad)")
+    ]
+    shares = [_number(average.get("right_graph"), ".1%"), _number(average.get("kept"), ".1%"), _number(average.get("ess"), ".2%")]
+    error, speed_up = _number(average.get("abs_error"), ".2f"), _number(average.get("speed_up"), ".3g")
+    return [header, *rows, ["average", *shares, "", "", "", "–" if error == "–" else f"{error} in size", *moved, "", speed_up]]
+
+
+def _free_energy_cell(row: dict[str, Any]) -> str:
+    """ΔF and its interval; in words where a side was not visited, or where the number cannot be relied on."""
+    for side in ("state", "rest"):
+        if row.get(f"n_{side}") == 0:
+            return "not visited" if side == "state" else "rest not visited"
+    value = row.get("value")
+    if value is None or not math.isfinite(value):
+        return "no weight on one side"
+    return f"{value:.2f} " + ("not reliable" if row.get("reliable") is False else _interval(row.get("interval")))
+
+
+def _peptide_warnings(results: dict[str, Any]) -> list[str]:
+    names = {"reference": "simulation", "weighted": "weighted samples"}
+    warnings = []
+    for peptide, row in (results.get("peptides") or {}).items():
+        messages = ((label, (row["free_energy"].get(key) or {}).get("message")) for key, label in names.items())
+        warnings += [f"{peptide}, ΔF of the {label}: {message}." for label, message in messages if message]
+        warnings += [f"{peptide}, {sentence}" for sentence in _missing_distances(row.get("distances"))]
+    return warnings
+
+
+def _missing_distances(distances: Mapping[str, Any] | None) -> list[str]:
+    return [f"{name}: {row['missing']}." for name, row in (distances or {}).items() if row.get("missing")]
+
+
+def _bullets(parts: list[str], heading: str, sentences: list[str]) -> None:
+    if sentences:
+        parts.append("\n".join([heading, "", *(f"- {sentence}" for sentence in sentences)]))
 
 
 def _ess_rows(results: dict[str, Any]) -> list[list[str]]:

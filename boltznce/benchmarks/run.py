@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from boltznce.benchmarks import energy, spline
+from boltznce.benchmarks import energy, network, spline
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.workspace import make_fabric
@@ -19,6 +19,7 @@ __all__ = ["BENCHMARKS", "run_benchmark"]
 # what -> (measure(**section, device, min_seconds, seed) -> rows, rows -> Markdown, rows -> Figure)
 BENCHMARKS = {
     "energy": (energy.measure_energy, energy.energy_table, energy.energy_figure),
+    "network": (network.measure_network, network.network_table, network.network_figure),
     "spline": (spline.measure_spline, spline.spline_table, spline.spline_figure),
 }
 

@@ -32,6 +32,7 @@ __all__ = [
     "picoseconds_done",
     "read_frames",
     "run_job",
+    "seconds_spent",
     "wrap",
 ]
 
@@ -200,10 +201,13 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
         with np.load(folder / "state.npz") as state:
             done, n_frames = int(state["segment"]), int(state["n_frames"])
             positions, velocities = state["positions"], state["velocities"]
+            spent = float(state["seconds"]) if "seconds" in state else 0.0
+        started = time.process_time() - spent
     else:
         positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
         done, n_frames = 0, 0
-        _save_state(folder, positions, velocities, done, n_frames)
+        started = time.process_time()  # compiling and equilibration are not counted
+        _save_state(folder, positions, velocities, done, n_frames, 0.0)
 
     tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
     with full_disk_is_a_user_error(folder), open(folder / "frames.bin", "ab") as handle:
@@ -216,7 +220,7 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
             handle.flush()
             os.fsync(handle.fileno())
             n_frames += len(frames)
-            _save_state(folder, positions, velocities, segment + 1, n_frames)
+            _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started)
 
 
 def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Callable[[float], None]:
@@ -260,6 +264,12 @@ def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _save_state(folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int) -> None:
+def seconds_spent(folder: Path) -> float:
+    """CPU time of a job so far, from the end of the equilibration on; none in jobs older than this record."""
+    with np.load(folder / "state.npz") as state:
+        return float(state["seconds"]) if "seconds" in state else 0.0
+
+
+def _save_state(folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float) -> None:
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames)
+        np.savez(handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames, seconds=seconds)

@@ -9,19 +9,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openmm
 import torch
 from openmm import app
 from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
 from boltznce.data.dataset import Dataset
-from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames
+from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames, seconds_spent
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
@@ -30,7 +32,17 @@ from boltznce.io import require_free_space
 from boltznce.systems.workers import available_cores
 from boltznce.units import GAS_CONSTANT
 
-__all__ = ["choose_engine", "force_evaluations", "gather", "simulate", "umbrella_result", "working_folder"]
+__all__ = [
+    "Plan",
+    "choose_engine",
+    "force_evaluations",
+    "gather",
+    "plan",
+    "run_plans",
+    "simulate",
+    "umbrella_result",
+    "working_folder",
+]
 
 MBAR_MAX_FRAMES = 40_000
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
@@ -42,11 +54,51 @@ def simulate(
     folder: Path,
     method: str = "umbrella",
     *,
+    n_processes: int | None = None,
+    progress: bool = True,
+    **settings,
+) -> Dataset:
+    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings stopped.
+
+    ``settings`` are those of `plan`; ``n_processes`` is how many repeats run at a time (default: one a core), which changes no result.
+
+    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
+    folder, an unstable simulation and a full disk.
+    """
+    work = plan(system, folder, method, **settings)
+    run_plans([work], n_processes, f"{method} {system.name}", progress)
+    return work.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A simulation that is to be run or gone on with: its jobs are on disk; or one whose dataset is there, and then it has no jobs."""
+
+    system: Any
+    folder: Path
+    jobs: list[Job]
+    job_folders: list[Path]
+
+    def finish(self) -> Dataset:
+        """The dataset; written now if all jobs have just ended."""
+        if not self.jobs:
+            return Dataset.load(self.folder)
+        if not (self.folder / "meta.yaml").exists():
+            gather(self.system, self.job_folders, self.folder)
+            shutil.rmtree(working_folder(self.folder))
+        return Dataset.load(self.folder)
+
+
+def plan(
+    system,
+    folder: Path,
+    method: str = "umbrella",
+    *,
     duration: float,
     n_repeats: int = 2,
-    n_processes: int | None = None,
     seed: int = 0,
     engine: str = "auto",
+    compile: str | bool | None = None,
     dihedral: str | None = None,
     frame_interval: float = 1.0,
     equilibration: float = 50.0,
@@ -60,23 +112,25 @@ def simulate(
     exchange_interval: float = 0.5,
     n_replicas: int = 6,
     max_temperature: float = 800.0,
+    n_ladders: int = 1,
     n_walkers: int = 1,
-    progress: bool = True,
-) -> Dataset:
-    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings stopped.
+) -> Plan:
+    """Check the settings of a simulation and write its jobs beside ``folder``, if its dataset is not there yet.
 
     Args:
         method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
         duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an unfinished run.
         n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time (default: one a core).
-        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch, compiled as ``system.compile`` says; or
-            ``auto``, see `choose_engine`. Both sample the same distribution.
+        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see `choose_engine`. Both sample
+            the same distribution.
+        compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``.
         frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues from.
         timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow 2 fs.
         platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
+        n_ladders: replica exchange: independent ladders of each repeat.
         n_walkers: Langevin: trajectories of each repeat.
 
     Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
@@ -90,12 +144,15 @@ def simulate(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
             "or set data.folder to a dataset that was made otherwise."
         )
-    engine = choose_engine(engine, system, {"umbrella": n_windows, "replica_exchange": n_replicas}.get(method, n_walkers))
+    compile = system.compile if compile is None else compile
+    at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers)
+    engine = choose_engine(engine, system, at_a_time, compile)
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
-        "replica_exchange": {"n_replicas": n_replicas, "max_temperature": max_temperature, "exchange_interval": exchange_interval},
-        "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},  # {}: as in datasets older than this option
+        "replica_exchange": {"n_replicas": n_replicas, "max_temperature": max_temperature, "exchange_interval": exchange_interval}
+        | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
+        "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
     }
     if method not in SAMPLERS:
         raise UserError(f"Unknown simulation method '{method}': choose one of {', '.join(SAMPLERS)}.")
@@ -116,7 +173,7 @@ def simulate(
             dihedral=atoms,
             options=options[method],
             engine=engine,
-            compile=system.compile,
+            compile=compile,
         )
         for repeat in range(n_repeats)
     ]
@@ -125,27 +182,31 @@ def simulate(
         dataset = Dataset.load(folder)
         if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != _identity(system):
             raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew.")
-        return dataset
+        return Plan(system, folder, [], [])
 
-    n_recorded = {"umbrella": n_windows, "replica_exchange": 1, "langevin": n_walkers}[method]
+    n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
     n_frames = n_repeats * n_recorded * round(duration / frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
-    work = working_folder(folder)
-    folders = [work / f"repeat_{job.repeat}" for job in jobs]
+    folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
     for job, path in zip(jobs, folders, strict=True):
         job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
-    _run(jobs, folders, n_processes or available_cores(), f"{method} {system.name}", progress)
-    dataset = gather(system, folders, folder)
-    shutil.rmtree(work)
-    return dataset
+    return Plan(system, folder, jobs, folders)
 
 
-def choose_engine(engine: str, system, n_walkers: int = 1) -> str:
+def run_plans(plans: Sequence[Plan], n_processes: int | None = None, title: str = "simulations", progress: bool = True) -> None:
+    """Run the jobs of all plans, one process each, ``n_processes`` at a time (default: one a core)."""
+    jobs = [job for each in plans for job in each.jobs]
+    folders = [path for each in plans for path in each.job_folders]
+    _run(jobs, folders, n_processes or available_cores(), title, progress)
+
+
+def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool | None = None) -> str:
     """The engine that ``engine`` means for a system: ``auto`` is the faster one, torch where there is a GPU.
 
-    On a CPU torch is faster only where it is compiled (``system.compile=true``) and has work enough at a time. µs a step and walker on one
-    core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6 walkers, 35 and 54; hexapeptide, 8 walkers, 247 and 141.
-    Compiling takes about 20 seconds; without it torch takes 154, 462 and 705 µs.
+    On a CPU torch is faster only where it is compiled (``compile``, or ``system.compile``) and has work enough at a time. µs a step and
+    walker on one core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6 walkers, 35 and 54; hexapeptide, 8 walkers,
+    247 and 141. Compiling takes about 20 seconds; without it torch takes 154, 462 and 705 µs. A `CustomGBForce` (implicit/obc1.xml and the
+    like) OpenMM interprets: dipeptide AG, 8 walkers, 3059 µs, and torch 919 (not compiled) or 90; 32 walkers, 35; compiling takes a minute.
 
     Raises UserError for an unknown engine, and for torch where the system's energy is not the torch energy.
     """
@@ -155,8 +216,11 @@ def choose_engine(engine: str, system, n_walkers: int = 1) -> str:
     if engine == "torch" and not has_torch:
         raise UserError(f"engine=torch cannot simulate {system.name}, whose energy_backend is {system.energy_backend}: set engine=openmm.")
     if engine == "auto":
-        compiled = has_torch and wants_compiling(system.compile) and n_walkers * system.n_atoms >= MIN_ATOMS_AT_A_TIME
-        return "torch" if has_torch and (torch.cuda.is_available() or compiled) else "openmm"
+        if not has_torch:
+            return "openmm"
+        interpreted = any(isinstance(force, openmm.CustomGBForce) for force in system.openmm_system().getForces())
+        compiled = wants_compiling(system.compile if compile is None else compile) and n_walkers * system.n_atoms >= MIN_ATOMS_AT_A_TIME
+        return "torch" if torch.cuda.is_available() or interpreted or compiled else "openmm"
     return engine
 
 
@@ -199,6 +263,7 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
             "settings": _settings(jobs),
             "engine": jobs[0].engine,
             "ps_per_walker": float(end),
+            "cpu_seconds": round(sum(seconds_spent(path) for path in folders), 2),
             **extra,
             "versions": {name: version(name) for name in ("openmm", "torch", "pymbar", "numpy")},
             "date": date.today().isoformat(),
@@ -225,7 +290,7 @@ def force_evaluations(meta: dict) -> int:
     options = settings["options"]
     n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
     steps = (meta["ps_per_walker"] + settings["equilibration"]) / settings["timestep"]
-    return settings["n_repeats"] * n_walkers * round(steps)
+    return settings["n_repeats"] * n_walkers * options.get("n_ladders", 1) * round(steps)
 
 
 def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, progress: bool) -> None:

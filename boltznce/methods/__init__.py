@@ -12,7 +12,10 @@ from boltznce.errors import UserError
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS = {name: f"boltznce.methods.{name}" for name in ("boltznce", "density", "tabg", "forward_kl", "reverse_kl")}
+METHODS = {
+    name: f"boltznce.methods.{name}"
+    for name in ("boltznce", "boltznce_transfer", "density", "finetune", "forward_kl", "reverse_kl", "tabg", "tbg")
+}
 
 
 def find_method(name: str) -> ModuleType:

@@ -5,18 +5,16 @@ Stages: data -> flow -> samples -> ebm -> evaluation -> report. Each leaves its 
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.checkpoint import save_weights
-from boltznce.data.dataset import boltzmann_indices, mode_balanced_indices
 from boltznce.data.exact import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate, report
+from boltznce.methods.frames import balanced_frames, drawn_samples, minibatch
 from boltznce.methods.models import load_models, make_ebm, make_flow
 from boltznce.methods.report_parts import summary
 from boltznce.methods.workspace import Workspace
@@ -48,14 +46,14 @@ def train_flow(work: Workspace) -> dict:
     balance = OmegaConf.to_container(section.balance, resolve=True) if section.balance else None
     rng = work.numpy_generator("balance")
     x_train, x_validation = (
-        _balanced(system, part, n, balance, rng).to(work.device)
+        balanced_frames(system, part, n, balance, rng).to(work.device)
         for part, n in ((train, section.n_train), (validation, section.n_validation))
     )
     flow = make_flow(work.config, system).to(work.device)
     flow.calibrate(_symmetrized(work, x_train[:CALIBRATION], work.generator("flow calibration")), work.generator("flow noise"))
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x = _minibatch(x_train, section.batch_size, generator)
+        x = minibatch(x_train, section.batch_size, generator)
         return {"loss": flow.loss(_symmetrized(work, x, generator), generator)}
 
     @torch.no_grad()
@@ -85,7 +83,7 @@ def draw_training_samples(work: Workspace) -> dict:
 def train_ebm(work: Workspace) -> dict:
     """Fit the EBM to the flow's draws: score matching and NCE, and regression of E(x, 0) onto their likelihoods if asked for."""
     section = work.config.ebm
-    train, validation = (_sampled(work, name) for name in ("train", "validation"))
+    train, validation = (drawn_samples(work.folder.path / "samples" / name, work.device) for name in ("train", "validation"))
     ebm = make_ebm(work.config, work.system).to(work.device)
     ebm.calibrate(_symmetrized(work, train[0][:CALIBRATION], work.generator("ebm calibration")), work.generator("ebm noise"))
     if section.regression_weight:
@@ -122,27 +120,6 @@ STAGES = {
 }
 
 CALIBRATION = 4096  # samples on which networks measure the scale of their inputs
-
-
-def _balanced(system, frames, n: int, balance: dict | None, rng: np.random.Generator) -> Tensor:
-    """``n`` frames (n, atoms, dim) of a dataset in which the rare state is as frequent as ``balance`` says (None: as it is)."""
-    if balance is None:
-        return torch.from_numpy(frames.positions[boltzmann_indices(frames.log_weights, n, rng)])
-    name, state = system.state
-    phi = system.coordinate(np.asarray(frames.positions), name)
-    return torch.from_numpy(frames.positions[mode_balanced_indices(phi, frames.log_weights, n, rng, state=state, **balance)])
-
-
-def _sampled(work: Workspace, name: str) -> tuple[Tensor, Tensor]:
-    """Positions and log q (float32) of a folder of the flow's draws, without those of no finite energy or likelihood."""
-    samples = WeightedSamples.load(work.folder.path / "samples" / name)
-    fine = np.isfinite(samples.energy) & (np.isfinite(samples.log_prob) | np.isnan(samples.log_prob).all())
-    x, log_q = torch.from_numpy(samples.positions[fine]), torch.from_numpy(samples.log_prob[fine]).float()
-    return x.to(work.device), log_q.to(work.device)
-
-
-def _minibatch(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    return x[torch.randint(len(x), (size,), generator=generator, device=x.device)]
 
 
 def _symmetrized(work: Workspace, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -93,7 +93,9 @@ def draw_batches(
         n_done, batches_done = n_done + min(len(batch.energy), room), batches_done + 1
         barren = 0 if len(batch.energy) else barren + 1
         if barren == BARREN_BATCHES:
-            raise UserError(f"None of {barren * batch_size} samples has the molecule's chirality: train the flow longer (flow.fit.steps).")
+            raise UserError(
+                f"None of {barren * batch_size} samples has the molecule's bonds and chirality: train the flow longer (flow.fit.steps)."
+            )
 
 
 def draw_to_folder(

@@ -22,7 +22,7 @@ from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.free_energy import reference_difference, reference_profile, state_in_words
-from boltznce.methods.models import solver_settings
+from boltznce.methods.models import FlowModels, solver_settings
 from boltznce.methods.report_parts import (
     allowed_conformers,
     data_difference,
@@ -36,7 +36,7 @@ from boltznce.methods.report_parts import (
 from boltznce.methods.views import view_of
 from boltznce.methods.workspace import Workspace
 
-__all__ = ["evaluate", "report"]
+__all__ = ["LOSSES", "evaluate", "exact_likelihoods", "report"]
 
 LOSSES = {
     "flow": {"loss": "flow loss"},
@@ -63,7 +63,7 @@ def evaluate(work: Workspace) -> dict:
     seconds = {}
     for label, subset in (("exact_uniform", np.sort(uniform)), ("exact_weighted", np.unique(weighted))):
         if len(subset):
-            seconds[label] = _exact_likelihoods(work, conformers, subset, folder / label) / len(subset)
+            seconds[label] = exact_likelihoods(work.models, conformers, subset, folder / label) / len(subset)
     with atomic_file(folder / "subsets.npz") as path, open(path, "wb") as handle:
         np.savez(handle, uniform=uniform, weighted=weighted)
     return {"exact_seconds_per_sample": seconds.get("exact_uniform"), "ebm_seconds_per_sample": _ebm_seconds(work, conformers)}
@@ -79,20 +79,20 @@ def report(work: Workspace) -> dict:
 # ---- likelihoods ------------------------------------------------------------------------------------------------------
 
 
-def _exact_likelihoods(work: Workspace, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
+def exact_likelihoods(models: FlowModels, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
     """Save exact log-likelihoods of a subset, batch by batch (a killed call goes on); returns the seconds they took in all."""
     if not (folder / "meta.yaml").exists():
-        flow, section = work.models.flow, work.config.evaluation
-        writer = WeightedSamplesWriter(folder, getattr(work.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
+        section = models.config.evaluation
+        writer = WeightedSamplesWriter(folder, getattr(models.system, "topology", None), {"likelihood": "exact", "n": len(subset)})
         for start in range(writer.n_written, len(subset), section.exact_batch_size):
             part = samples[subset[start : start + section.exact_batch_size]]
             begun = time.perf_counter()
-            log_prob = flow.log_prob(
-                torch.from_numpy(np.array(part.positions)).to(work.device),
+            log_prob = models.flow.log_prob(
+                torch.from_numpy(np.array(part.positions)).to(models.flow.basis.device),
                 solver=solver_settings(section.solver),
                 batch_size=section.exact_batch_size,
             )
-            log_prob = log_prob.cpu().numpy() + (np.log(2) if work.models.mirrors else 0.0)
+            log_prob = log_prob.cpu().numpy() + (np.log(2) if models.mirrors else 0.0)
             milliseconds = round(1000 * (time.perf_counter() - begun))
             writer.append(part.positions, part.energy, log_prob, -part.energy - log_prob, counts={"milliseconds": milliseconds})
         writer.finish()

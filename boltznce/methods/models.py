@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from boltznce.checkpoint import load_weights
 from boltznce.ebm import EnergyBasedModel
@@ -105,10 +105,7 @@ class FlowModels:
         on_path = likelihood if likelihood in ("exact", "hutchinson") else "none"
         solver = solver_settings(self.config.flow.solver)
         x, log_prob = self.flow.sample(n, generator, solver=solver, likelihood=on_path, n_probes=n_probes, batch_size=n)
-        kept, n_mirrored = torch.ones(n, dtype=torch.bool, device=x.device), 0
-        if self.system.dim == 3:
-            mended = mend_chirality(x, self.system.chirality(x), self.mirrors)
-            x, kept, n_mirrored = mended.positions, mended.kept, mended.n_mirrored
+        x, kept, counts = self.mend(x)
         energy = self.system.energy(x).double()
         if likelihood == "ebm":
             log_prob = self.ebm.log_prob(x)
@@ -116,7 +113,14 @@ class FlowModels:
             log_prob = torch.full_like(energy, torch.nan)
         else:
             log_prob = log_prob[kept] + (math.log(2) if self.mirrors else 0.0)
-        return Batch(x, energy, log_prob, {"batches": 1, "drawn": n, "right_chirality": len(x), "mirrored": n_mirrored})
+        return Batch(x, energy, log_prob, {"batches": 1, "drawn": n} | counts)
+
+    def mend(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+        """Samples (n, atoms, dim) as the molecule, those that can be; which of the given ones they are, (n,) bool; counts."""
+        if self.system.dim != 3:
+            return x, torch.ones(len(x), dtype=torch.bool, device=x.device), {"right_chirality": len(x), "mirrored": 0}
+        mended = mend_chirality(x, self.system.chirality(x), self.mirrors)
+        return mended.positions, mended.kept, {"right_chirality": len(mended.positions), "mirrored": mended.n_mirrored}
 
 
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> FlowModels:

@@ -62,11 +62,7 @@ def wasserstein_distances(
     points = view.points(samples.positions)
     subsets = {"n_points": n_points, "generator": np.random.default_rng(seed)}
     distances = {
-        "E-W2 (kT)": {
-            "unweighted": _energy_distance(samples.energy, data["energy"], None, cut),
-            "weighted": _energy_distance(samples.energy, data["energy"], samples.weights, cut),
-            "floor": energy_w2_floor(data["energy"], cut=cut),
-        },
+        "E-W2 (kT)": _energy_distances(samples, data["energy"], cut),
         view.distance: {
             "unweighted": view.w2(points, data["points"], **subsets),
             "weighted": view.w2(points, data["points"], samples.weights, **subsets),
@@ -125,6 +121,20 @@ def summary(work: Workspace) -> str:
     return summary_table(json.loads((work.folder.path / "metrics.json").read_text())) + f"\n\nReport: {work.folder.path / 'report.md'}"
 
 
-def _energy_distance(energy: np.ndarray, data: np.ndarray, weights: np.ndarray | None, cut: float) -> float:
-    """E-W2 below the cut; NaN, a gap in the report, where a flow has nothing there."""
-    return energy_w2(energy, data, weights, cut=cut) if share_above(energy, cut, weights) < 1 else np.nan
+def _energy_distances(samples: WeightedSamples, data: np.ndarray, cut: float) -> dict:
+    """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
+    distances, empty = {}, []
+    for kind, weights in (("unweighted", None), ("weighted", samples.weights)):
+        if share_above(samples.energy, cut, weights) < 1:
+            distances[kind] = energy_w2(samples.energy, data, weights, cut=cut)
+        else:
+            distances[kind] = np.nan
+            empty.append(kind)
+    distances["floor"] = energy_w2_floor(data, cut=cut)
+    if empty:
+        lowest = samples.energy.min() if "unweighted" in empty else samples.energy[samples.weights > 0].min()
+        distances["missing"] = (
+            f"no {' and no '.join(empty)} sample below the cut at {cut:.0f} kT, above which energies are left out "
+            f"(the lowest is at {lowest:.0f} kT)"
+        )
+    return distances

@@ -71,16 +71,22 @@ class Workspace:
         return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
 
     def fit(
-        self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, section: str | None = None, **changes: Any
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Loss,
+        validate: Validation | None = None,
+        section: str | None = None,
+        **settings: Any,
     ) -> dict:
-        """Train ``module`` with the settings ``fit`` of the config's ``section`` (default ``name``), but for ``changes`` to them.
+        """Train ``module``; returns what the run's record keeps of it.
 
-        Returns what the run's record keeps of it.
+        Its settings are the ``fit`` of the config's ``section`` (default ``name``), with those of ``settings`` in their place.
         """
         result = fit(
             module,
             loss,
-            FitSettings(**{**self.config[section or name].fit, **changes}),
+            FitSettings(**{**self.config[section or name].fit, **settings}),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,

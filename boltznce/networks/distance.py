@@ -34,13 +34,18 @@ class MolecularGeometry(nn.Module):
 
     The signed volume of (i, j, k, m) is a·(b×c) with a = x_j - x_i, b = x_k - x_j, c = x_m - x_k; it changes sign in a mirror.
     ``calibrate`` measures mean and spread on a grid of noise levels; between them they are interpolated.
+
+    Gradients are scaled to about one: a distance's is its connecting vector over the mean distance, and so on. With ``preconditioned``,
+    what they move atoms by, metric @ gradient, is about one spread of the prior: a far pair then pulls little and a bond, along which the
+    prior is narrow, much.
     """
 
     N_LEVELS = 65
     EPSILON = 1e-6  # under the root of a distance, in squared network units
 
-    def __init__(self, n_atoms: int, quadruples: Sequence[tuple[int, int, int, int]] = ()) -> None:
+    def __init__(self, n_atoms: int, quadruples: Sequence[tuple[int, int, int, int]] = (), preconditioned: bool = False) -> None:
         super().__init__()
+        self.preconditioned = preconditioned
         pairs = torch.triu_indices(n_atoms, n_atoms, 1).T
         self.n_pairs, self.n_quadruples = len(pairs), len(quadruples)
         self.n_values = self.n_pairs + self.n_quadruples
@@ -68,10 +73,25 @@ class MolecularGeometry(nn.Module):
             values, parts = self.values(positions_at(t))
             self.mean[k] = values.mean(dim=0)
             self.spread[k] = values.std(dim=0).clamp_min(1e-3)
-            # a distance's gradient is its connecting vector over the mean distance
-            self.steepness[k, : self.n_pairs] = self.mean[k, : self.n_pairs]
-            areas = torch.stack(parts[1:]).square().sum(dim=-2).mean(dim=(0, 1)) if self.n_quadruples else values.new_ones(0)
-            self.steepness[k, self.n_pairs :] = areas.sqrt()
+            self.steepness[k] = self._size_of_gradients(parts) if self.preconditioned else self._mean_lengths(self.mean[k], parts)
+
+    def _mean_lengths(self, mean: Tensor, parts: list[Tensor]) -> Tensor:
+        areas = torch.stack(parts[1:]).square().sum(dim=-2).mean(dim=(0, 1)) if self.n_quadruples else mean.new_ones(0)
+        return torch.cat([mean[: self.n_pairs], areas.sqrt()])
+
+    def _size_of_gradients(self, parts: list[Tensor]) -> Tensor:
+        """√⟨∇value·(metric @ ∇value)⟩ over the batch, the gradients as `along_gradients` takes them before it scales them: (values,)."""
+        pairs, *chains = self.incidence.split([self.n_pairs, *[self.n_quadruples] * 3], dim=1)
+        squared = [parts[0].square().sum(dim=-2).mean(dim=0) * (pairs * (self.metric @ pairs)).sum(dim=0)]
+        if self.n_quadruples:
+            squared.append(
+                sum(
+                    (parts[1 + a] * parts[1 + b]).sum(dim=-2).mean(dim=0) * (chains[a] * (self.metric @ chains[b])).sum(dim=0)
+                    for a in range(3)
+                    for b in range(3)
+                )
+            )
+        return torch.cat(squared).clamp_min(1e-6).sqrt()
 
     def values(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Values (batch, values) at ``x`` (batch, n, 3), and what `along_gradients` needs."""
@@ -95,6 +115,11 @@ class MolecularGeometry(nn.Module):
         strengths = (strengths / steepness).unsqueeze(-2)
         moved = [strengths[..., : self.n_pairs] * parts[0]] + [strengths[..., self.n_pairs :] * area for area in parts[1:]]
         return (torch.cat(moved, dim=-1) @ self.incidence.T).transpose(-1, -2)
+
+    def bounded(self, total: Tensor, largest: float) -> Tensor:
+        """A covector (batch, n, 3), bent so that what it moves atoms by, metric @ total, stays below ``largest`` of the prior's spread."""
+        mean_square = (total * (self.metric @ total)).sum(dim=(-2, -1), keepdim=True) / (3 * len(self.metric))
+        return total * torch.rsqrt(1 + mean_square / largest**2)
 
     def statistics(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, spread and steepness (batch, values) at times ``t`` (batch,)."""
@@ -152,19 +177,7 @@ class DistanceVectorField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         time = self.time(t)
         linear = self.linear(time).split(2 * self.geometry.n_values, dim=-1)
-        shrink = self.shrink(time)
-        noise = t.reshape(-1, 1, 1)
-        total, hidden = torch.zeros_like(x), 0.0
-        for k, (inlet, blocks, outlet) in enumerate(zip(self.inlets, self.blocks, self.outlets, strict=True)):
-            estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (self.geometry.metric @ total) if k else x
-            mean, spread, steepness = self.geometry.statistics(t * 0.5**k)
-            values, parts = self.geometry.values(estimate)
-            z = soft_clip((values - mean) / spread)
-            hidden = blocks(hidden + inlet(z), time)
-            constant, slope = linear[k].chunk(2, dim=-1)
-            strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
-            total = total + self.geometry.along_gradients(strengths, parts, steepness)
-        return total
+        return rounds(self.geometry, x, t, time, self.shrink(time), self.inlets, self.blocks, self.outlets, linear)
 
 
 class DistanceEnergy(nn.Module):
@@ -197,6 +210,41 @@ class DistanceEnergy(nn.Module):
         n = self.geometry.n_values
         slope, stiffness, level = self.quadratic(time).split([n, n, 1], dim=-1)
         return (slope * z - 0.5 * stiffness * z.square()).sum(-1) + (self.mlp(z, time) + level).squeeze(-1)
+
+
+def rounds(
+    geometry: MolecularGeometry,
+    x: Tensor,
+    t: Tensor,
+    time: Tensor,
+    shrink: Tensor,
+    inlets: Sequence[Callable[[Tensor], Tensor]],
+    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    outlets: Sequence[Callable[[Tensor], Tensor]],
+    linear: Sequence[Tensor],
+    largest: float | None = None,
+) -> Tensor:
+    """The sum over rounds of `DistanceVectorField`: (batch, n, 3).
+
+    ``time`` (batch, N_TIME), ``shrink`` (batch, n_rounds); of each round, ``linear`` (batch, 2 n_values) are the coefficients a and b, and
+    an inlet maps (batch, n_values) to the hidden width, an outlet back. ``largest`` bounds the sum after every round, see
+    `MolecularGeometry.bounded`: gradients of distances grow with the distance and those of volumes with its square, so that a flow along
+    them can run away, and from round to round the estimate, where the network was never trained.
+    """
+    noise = t.reshape(-1, 1, 1)
+    total, hidden = torch.zeros_like(x), 0.0
+    for k, (inlet, block, outlet) in enumerate(zip(inlets, blocks, outlets, strict=True)):
+        estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (geometry.metric @ total) if k else x
+        mean, spread, steepness = geometry.statistics(t * 0.5**k)
+        values, parts = geometry.values(estimate)
+        z = soft_clip((values - mean) / spread)
+        hidden = block(hidden + inlet(z), time)
+        constant, slope = linear[k].chunk(2, dim=-1)
+        strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
+        total = total + geometry.along_gradients(strengths, parts, steepness)
+        if largest is not None:
+            total = geometry.bounded(total, largest)
+    return total
 
 
 def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLPEnergy", "MLPVectorField", "ResidualBlocks", "ResidualMLP", "TimeEmbedding"]
+__all__ = ["MLPEnergy", "MLPVectorField", "ResidualBlocks", "ResidualMLP", "TimeEmbedding", "standardize"]
 
 
 class TimeEmbedding(nn.Module):
@@ -38,7 +38,7 @@ class ResidualBlocks(nn.Module):
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         for first, second, modulation in zip(self.first, self.second, self.modulation(time).split(2 * self.width, dim=-1), strict=True):
             scale, shift = modulation.chunk(2, dim=-1)
-            h = h + second(self.activation(first(_standardize(h) * (1 + scale) + shift)))
+            h = h + second(self.activation(first(standardize(h) * (1 + scale) + shift)))
         return h
 
 
@@ -84,7 +84,7 @@ class MLPEnergy(nn.Module):
         return (self.mlp(x, time) + self.level(time)).squeeze(-1) - 0.5 * x.square().sum(-1)
 
 
-def _standardize(h: Tensor) -> Tensor:
+def standardize(h: Tensor) -> Tensor:
     """Layer normalization without weights, in plain operations: forward-mode and double-backward derivatives compile."""
     h = h - h.mean(dim=-1, keepdim=True)
     return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-5)

@@ -3,14 +3,18 @@
 One-hot blocks in a fixed order, which trained weights depend on: never reorder, only append.
 
 - ``elements``: element (H, C, N, O, S).
-- ``backbone``: element, then the atom's name where it is N, CA, C, O, OXT, or a hydrogen of N or CA (none set for side chains).
+- ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of the ``n_places`` residues).
 - ``full``: place of the residue in the chain (``n_places``), residue type (20, by three letters), atom class (54).
+- ``numbered``: ``full``, then the number of the atom among those of its class and residue (3): every atom differs from every other, as
+  networks on named distances want it. The first three are the papers', this one is not.
 
 The atom class is the atom's name with equivalent atoms merged. A heavy atom has its Amber name, but both oxygens of Asp (and that of Asn)
 are OD and those of Glu (and Gln) OE. A hydrogen is H and what follows the element in its heavy atom's name: all on CB are HB, all on CG2
 HG2, those on N, H1 to H3 of the ammonium group too, H; that of Thr's OG1 is HG as in Ser. Over the 20 residues with both ends this gives
 exactly the 54 of `ATOM_CLASSES`, the classes and the order of the papers.
 """
+
+from collections import Counter
 
 import mdtraj
 import torch
@@ -21,9 +25,10 @@ from boltznce.errors import UserError
 
 __all__ = ["ATOM_CLASSES", "ENCODINGS", "RESIDUE_TYPES", "atom_class_names", "encode_atoms"]
 
-ENCODINGS = ("elements", "backbone", "full")
+ENCODINGS = ("elements", "backbone", "full", "numbered")
 ELEMENTS = ("H", "C", "N", "O", "S")
-BACKBONE = ("N", "CA", "C", "O", "OXT", "H", "HA")
+BACKBONE = ("N", "CA", "C", "O")
+N_NUMBERS = 3
 _RESIDUES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL"
 RESIDUE_TYPES = tuple(_RESIDUES.split())
 _CLASSES = """
@@ -40,7 +45,7 @@ VARIANTS = {"HID": "HIS", "HIE": "HIS", "HIP": "HIS", "CYX": "CYS", "CYM": "CYS"
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
-    """(n_atoms, width) float32: 5 wide for ``elements``, 12 for ``backbone``, n_places + 74 for ``full``.
+    """(n_atoms, width) float32, 5 wide for ``elements``, 4 n_places + 5 for ``backbone``, n_places + 74 for ``full``, 3 more ``numbered``.
 
     Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a class.
     """
@@ -49,15 +54,28 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
     elements = _one_hot([atom.element.symbol for atom in topology.atoms], ELEMENTS, "element")
     if encoding == "elements":
         return elements
-    names = atom_class_names(topology)
     if encoding == "backbone":
-        backbone = [name if name in BACKBONE else "" for name in names]
-        return torch.cat([elements, _one_hot(backbone, (*BACKBONE, ""), "name")[:, :-1]], dim=1)
+        _check_length(topology, n_places)
+        labels = [f"{atom.residue.index} {atom.name}" if atom.name in BACKBONE else atom.element.symbol for atom in topology.atoms]
+        return _one_hot(labels, (*ELEMENTS, *(f"{i} {name}" for i in range(n_places) for name in BACKBONE)), "name")
+    names = atom_class_names(topology)
     types = _one_hot([VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue")
+    _check_length(topology, n_places)
+    places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
+    full = torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
+    if encoding == "full":
+        return full
+    seen: Counter[tuple[int, str]] = Counter()
+    numbers = []
+    for atom, name in zip(topology.atoms, names, strict=True):
+        numbers.append(seen[atom.residue.index, name])
+        seen[atom.residue.index, name] += 1
+    return torch.cat([full, one_hot(torch.tensor(numbers), N_NUMBERS).float()], dim=1)
+
+
+def _check_length(topology: mdtraj.Topology, n_places: int) -> None:
     if topology.n_residues > n_places:
         raise UserError(f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places.")
-    places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
-    return torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
 
 
 def atom_class_names(topology: mdtraj.Topology) -> list[str]:

@@ -45,8 +45,8 @@ class MolecularSystem(System):
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
-        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or ``elements``, ``backbone`` or
-            ``full`` for models of many peptides (see `encodings`).
+        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or ``elements``, ``backbone``,
+            ``full`` or ``numbered`` for models of many peptides (see `encodings`).
         n_places: residues that the encoding ``full`` has room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
             in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.

@@ -1,0 +1,118 @@
+"""Many peptides with one force field: what a model of many molecules is trained on, and which of them it must never see."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from boltznce.errors import UserError
+from boltznce.systems.encodings import encode_atoms
+from boltznce.systems.molecular import MolecularSystem
+from boltznce.systems.peptides import parse_sequence
+
+__all__ = ["ROLES", "PeptideFamily"]
+
+ROLES = ("train", "validation", "test")
+
+
+class PeptideFamily:
+    """Peptides named by their sequences, all in one force field, at one temperature and with one atom encoding.
+
+    Args:
+        name: what to call it.
+        selection: which of ``selections`` is meant.
+        selections: name -> role (``train``, ``validation``, ``test``) -> sequences. No sequence has two roles.
+        never_trained: sequences that may be nothing but test peptides, in every selection.
+        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and ``method``).
+        encoding, n_places: see `encodings.encode_atoms`; the model's input for every member.
+        settings: those of `MolecularSystem` that all members share.
+
+    Raises UserError for selections and sequences that do not exist, and for peptides that stand in two lists.
+    """
+
+    dim = 3
+    translation_invariant = True
+    many = True  # told from a system by this
+
+    def __init__(
+        self,
+        name: str,
+        selection: str,
+        selections: Mapping[str, Mapping[str, Sequence[str]]],
+        never_trained: Sequence[str] = (),
+        encoding: str = "full",
+        n_places: int = 2,
+        simulation: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ):
+        if selection not in selections:
+            raise UserError(f"{name} has no selection {selection!r}: choose one of {', '.join(selections)}.")
+        chosen = selections[selection]
+        if unknown := sorted(set(chosen) - set(ROLES)):
+            raise UserError(f"Unknown list of peptides {', '.join(unknown)} in {name}: the lists are {', '.join(ROLES)}.")
+        if unknown := sorted(set(settings) - set(inspect.signature(MolecularSystem).parameters)):
+            raise UserError(f"{name} has no setting {', '.join(unknown)}: its peptides have those of MolecularSystem.")
+        self.name, self.selection = name, selection
+        self.sequences = {role: tuple(str(sequence) for sequence in chosen.get(role, ())) for role in ROLES}
+        self.encoding, self.n_places, self.settings = encoding, n_places, settings
+        self.simulation = dict(simulation or {})
+        self._members: dict[str, MolecularSystem] = {}
+        if not self.sequences["train"]:
+            raise UserError(f"{name} has no peptides to train on: set system.selections.{selection}.train.")
+        roles: dict[str, str] = {}
+        for role, sequences in self.sequences.items():
+            for sequence in sequences:
+                parse_sequence(sequence)
+                if sequence in roles:
+                    raise UserError(f"{sequence} is both a {roles[sequence]} and a {role} peptide of {name}: take it out of one list.")
+                if sequence in never_trained and role != "test":
+                    raise UserError(f"{sequence} is kept for tests and cannot be a {role} peptide: take it out of {name}'s lists.")
+                roles[sequence] = role
+
+    @property
+    def all_sequences(self) -> tuple[str, ...]:
+        """Of all roles, those to be trained on first."""
+        return sum(self.sequences.values(), ())
+
+    def member(self, sequence: str) -> MolecularSystem:
+        """A peptide of the family, listed or not: made once."""
+        if sequence not in self._members:
+            parse_sequence(sequence)
+            self._members[sequence] = MolecularSystem(sequence, sequence, encoding=self.encoding, n_places=self.n_places, **self.settings)
+        return self._members[sequence]
+
+    def choose(self, system: MolecularSystem | str | None) -> MolecularSystem:
+        """A peptide, listed or not, by its sequence or as `load_system` makes it.
+
+        Raises UserError for None, and for a system of another force field or temperature than the family's.
+        """
+        if system is None:
+            raise UserError(f"This run is of many molecules: say which one is meant, for example system={self.all_sequences[-1]}.")
+        if isinstance(system, str):
+            return self.member(system)
+        member = self.member(system.name)
+        if (system.identity, system.temperature) != (member.identity, member.temperature):
+            raise UserError(f"{system.name} has another force field or temperature than the peptides of this run: give its sequence alone.")
+        return member
+
+    def members(self, role: str) -> list[MolecularSystem]:
+        """The peptides of a role, in the order of their list."""
+        return [self.member(sequence) for sequence in self.sequences[role]]
+
+    @property
+    def temperature(self) -> float:
+        return float(self.settings["temperature"])
+
+    @property
+    def state(self) -> tuple[str, tuple[float, float]] | None:
+        """That of every member."""
+        return self.member(self.sequences["train"][0]).state
+
+    @cached_property
+    def n_features(self) -> int:
+        """Width of the atom features, the same for all members."""
+        return encode_atoms(self.member(self.sequences["train"][0]).topology, self.encoding, self.n_places).shape[1]
+
+    def largest(self) -> int:
+        """Atoms of the largest peptide in the lists."""
+        return max(self.member(sequence).n_atoms for sequence in self.all_sequences)
