@@ -289,7 +289,8 @@ def free_energy_profile(
 ) -> FreeEnergyProfile:
     """-log p(angle) in kT on ``n_bins`` bins of (-pi, pi]: a weighted histogram, or with ``kappa`` a von Mises kernel estimate.
 
-    The kernel acts on the bins (keep them narrower than its width 1/sqrt(kappa)); a bin with nothing seen within one width is a gap.
+    The kernel acts on the bins (keep them narrower than its width 1/sqrt(kappa)); a bin with nothing seen within one width is a gap, and
+    one with fewer than three samples has no standard error.
     ``limits`` are for a coordinate that is no angle: the histogram is that of the samples between them, and takes no kernel.
     """
     angle, log_weights = _checked(angle, log_weights)
@@ -326,7 +327,7 @@ def free_energy_profile(
         ]
     )
     free_energy = -log_density(np.bincount(bins, weights, n_bins))
-    often = np.isfinite(replicates).sum(axis=0) > n_bootstrap / 2
+    often = np.isfinite(replicates).mean(axis=0) > 0.95  # with three samples or more; the spread of fewer says nothing
     std_error = np.full(n_bins, np.nan)
     std_error[often] = np.nanstd(replicates[:, often], axis=0, ddof=1)
     return FreeEnergyProfile(centres, free_energy - np.nanmin(free_energy), np.where(np.isnan(free_energy), np.nan, std_error))

@@ -51,7 +51,7 @@ class TorsionView(View):
     data = "MD"
     figure = "ramachandran"
     distance = "T-W2 (rad)"
-    highest = 25.0  # kT, of the profile's figure: above, samples are noise
+    highest = 16.0  # kT, of the profile's figure: above, samples are noise
     symbols: ClassVar = {"phi": "φ", "psi": "ψ"}
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",)
 
