@@ -311,7 +311,8 @@ def free_energy_profile(
         smooth = histogram if kappa is None else np.fft.irfft(np.fft.rfft(histogram) * kernel_spectrum, n_bins)
         reach = 0 if kappa is None else int(kappa**-0.5 / width)
         seen = np.any([np.roll(histogram > 0.0, shift) for shift in range(-reach, reach + 1)], axis=0)
-        return np.log(np.where(seen, np.maximum(smooth, np.finfo(float).tiny) / (histogram.sum() * width), np.nan))
+        total = max(histogram.sum(), np.finfo(float).tiny)  # a replicate may hold nothing that weighs anything
+        return np.log(np.where(seen, np.maximum(smooth, np.finfo(float).tiny) / (total * width), np.nan))
 
     units = (
         np.arange(len(angle))
