@@ -22,17 +22,7 @@ def main(config: DictConfig) -> None:
     folder = Path(config.data_dir) / config.name
     if getattr(system, "many", False):
         return simulate_family(system, folder, config)
-    dataset = simulate(
-        system,
-        folder,
-        config.sampling,
-        duration=config.duration,
-        n_repeats=config.n_repeats,
-        n_processes=config.n_processes,
-        engine=config.engine,
-        seed=config.seed,
-        **OmegaConf.to_container(config.settings),
-    )
+    dataset = simulate(system, folder, config.sampling, **settings(config))
     print(f"{len(dataset)} frames in {folder}")
     if config.reference:
         result = umbrella_result(dataset, **({"state": system.state[1]} if system.state else {}))
@@ -46,18 +36,13 @@ def main(config: DictConfig) -> None:
 def simulate_family(family: PeptideFamily, folder: Path, config: DictConfig) -> None:
     if config.reference:
         raise UserError(f"{family.name} are many molecules: make references one by one, for example with system={family.all_sequences[0]}.")
-    datasets = simulate_many(
-        family,
-        folder,
-        config.sampling,
-        duration=config.duration,
-        n_repeats=config.n_repeats,
-        n_processes=config.n_processes,
-        engine=config.engine,
-        seed=config.seed,
-        **OmegaConf.to_container(config.settings),
-    )
+    datasets = simulate_many(family, folder, config.sampling, **settings(config))
     print(f"{len(datasets)} peptides, {sum(map(len, datasets.values()))} frames in {folder}")
+
+
+def settings(config: DictConfig) -> dict:
+    named = {key: config[key] for key in ("duration", "n_repeats", "n_processes", "engine", "seed")}
+    return named | OmegaConf.to_container(config.settings)
 
 
 if __name__ == "__main__":
