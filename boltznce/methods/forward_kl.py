@@ -13,6 +13,7 @@ from boltznce.annealing import forward_kl
 from boltznce.data.dataset import boltzmann_indices
 from boltznce.data.simulate import force_evaluations
 from boltznce.methods import boltznce
+from boltznce.methods.frames import minibatch
 from boltznce.methods.report_parts import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
 from boltznce.methods.spline_report import evaluate, report
@@ -37,8 +38,7 @@ def train_flow(work: Workspace) -> dict:
     )
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(x_train), (section.batch_size,), generator=generator, device=work.device)
-        return forward_kl(flow.log_prob(x_train[index]))
+        return forward_kl(flow.log_prob(minibatch(x_train, section.batch_size, generator)))
 
     @torch.no_grad()
     def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_varia
 from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
+from boltznce.methods.frames import minibatch
 from boltznce.methods.models import load_trained
 from boltznce.methods.report_parts import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow, weights_path
@@ -97,8 +98,7 @@ def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name
     data = torch.from_numpy(drawn.resample(section.n_buffer, rng).positions).to(work.device)
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(data), (section.batch_size,), generator=generator, device=work.device)
-        return forward_kl(flow.log_prob(data[index]))
+        return forward_kl(flow.log_prob(minibatch(data, section.batch_size, generator)))
 
     return loss, 0
 

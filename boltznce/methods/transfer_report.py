@@ -151,6 +151,12 @@ def _conformers(member: MolecularSystem, samples: WeightedSamples) -> WeightedSa
     return samples[allowed_conformers(excluded_conformers(member, samples.positions), len(samples))]
 
 
+def _walkers(md: Dataset) -> list[np.ndarray]:
+    """Masks of the frames of each trajectory: a window or replica of a repeat."""
+    walkers = md.repeat.astype(np.int64) * (int(md.window.max()) + 1) + md.window
+    return [walkers == walker for walker in np.unique(walkers)]
+
+
 def _md_blocks(md_phi: np.ndarray) -> int:
     """Blocks of the bootstrap over a simulation, whose frames are no independent draws."""
     return min(MD_BLOCKS, len(md_phi) // 2)
@@ -182,8 +188,7 @@ def _md_cost(md: Dataset, inside: np.ndarray, flow, reference: float, flow_secon
     """
     error = max(abs(flow.value - reference), flow.std_error) if np.isfinite(flow.std_error) else np.nan
     result = {"error": error, "flow_seconds": flow_seconds, "md_seconds": None, "speed_up": None}
-    walkers = md.repeat.astype(np.int64) * (int(md.window.max()) + 1) + md.window
-    series = [inside[walkers == walker] for walker in np.unique(walkers)]
+    series = [inside[mask] for mask in _walkers(md)]
     length = min(map(len, series))
     try:
         frames = frames_for_error(np.stack([each[:length] for each in series]), error)
@@ -297,8 +302,7 @@ def _figures(
 
 def _tica_figure(lag: int, member: MolecularSystem, md: Dataset, samples: WeightedSamples) -> Figure:
     features = slow_features(member, md.positions)
-    walkers = md.repeat.astype(np.int64) * (int(md.window.max()) + 1) + md.window
-    project = tica_projection([features[walkers == walker] for walker in np.unique(walkers)], lag)
+    project = tica_projection([features[mask] for mask in _walkers(md)], lag)
     of_md, of_flow = project(features), project(slow_features(member, samples.positions))
     low, high = np.quantile(of_md, 0.001, axis=0), np.quantile(of_md, 0.999, axis=0)
     margin = 0.1 * (high - low)
