@@ -90,6 +90,9 @@ def test_torsion_kl_of_halves():
     assert torsion_kl_of_halves(quarter, None, first, everywhere, n_bins=16) == pytest.approx(np.log(4.0), abs=0.01)
     floor = torsion_kl_of_halves(quarter, None, first, n_bins=32)
     assert floor == pytest.approx(0.5 * 256 * (2 / n + 2 / n), rel=0.2)
+    equal = generator.uniform(-np.pi, 0.0, size=(4 * n, 2))
+    for weights in (None, generator.exponential(size=4 * n)):  # right samples, however many and however weighted, stand at the floor
+        assert torsion_kl_of_halves(quarter, None, first, equal, weights, n_bins=32) == pytest.approx(floor, rel=0.2)
     rare = np.where(quarter[:, 0] < -1.0, 3.0, 1.0)
     resampled = quarter[generator.choice(n, size=n, p=rare / rare.sum())]
     assert torsion_kl_of_halves(quarter, rare, first, resampled, n_bins=16) < 0.01

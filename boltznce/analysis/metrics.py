@@ -215,13 +215,26 @@ def torsion_kl_of_halves(
 ) -> float:
     """Mean of KL(half ‖ other) over two independent halves of the data ``angles`` (n, 2), ``first`` (n,) the mask of one of them.
 
-    Without ``other_angles`` the other is the other half: the floor. Halves against samples, not all of the data, since the noise of a
-    histogram is in the divergence, and now equally in the value and in its floor. ``options`` as :func:`torsion_kl`.
+    Without ``other_angles`` the other is the other half: the floor. With them it is the first so many of them as weigh like the other
+    half (Kish): what the noise of the histograms adds to the divergence is then the same in the value and in its floor.
+    ``options`` as :func:`torsion_kl`.
     """
-    halves = [(angles[mask], None if weights is None else weights[mask]) for mask in (first, ~first)]
-    others = halves[::-1] if other_angles is None else [(other_angles, other_weights)] * 2
+    weights = np.ones(len(angles)) if weights is None else weights
+    halves = [(angles[mask], weights[mask]) for mask in (first, ~first)]
+    others = halves[::-1]
+    if other_angles is not None:
+        samples = other_angles, np.ones(len(other_angles)) if other_weights is None else other_weights
+        others = [_as_effective_as(half_weights, *samples) for _, half_weights in others]
     values = [torsion_kl(a, b, w_a, w_b, **options) for (a, w_a), (b, w_b) in zip(halves, others, strict=True)]
     return float(np.mean(values))
+
+
+def _as_effective_as(weights: np.ndarray, other_angles: np.ndarray, other_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the others, and their weights: so many that their effective number is that of ``weights``, or all there are."""
+    sums, squares = np.cumsum(other_weights), np.cumsum(np.square(other_weights))
+    wanted = weights.sum() ** 2 / np.square(weights).sum()
+    n = 1 + int(np.searchsorted(np.maximum.accumulate(sums**2 / np.maximum(squares, np.finfo(float).tiny)), wanted))
+    return other_angles[:n], other_weights[:n]
 
 
 def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = None) -> HeldOutLikelihood:
