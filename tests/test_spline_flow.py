@@ -231,6 +231,23 @@ def test_nothing_happens_at_the_cut_of_a_circle():
         assert gap.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_no_coupling_turns_a_circle_as_a_whole(inverse):
+    """The point at a coupling's cut stays, whatever the other coordinates are; another cut in every coupling."""
+    flow = shaken(small(Cube(2, 4)), 1.0).double()
+    moved = []
+    for coupling in flow.couplings:
+        y = torch.rand(6, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        circles = coupling.transformed[coupling.n_bounded :]
+        others = y[circles].clone()
+        y[circles] = coupling.cut
+        with torch.no_grad():
+            torch.testing.assert_close(coupling(y, inverse=inverse)[0][circles], y[circles], atol=1e-12, rtol=0)
+            moved.append((coupling(y.index_copy(0, circles, others), inverse=inverse)[0][circles] - others).abs().amax())
+    assert torch.stack(moved).min() > 1e-3
+    assert len({coupling.cut for coupling in flow.couplings}) == len(flow.couplings)
+
+
 def test_gradients_are_finite_at_corners_in_float32():
     flow = shaken(small(Cube(3, 3)), 1.0)
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.5, 1.0])] * 6).unsqueeze(1).requires_grad_()

@@ -347,6 +347,23 @@ def test_experiments_pin_the_published_setting(name, method, system):
         assert [cold for _, cold in tabg.ladder(config)] == pytest.approx([18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0], abs=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["aldp", "aldp_amber96", "tetrapeptide", "hexapeptide"])
+def test_first_steps_of_the_published_setting(tmp_path, name):
+    """Networks and batches of the published size, two steps at 1200 K and in each of two stages down."""
+    few = ["hot.fit.steps=2", "annealing.fit.steps=2", "annealing.n_steps=1", "annealing.repeat_between=0", "annealing.repeat_last=1"]
+    draws = ["annealing.n_draws=3000", "annealing.n_buffer=3000", "evaluation.n_samples=300", "evaluation.n_ladder=100"]
+    logged = ["+hot.fit.log_every=1", "+annealing.fit.log_every=1", f"data_dir={tmp_path}"]
+    run = bz.train_run(tmp_path / name, f"experiment=tabg/{name}", *few, *draws, *logged)
+    model = run.config.generator.model
+    assert (model.width, model.depth, model.n_pairs) == (256, 5, 8)
+    assert run.metrics["counts"]["energy evaluations, training in all"] == 2 * run.config.hot.batch_size + 2 * 3000
+    for stage in ("hot", "anneal_00", "anneal_01"):
+        log = np.genfromtxt(run.path / f"{stage}.csv", delimiter=",", names=True)
+        assert log.shape == (2,)
+        assert np.isfinite(log["trainloss"]).all()
+
+
 def test_unknown_objective(tmp_path):
     work = work_in(tmp_path, DoubleWell())
     work.config.annealing.objective = "score"
