@@ -319,6 +319,7 @@ def test_every_budget_composes(budget):
         spent = annealed.hot.fit.steps * annealed.hot.batch_size + a_stage * len(tabg.ladder(annealed))
         assert direct.hot.fit.steps * direct.hot.batch_size == pytest.approx(spent, rel=0.02)
         assert direct.hot.temperature == direct.system.temperature
+    assert baseline.hot.energy_cut == min(4 * config.hot.energy_cut, 1e8)  # the same energy, or none, at a quarter of the temperature
 
 
 @pytest.mark.parametrize(
