@@ -1,6 +1,7 @@
 """A run: train one in its folder, load one, sample from it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ class Run:
         folder: Path | str | None = None,
         format: str = "npy",
     ) -> WeightedSamples:
-        """``n`` fresh samples with weights -u - log q.
+        """``n`` fresh samples with weights -u - log q; ``meta["counts"]`` tells how many were drawn for them.
 
         Args:
             likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none";
@@ -138,7 +139,11 @@ class Run:
             return draw_to_folder(models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings)
         batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
         arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
-        return WeightedSamples(*arrays, topology=getattr(models.system, "topology", None), meta={"likelihood": likelihood, "seed": seed})
+        counts = Counter()
+        for batch in batches:
+            counts.update(batch.counts)
+        meta = {"likelihood": likelihood, "seed": seed, "counts": dict(counts)}
+        return WeightedSamples(*arrays, topology=getattr(models.system, "topology", None), meta=meta)
 
 
 def load_run(path: Path | str, device: str = "auto") -> Run:

@@ -76,7 +76,8 @@ def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, 
     monkeypatch.setattr(FlowModels, "draw", draw)
     resumed = run.sample(90, batch_size=32, folder=tmp_path / "cut")
     np.testing.assert_array_equal(whole.positions, resumed.positions)
-    assert resumed.meta["counts"] == whole.meta["counts"]
+    assert resumed.meta["counts"] == whole.meta["counts"] == run.sample(90, batch_size=32).meta["counts"]
+    assert whole.meta["counts"]["right_chirality"] >= 90
 
 
 def test_scripts_sample_and_free_energy(tiny_run, tmp_path):
