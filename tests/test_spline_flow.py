@@ -187,6 +187,20 @@ def test_sample_and_log_prob_agree(architecture):
     assert log_q.dtype == torch.float64
 
 
+@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical", "reference_temperature": 300.0}, {"prior_std": None}])
+def test_fixed_log_prob_of_a_draw_has_the_gradient_of_log_prob(settings):
+    flow = shaken(small(Cube(3, 4), **settings), 0.5).double()
+    temperature = 400.0 if "reference_temperature" in settings else None
+    x, log_q = flow.sample_with_fixed_log_prob(64, torch.Generator().manual_seed(1), temperature)
+    drawn = flow.sample(64, torch.Generator().manual_seed(1), temperature=temperature)
+    torch.testing.assert_close((x, log_q.detach()), drawn, rtol=1e-12, atol=1e-12)
+    assert not x.requires_grad
+    pull = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((pull * of).sum(), list(flow.parameters())) for of in (log_q, flow.log_prob(x, temperature))]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize(("n_bounded", "n_circular"), [(2, 0), (1, 1), (0, 2)])
 def test_density_is_normalized_on_a_grid(n_bounded, n_circular):
     flow = shaken(small(Cube(n_bounded, n_circular), n_pairs=2, width=8), 0.2).double()

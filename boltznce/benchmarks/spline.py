@@ -66,11 +66,11 @@ def _calls(flow: SplineFlow, system: System, n: int, generator: torch.Generator)
         reverse_kl(log_q, system.energy(x))["loss"].backward()
 
     def log_variance_step() -> None:
-        x, _ = flow.sample(n, generator, batch_size=n)
+        x, log_q = flow.sample_with_fixed_log_prob(n, generator)
         with torch.no_grad():
             u = system.energy(x)
         flow.zero_grad()
-        log_variance(flow.log_prob(x), u)["loss"].backward()
+        log_variance(log_q, u)["loss"].backward()
 
     return dict(zip(KINDS, (lambda: flow.sample(n, generator, batch_size=n), likelihood, reverse_kl_step, log_variance_step), strict=True))
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from boltznce.compiling import wants_compiling
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
+from boltznce.flows.drawn import log_prob_of_draws
 from boltznce.flows.internal import InternalCoordinates
-from boltznce.flows.spline import rational_quadratic
+from boltznce.flows.spline import rational_quadratic, rational_quadratic_with_pullback
 
 __all__ = ["ARCHITECTURES", "SplineCoupling", "SplineFlow", "hierarchical", "random_masks"]
 
@@ -87,6 +88,24 @@ class SplineFlow(nn.Module):
         y, log_det = self._through(z, temperature)
         positions, log_volume = self.coordinates.to_positions(y)
         return positions, self._log_prior(z) - log_det - log_volume.double()
+
+    def sample_with_fixed_log_prob(
+        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions in nm without gradient and log q (n,), float64, differentiable as ``log_prob`` of these positions is.
+
+        One pass through the networks less than a draw and its ``log_prob``.
+        """
+        z = self._draw(n, generator)
+        with torch.enable_grad():
+            leaf = z.clone().requires_grad_()
+            log_prior = self._log_prior(leaf)
+            of_prior = torch.autograd.grad(log_prior.sum(), leaf)[0] if log_prior.requires_grad else torch.zeros_like(z)
+        z = z.T.contiguous()
+        y, log_q = log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior.detach(), of_prior.T)
+        with torch.no_grad():
+            positions, log_volume = self.coordinates.to_positions(y.T)
+        return positions, log_q - log_volume.double()
 
     def log_prob(self, positions: Tensor, temperature: float | None = None) -> Tensor:
         """log q (batch,), float64, of positions (batch, atoms, dim) in nm, differentiable; -inf outside the domain."""
@@ -193,17 +212,32 @@ class SplineCoupling(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, y: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        x = self._opened(y[self.transformed])
+        x, log_slope = rational_quadratic(x, *self.parameters_of(y, context), inverse, self.fused)
+        return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0)
+
+    @torch.no_grad()
+    def with_pullback(self, y: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Callable]:
+        """As `forward`, given `parameters_of` y; and the gradient of the inverse of what is transformed, see `flows.spline`."""
+        x, log_slope, pullback = rational_quadratic_with_pullback(self._opened(y[self.transformed]), *parameters, self.fused)
+        return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0), pullback
+
+    def parameters_of(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Widths, heights and slopes of the splines of y (d, batch); on a circle the first slope is the last one too."""
         n, k = self.n_bounded, self.n_bins
-        parameters = self._conditioner(y, context).unflatten(0, (3 * k + 1, -1))
-        widths, heights, slopes = parameters.split([k, k, k + 1])
-        x = y[self.transformed]
-        if n < len(x):
+        widths, heights, slopes = self._conditioner(y, context).unflatten(0, (3 * k + 1, -1)).split([k, k, k + 1])
+        if n < slopes.shape[1]:
             slopes = torch.cat([slopes[:k], torch.cat([slopes[k:, :n], slopes[:1, n:]], 1)])
-            x = torch.cat([x[:n], on_circle(x[n:] - self.cut)])
-        x, log_slope = rational_quadratic(x, widths, heights, slopes, inverse, self.fused)
-        if n < len(x):
-            x = torch.cat([x[:n], on_circle(x[n:] + self.cut)])
-        return y.index_copy(0, self.transformed, x), log_slope.sum(0)
+        return widths, heights, slopes
+
+    def _opened(self, x: Tensor) -> Tensor:
+        """The coordinates to be transformed, circles opened at the cut."""
+        n = self.n_bounded
+        return torch.cat([x[:n], on_circle(x[n:] - self.cut)]) if n < len(x) else x
+
+    def _closed(self, x: Tensor) -> Tensor:
+        n = self.n_bounded
+        return torch.cat([x[:n], on_circle(x[n:] + self.cut)]) if n < len(x) else x
 
     def _conditioner(self, y: Tensor, context: Tensor | None) -> Tensor:
         phase = 2 * math.pi * y[self.given_circular]

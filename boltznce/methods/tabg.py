@@ -108,10 +108,10 @@ def _log_variance_of(work: Workspace, system: System, drawn: WeightedSamples, na
     section = work.config.annealing
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, _ = flow.sample(section.batch_size, generator)
+        x, log_q = flow.sample_with_fixed_log_prob(section.batch_size, generator)
         with torch.no_grad():
             u = soften(system.energy(x))
-        return log_variance(flow.log_prob(x), u, section.deviation, section.covering)
+        return log_variance(log_q, u, section.deviation, section.covering)
 
     return loss, section.batch_size
 

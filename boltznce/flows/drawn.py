@@ -1,0 +1,59 @@
+"""log q of a flow's own draws, with the gradient that it has at these fixed points.
+
+A draw goes through the couplings from z to x, and the gradient of log q(x) at fixed x goes through their inverses: that is back from z to x
+too. So what the draw has computed in each coupling serves the gradient, and no second pass through the networks is needed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["log_prob_of_draws"]
+
+
+def log_prob_of_draws(
+    couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Points (d, n) that the couplings make of z (d, n), and log q (n,), float64, of these, differentiable once in the couplings' weights.
+
+    Args:
+        couplings: as `SplineCoupling`, in the order of drawing.
+        log_prior, of_prior: log-density of z (n,) and its gradient (d, n).
+    """
+    weights = [weight for coupling in couplings for weight in coupling.parameters()]
+    return _LogProbOfDraws.apply(couplings, z, context, log_prior, of_prior, *weights)
+
+
+class _LogProbOfDraws(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.of_prior, ctx.passed = of_prior, []
+        y, log_q = z, log_prior
+        for coupling in couplings:
+            given = y.detach().requires_grad_()
+            with torch.enable_grad():
+                parameters = coupling.parameters_of(given, context)
+            y, log_slope, pullback = coupling.with_pullback(y, parameters)
+            log_q = log_q - log_slope
+            ctx.passed.append((coupling, given, parameters, pullback))
+        ctx.mark_non_differentiable(y)
+        return y, log_q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _: Tensor, of_log_q: Tensor):
+        """From z to x: the gradient of each coupling's input in the inverse pass, of its conditioner's input, and of its weights."""
+        of_log = of_log_q.to(ctx.of_prior.dtype)
+        of_y, of_weights = ctx.of_prior * of_log, []
+        for coupling, given, parameters, pullback in ctx.passed:
+            of_transformed = of_y[coupling.transformed]
+            of_transformed, *of_parameters = pullback(of_transformed, of_log.expand_as(of_transformed))
+            of_given, *found = torch.autograd.grad(parameters, [given, *coupling.parameters()], of_parameters)
+            of_y = (of_y + of_given).index_copy(0, coupling.transformed, of_transformed)
+            of_weights += found
+        ctx.passed = None
+        return None, None, None, None, None, *of_weights
