@@ -4,6 +4,7 @@ Every peptide, of the training or never seen, is reached by its `MolecularSystem
 network, and from there on it is handled like the flow of one molecule.
 """
 
+import random
 from pathlib import Path
 from typing import ClassVar
 
@@ -311,5 +312,5 @@ def _padded_batches(work: Workspace, positions: dict[MolecularSystem, Tensor], b
 
 
 def _choose(members: list, n: int | None, generator: torch.Generator) -> list:
-    order = torch.randperm(len(members), generator=generator, device=generator.device).tolist()
-    return [members[i] for i in order[: n or len(members)]]
+    """``n`` of the members, or all, by the generator's seed: to ask the generator itself would wait for the device."""
+    return random.Random(generator.initial_seed()).sample(members, min(n or len(members), len(members)))
