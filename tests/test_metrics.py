@@ -93,6 +93,10 @@ def test_torsion_kl_of_halves():
     equal = generator.uniform(-np.pi, 0.0, size=(4 * n, 2))
     for weights in (None, generator.exponential(size=4 * n)):  # right samples, however many and however weighted, stand at the floor
         assert torsion_kl_of_halves(quarter, None, first, equal, weights, n_bins=32) == pytest.approx(floor, rel=0.2)
+    steep = np.exp(2 * quarter[:, 0])  # weights that go with the place, as those of umbrella sampling
+    right = quarter[generator.choice(n, size=n, p=steep / steep.sum())]
+    floor = torsion_kl_of_halves(quarter, steep, first, n_bins=32)
+    assert torsion_kl_of_halves(quarter, steep, first, right, n_bins=32) == pytest.approx(floor, rel=0.15)
     rare = np.where(quarter[:, 0] < -1.0, 3.0, 1.0)
     resampled = quarter[generator.choice(n, size=n, p=rare / rare.sum())]
     assert torsion_kl_of_halves(quarter, rare, first, resampled, n_bins=16) < 0.01

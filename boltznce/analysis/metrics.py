@@ -195,11 +195,9 @@ def torsion_kl(
     Smoothing: both histograms are mixed with the uniform distribution, of which they take the share ``uniform_share``; so an empty bin
     costs the same whatever the number of samples.
     """
-    edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     probabilities = []
     for angles, weights in ((angles1, w1), (angles2, w2)):
-        wrapped = _wrap(np.asarray(angles, dtype=np.float64))
-        histogram = np.histogram2d(wrapped[:, 0], wrapped[:, 1], bins=(edges, edges), weights=weights)[0]
+        histogram = np.bincount(_cells(angles, n_bins), weights, n_bins**2)
         probabilities.append((1 - uniform_share) * histogram / histogram.sum() + uniform_share / n_bins**2)
     p, q = probabilities
     return float((p * np.log(p / q)).sum())
@@ -211,30 +209,52 @@ def torsion_kl_of_halves(
     first: np.ndarray,
     other_angles: np.ndarray | None = None,
     other_weights: np.ndarray | None = None,
-    **options,
+    n_bins: int = 100,
+    uniform_share: float = 1e-4,
 ) -> float:
     """Mean of KL(half ‖ other) over two independent halves of the data ``angles`` (n, 2), ``first`` (n,) the mask of one of them.
 
-    Without ``other_angles`` the other is the other half: the floor. With them it is the first so many of them as weigh like the other
-    half (Kish): what the noise of the histograms adds to the divergence is then the same in the value and in its floor.
-    ``options`` as :func:`torsion_kl`.
+    Without ``other_angles`` the other is the other half: the floor, which is the noise of two histograms. With them it is the first so many
+    of them (or all, if they are too few) that their histogram is as noisy as the other half's: so the value has the noise of the floor, and
+    the two can be compared. Samples count as independent. ``n_bins`` and ``uniform_share`` as in :func:`torsion_kl`.
     """
     weights = np.ones(len(angles)) if weights is None else weights
     halves = [(angles[mask], weights[mask]) for mask in (first, ~first)]
     others = halves[::-1]
     if other_angles is not None:
         samples = other_angles, np.ones(len(other_angles)) if other_weights is None else other_weights
-        others = [_as_effective_as(half_weights, *samples) for _, half_weights in others]
-    values = [torsion_kl(a, b, w_a, w_b, **options) for (a, w_a), (b, w_b) in zip(halves, others, strict=True)]
-    return float(np.mean(values))
+        others = [_as_noisy_as(*half, *samples, n_bins) for half in others]
+    pairs = zip(halves, others, strict=True)
+    return float(np.mean([torsion_kl(a, b, w_a, w_b, n_bins, uniform_share) for (a, w_a), (b, w_b) in pairs]))
 
 
-def _as_effective_as(weights: np.ndarray, other_angles: np.ndarray, other_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first of the others, and their weights: so many that their effective number is that of ``weights``, or all there are."""
-    sums, squares = np.cumsum(other_weights), np.cumsum(np.square(other_weights))
-    wanted = weights.sum() ** 2 / np.square(weights).sum()
-    n = 1 + int(np.searchsorted(np.maximum.accumulate(sums**2 / np.maximum(squares, np.finfo(float).tiny)), wanted))
+def _as_noisy_as(
+    angles: np.ndarray, weights: np.ndarray, other_angles: np.ndarray, other_weights: np.ndarray, n_bins: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the others, and their weights: the fewest whose histogram has no more noise than that of ``angles``, or all."""
+    wanted, cells = _noise(_cells(angles, n_bins), weights), _cells(other_angles, n_bins)
+    too_few, n = 0, len(other_angles)
+    while n - too_few > 1:
+        middle = (too_few + n) // 2
+        if _noise(cells[:middle], other_weights[:middle]) > wanted:
+            too_few = middle
+        else:
+            n = middle
     return other_angles[:n], other_weights[:n]
+
+
+def _noise(cells: np.ndarray, weights: np.ndarray) -> float:
+    """Twice what the noise of a histogram p adds to a divergence: sum of var(p) / p over its bins, to leading order."""
+    sums, squares = np.bincount(cells, weights), np.bincount(cells, np.square(weights))
+    occupied = sums > 0
+    return float((squares[occupied] / sums[occupied]).sum() / sums.sum()) if occupied.any() else np.inf
+
+
+def _cells(angles: np.ndarray, n_bins: int) -> np.ndarray:
+    """Number of the bin that holds each of the angles (n, 2), (n,)."""
+    place = (_wrap(np.asarray(angles, dtype=np.float64)) + np.pi) / (2 * np.pi)
+    column, row = np.minimum((n_bins * place).astype(int), n_bins - 1).T
+    return n_bins * column + row
 
 
 def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = None) -> HeldOutLikelihood:

@@ -384,7 +384,7 @@ def _plot_surfaces(
     n_rows = -(-len(panels) // MOST_COLUMNS)
     n_columns = -(-len(panels) // n_rows)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.3 * n_columns + 0.9, 2.3 * n_rows + 0.4), layout="constrained")
+        figure = Figure(figsize=(2.3 * n_columns + 0.9, 2.3 * n_rows + 0.4), layout="compressed")
         axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
         for ax, (title, surface) in zip(axes.flat, surfaces.items(), strict=False):
             # rasterized: thousands of vector cells show seams in a PDF viewer
