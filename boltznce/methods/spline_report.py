@@ -268,8 +268,8 @@ def _notes(work: Workspace, found: _Found) -> list[str]:
         if found.data is not None:
             notes.append(
                 "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with 1e-4 of "
-                "the uniform. The floor is that between the halves. As many of the flow's samples are taken as make a histogram as noisy as that "
-                "of a half, so that value and floor have the same noise."
+                "the uniform. The floor is that between the halves. Of the flow's samples so many are taken that their histogram is as "
+                "noisy as that of a half: value and floor have the same noise."
             )
         else:
             notes.append(
