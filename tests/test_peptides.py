@@ -156,7 +156,10 @@ def test_named_peptides(name, letters):
     assert list(system.dihedrals) == expected
     assert system.state == ("phi", (0.0, 2.0))
     assert len(system.methyl_groups) == n + 2
-    assert system.reference() is None
+    reference = system.reference()
+    assert (reference["dihedral"], reference["state"], reference["made_by"]["n_repeats"]) == ("phi", list(system.state[1]), 2)
+    assert reference["delta_f"]["std_error"] < 0.2
+    assert system.at_temperature(310.0).reference() is None
     assert_sound(system)
 
 
