@@ -25,7 +25,7 @@ from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.training import Loss
 
-__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
+__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot", "typical_energy"]
 
 
 def train_hot(work: Workspace) -> dict:
@@ -33,10 +33,11 @@ def train_hot(work: Workspace) -> dict:
     section = work.config.hot
     work.system.require_gradient(f"method={work.config.method.name}")
     system = work.system.at_temperature(section.temperature)
+    cut = typical_energy(system) + section.energy_cut
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
-        return reverse_kl(log_q, system.energy(x), section.drop_highest, section.energy_cut)
+        return reverse_kl(log_q, system.energy(x), section.drop_highest, cut)
 
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
@@ -78,6 +79,13 @@ def anneal(work: Workspace) -> dict:
             forget_buffer(folder)
         records.append(json.loads(record_path.read_text()))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
+
+
+def typical_energy(system: System) -> float:
+    """About the mean reduced energy: of a molecule that is harmonic about its structure, u(structure) + (3 n - 6) / 2; 0 in the plane."""
+    if system.dim != 3:
+        return 0.0
+    return float(system.energy(system.positions.unsqueeze(0))) + (3 * system.n_atoms - 6) / 2
 
 
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
