@@ -76,9 +76,8 @@ def report(work: Workspace) -> dict:
     data = load_many(work.system, work.config.data.folder, ("test",))
     peptides, figures = {}, {}
     for member in tests:
-        seconds = work.folder.stages["evaluation"]["seconds_per_kept_sample"][member.name]
-        peptides[member.name], drawn = peptide_results(work, member, data[member.name], seconds)
-        figures |= {f"{member.name}_{name}": figure for name, figure in drawn.items()}
+        peptides[member.name], drawn = peptide_results(work, member, data[member.name])
+        figures |= drawn
     curves = learning_curves(work.folder.path, LOSSES)
     if curves:
         figures["learning_curves"] = plotting.plot_learning_curves(curves)
@@ -88,19 +87,19 @@ def report(work: Workspace) -> dict:
 
 def write_peptide_report(work: Workspace, member: MolecularSystem, md: Dataset, earlier: dict[str, dict]) -> None:
     """The report of one peptide, beside ``earlier`` rows of the table."""
-    seconds = work.folder.stages["evaluation"]["seconds_per_kept_sample"][member.name]
-    row, figures = peptide_results(work, member, md, seconds)
-    figures = {f"{member.name}_{name}": figure for name, figure in figures.items()}
+    row, figures = peptide_results(work, member, md)
     results = _results(work, {member.name: row})
     results["peptides"] = earlier | results["peptides"]
     del results["average"]
     write_report(work.folder.path, results, figures, _captions(work, figures))
 
 
-def peptide_results(
-    work: Workspace, member: MolecularSystem, md: Dataset, seconds_per_sample: float
-) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Numbers (as in the report's ``peptides``) and figures of one peptide, its samples in the run's folder against its simulation."""
+def peptide_results(work: Workspace, member: MolecularSystem, md: Dataset) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Numbers (as in the report's ``peptides``) of one peptide, its samples in the run's folder against its simulation.
+
+    And figures, by names that begin with the peptide's.
+    """
+    seconds_per_sample = work.folder.stages["evaluation"]["seconds_per_kept_sample"][member.name]
     section, folder = work.config.evaluation, work.folder.path / "peptides" / member.name
     name, state = member.state
     drawn = WeightedSamples.load(folder / "weighted")
@@ -143,7 +142,8 @@ def peptide_results(
         results["ess_exact"] = ess_row(log_weights)
         if len(exact) >= 3:
             results["agreement"] = likelihood_agreement(samples.log_prob[subset], exact.log_prob, inside, **bootstrap)
-    return results, _figures(work, member, md, samples, data, phi, md_phi)
+    figures = _figures(work, member, md, samples, data, phi, md_phi)
+    return results, {f"{member.name}_{kind}": figure for kind, figure in figures.items()}
 
 
 def _conformers(member: MolecularSystem, samples: WeightedSamples) -> WeightedSamples:
