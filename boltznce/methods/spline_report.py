@@ -34,14 +34,11 @@ from boltznce.systems.base import System
 
 __all__ = ["evaluate", "report"]
 
-SPENT_ON = {"hot": "reverse KL", "annealing": "annealing", "data": "simulation of the training data"}
-LOSSES = {
-    "hot": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
-    "flow": {"loss": "forward KL, -log q"},
-}
-ANNEALING_LOSSES = {  # column of the log, title
-    "forward_kl": ("loss", "annealing: forward KL, -log q"),
-    "log_variance": ("variance", "annealing: variance of log p - log q"),
+SPENT_ON = {"hot": "first temperature", "annealing": "annealing", "data": "simulation of the training data"}
+LOSSES = {  # by objective: columns of the log, what they are
+    "reverse_kl": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
+    "forward_kl": {"loss": "forward KL, -log q"},
+    "log_variance": {"variance": "variance of log p - log q"},
 }
 CAPTIONS = {
     "ladder": "Effective sample size along the ladder: of each flow's draws weighted to the next temperature, and at their own.",
@@ -288,7 +285,7 @@ def _notes(work: Workspace, found: _Found) -> list[str]:
 def _figures(work: Workspace, found: _Found) -> dict[str, Figure]:
     system, samples, frames, view = found.system, found.samples, found.frames, view_of(found.system)
     figures = {"weights": plotting.plot_weights({"exact": found.drawn.log_weights})}
-    curves = learning_curves(work.folder.path, LOSSES) | _annealing_curve(work)
+    curves = _learning_curves(work)
     if curves:
         figures["learning_curves"] = plotting.plot_learning_curves(curves)
     if system.state is not None:
@@ -339,17 +336,20 @@ def _ladder(work: Workspace) -> Figure:
     return plotting.plot_ladder(list(flows.values()), sets, "K" if work.system.dim == 3 else "")
 
 
-def _annealing_curve(work: Workspace) -> dict[str, tuple[list[float], list[float]]]:
-    """Training loss of all stages of the annealing, one after another."""
-    objective = work.config.annealing.objective
+def _learning_curves(work: Workspace) -> dict[str, tuple[list[float], list[float]]]:
+    """Training losses of the stages there are; of the ladder's one after another."""
+    config, folder = work.config, work.folder.path
+    objectives = {"flow": "forward_kl", "hot": config.hot.objective}
+    curves = learning_curves(folder, {stage: {c: f"{stage}: {what}" for c, what in LOSSES[o].items()} for stage, o in objectives.items()})
+    column, what = next(iter(LOSSES[config.annealing.objective].items()))
     joined, start = ([], []), 0
     for number, step in enumerate(_ladder_steps(work)):
         name = f"anneal_{number:02d}"
-        for steps, values in learning_curves(work.folder.path, {name: {ANNEALING_LOSSES[objective][0]: name}}).values():
+        for steps, values in learning_curves(folder, {name: {column: name}}).values():
             joined[0].extend(start + at for at in steps)
             joined[1].extend(values)
         start += step["steps"]
-    return {f"{ANNEALING_LOSSES[objective][1]}/train": joined} if joined[0] else {}
+    return curves | ({f"annealing: {what}/train": joined} if joined[0] else {})
 
 
 def _temperatures(work: Workspace, found: _Found) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,16 +30,13 @@ __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot", 
 
 
 def train_hot(work: Workspace) -> dict:
-    """Reverse KL at the highest temperature, where no modes are separated."""
+    """An untrained flow at the highest temperature, where no modes are separated.
+
+    ``hot.objective`` says how: the paper's ``reverse_kl``, or ``log_variance``. Whose first draws all clash, as those of larger molecules
+    do, is stuck by reverse KL on energies that are cut, and by the gradients of those that are not; log-variance ranks draws, and gets out.
+    """
     section = work.config.hot
-    work.system.require_gradient(f"method={work.config.method.name}")
-    system = work.system.at_temperature(section.temperature)
-    cut = typical_energy(system) + section.energy_cut
-
-    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
-        return reverse_kl(log_q, system.energy(x), section.drop_highest, cut)
-
+    loss = _chosen(HOT_OBJECTIVES, "hot", section)(section, work.system.at_temperature(section.temperature))
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
 
@@ -50,8 +48,7 @@ def anneal(work: Workspace) -> dict:
     fresh draws in every step. A finished stage is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
-    if section.objective not in OBJECTIVES:
-        raise UserError(f"Unknown annealing.objective={section.objective}: choose one of {', '.join(OBJECTIVES)}.")
+    objective = _chosen(OBJECTIVES, "annealing", section)
     flow, records = _trained(work, "hot"), []
     for k, (hot, cold) in enumerate(temperatures):
         folder, name = work.folder.path / "annealing" / f"{k:02d}", f"anneal_{k:02d}"
@@ -70,7 +67,7 @@ def anneal(work: Workspace) -> dict:
                 batch_size=section.draw_batch_size,
                 generator_of=lambda i, name=name: work.generator(f"{name} draws", i),
             )
-            loss, n_evaluations = OBJECTIVES[section.objective](work, system, drawn, name)
+            loss, n_evaluations = objective(work, system, drawn, name)
             fitted = work.fit(name, flow, loss, section="annealing", lr=_stage_lr(section, k, len(temperatures)))
             record = asdict(covered) | fitted
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
@@ -97,7 +94,33 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
 STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate, "report": report}
 
 
-# ---- objectives of a stage: (work, system, draws of the stage before, name) -> loss and energy evaluations a step -----
+# ---- objectives -------------------------------------------------------------------------------------------------------
+
+
+def _reverse_kl_loss(section: DictConfig, system: System) -> Loss:
+    system.require_gradient("reverse KL (hot.objective=reverse_kl)")
+    cut = typical_energy(system) + section.energy_cut
+
+    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
+        return reverse_kl(log_q, system.energy(x), section.drop_highest, cut)
+
+    return loss
+
+
+def _log_variance_loss(section: DictConfig, system: System) -> Loss:
+    """On the flow's own draws in each step: on draws made before, it would move to where none of them are and nothing holds it."""
+
+    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, log_q = flow.sample_with_fixed_log_prob(section.batch_size, generator)
+        with torch.no_grad():
+            u = soften(system.energy(x))
+        return log_variance(log_q, u, section.deviation, section.covering)
+
+    return loss
+
+
+HOT_OBJECTIVES = {"reverse_kl": _reverse_kl_loss, "log_variance": _log_variance_loss}
 
 
 def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
@@ -112,19 +135,18 @@ def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name
 
 
 def _log_variance_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
-    """On the flow's own draws in each step: on draws made before, it would move to where none of them are and nothing holds it."""
     section = work.config.annealing
-
-    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, log_q = flow.sample_with_fixed_log_prob(section.batch_size, generator)
-        with torch.no_grad():
-            u = soften(system.energy(x))
-        return log_variance(log_q, u, section.deviation, section.covering)
-
-    return loss, section.batch_size
+    return _log_variance_loss(section, system), section.batch_size
 
 
+# of a stage of the annealing: (work, system, draws of the stage before, name) -> loss and energy evaluations a step
 OBJECTIVES = {"forward_kl": _forward_kl_of, "log_variance": _log_variance_of}
+
+
+def _chosen(objectives: dict[str, Callable], stage: str, section: DictConfig) -> Callable:
+    if section.objective not in objectives:
+        raise UserError(f"Unknown {stage}.objective={section.objective}: choose one of {', '.join(objectives)}.")
+    return objectives[section.objective]
 
 
 def _stage_lr(section: DictConfig, k: int, n_stages: int) -> float:
