@@ -1,7 +1,8 @@
 """From high temperature to low without data: reverse KL where nothing is separated, then draw, weight, clip, resample, retrain.
 
-For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. The draws can be trained on by the log-variance divergence
-(arXiv 2010.10436) in place of resampling and maximum likelihood. Energies are reduced, u = U / kT.
+For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a stage
+can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path gradients (arXiv 2403.15881).
+Energies are reduced, u = U / kT.
 """
 
 import itertools
@@ -26,6 +27,7 @@ __all__ = [
     "forget_buffer",
     "forward_kl",
     "log_variance",
+    "path_kl",
     "reverse_kl",
     "soften",
     "temperature_ladder",
@@ -97,6 +99,24 @@ def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 
     pull = pull - share * pull.sum()
     variance = (share * d.square()).sum() - (share * d).sum().square()
     return {"loss": -(pull * log_q).sum(), "variance": variance, "outside": 1 - inside.float().mean()}
+
+
+def path_kl(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT) -> dict[str, Tensor]:
+    """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for a generator's own draws (n,).
+
+    log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On such a path, with
+    d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights] with h(w) = w² f''(w): 1 for the
+    reverse KL and w for the forward KL, which needs no data therefore. Every draw's part vanishes where q is right, and a draw tells
+    of its error in all directions, where to `log_variance` it tells one number.
+
+    The weights w = exp(d) are relative to the median and cut at exp(``clip``); u is softened above ``cut``. Also returned: the variance
+    of d, cut at ±``clip``.
+    """
+    u = soften(u.double(), cut)
+    d = (-u - log_q).detach()
+    d = d - d.median()
+    pull = (1 + covering * d.clamp(max=clip).exp()) / (1 + covering)
+    return {"loss": (pull * (log_q + u)).mean(), "variance": d.clamp(-clip, clip).var(correction=0)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, reverse_kl, soften, temperature_ladder
+from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, path_kl, reverse_kl, soften, temperature_ladder
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.spline_flow import SplineFlow
@@ -74,6 +74,32 @@ def test_log_variance_of_gaussians():
         parts, right = gradients(0.0, 1.0, x=elsewhere, covering=1.0)
         assert max(abs(gradient) for gradient in right) < 1e-12
         assert parts["variance"] < 1e-20
+
+
+@pytest.mark.parametrize("covering", [0.0, 2.0])
+def test_path_kl_of_gaussians(covering):
+    """N(m, s²) fitted to N(0, 1): dKL(q ‖ p) = (m, s - 1/s), dKL(p ‖ q) = (m / s², 1/s - (1 + m²) / s³), w from the median."""
+    noise = torch.randn(400000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradients(m, s, u=lambda x: 0.5 * x.square() + 7.0, **settings):
+        mean, scale = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (m, s))
+        x = mean + scale * noise
+        log_q = -0.5 * ((x - m) / s).square() - math.log(s)
+        parts = path_kl(log_q, u(x), covering=covering, **settings)
+        return log_q.detach() + 0.5 * x.detach().square(), torch.stack(torch.autograd.grad(parts["loss"], (mean, scale))), parts
+
+    m, s = 0.3, 1.2
+    minus_log_w, found, parts = gradients(m, s, clip=math.inf)
+    reverse = torch.tensor([m, s - 1 / s], dtype=torch.float64)
+    forward = torch.tensor([m / s**2, 1 / s - (1 + m**2) / s**3], dtype=torch.float64)
+    share = covering * minus_log_w.median().exp()
+    torch.testing.assert_close(found, (reverse + share * forward) / (1 + covering), atol=5e-3, rtol=0)
+    assert parts["variance"] == pytest.approx(2 * ((1 - s**2) / 2) ** 2 + (m * s) ** 2, rel=0.02)
+    _, right, parts = gradients(0.0, 1.0)
+    assert right.abs().max() < 1e-12  # draw by draw, so without noise
+    assert parts["variance"] < 1e-20
+    _, broken, _ = gradients(m, s, u=lambda x: torch.where(x > 1, math.inf, 0.5 * x.square()))
+    assert broken.isfinite().all()
 
 
 def test_log_variance_leaves_out_what_is_outside_the_domain():

@@ -27,10 +27,10 @@ def test_rows_hold_quartiles_for_every_case():
 def test_spline_rows_table_and_figure():
     flows = {"small": {"depth": 1, "width": 8, "n_pairs": 1}}
     rows = measure_spline(["aldp"], flows, ["eager"], batch_size=8, temperature=1200.0, min_seconds=0.01)
-    assert [row["kind"] for row in rows] == ["sample + log q", "log q", "step of reverse KL", "step of log-variance"]
+    assert [row["kind"] for row in rows] == ["sample + log q", "log q", "step of reverse KL", "step of log-variance", "step of path KL"]
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
     assert "| aldp | 60 | small | eager |" in spline_table(rows)
-    assert len(spline_figure(rows).axes) == 4
+    assert len(spline_figure(rows).axes) == 5
 
 
 def test_network_rows_tell_what_padding_costs():

@@ -201,6 +201,23 @@ def test_fixed_log_prob_of_a_draw_has_the_gradient_of_log_prob(settings):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical", "reference_temperature": 300.0}, {"prior_std": None}])
+def test_path_log_prob_of_a_draw_has_the_gradient_through_the_positions_alone(settings):
+    flow = shaken(small(Cube(3, 4), **settings), 0.5).double()
+    temperature = 400.0 if "reference_temperature" in settings else None
+    weights = list(flow.parameters())
+    x, log_q = flow.sample_with_path_log_prob(64, torch.Generator().manual_seed(1), temperature)
+    again, both = flow.sample_with_log_prob(64, torch.Generator().manual_seed(1), temperature)
+    torch.testing.assert_close((x, log_q), (again, both), rtol=1e-12, atol=1e-10)
+    pull = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    of_points = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((pull * log_q).sum() + (of_points * x).sum(), weights)
+    whole = torch.autograd.grad((pull * both).sum() + (of_points * again).sum(), weights)
+    at_fixed_points = torch.autograd.grad((pull * flow.log_prob(x.detach(), temperature)).sum(), weights)
+    for path, total, fixed in zip(found, whole, at_fixed_points, strict=True):
+        torch.testing.assert_close(path, total - fixed, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize(("n_bounded", "n_circular"), [(2, 0), (1, 1), (0, 2)])
 def test_density_is_normalized_on_a_grid(n_bounded, n_circular):
     flow = shaken(small(Cube(n_bounded, n_circular), n_pairs=2, width=8), 0.2).double()

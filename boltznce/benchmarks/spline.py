@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from boltznce.analysis.plotting import plot_energy_cost
-from boltznce.annealing import log_variance, reverse_kl
+from boltznce.annealing import log_variance, path_kl, reverse_kl
 from boltznce.benchmarks.timing import time_call
 from boltznce.config import load_system
 from boltznce.flows.spline_flow import SplineFlow
@@ -18,7 +18,7 @@ from boltznce.systems.base import System
 
 __all__ = ["measure_spline", "spline_figure", "spline_table"]
 
-KINDS = ("sample + log q", "log q", "step of reverse KL", "step of log-variance")
+KINDS = ("sample + log q", "log q", "step of reverse KL", "step of log-variance", "step of path KL")
 
 
 def measure_spline(
@@ -72,7 +72,13 @@ def _calls(flow: SplineFlow, system: System, n: int, generator: torch.Generator)
         flow.zero_grad()
         log_variance(log_q, u)["loss"].backward()
 
-    return dict(zip(KINDS, (lambda: flow.sample(n, generator, batch_size=n), likelihood, reverse_kl_step, log_variance_step), strict=True))
+    def path_kl_step() -> None:
+        x, log_q = flow.sample_with_path_log_prob(n, generator)
+        flow.zero_grad()
+        path_kl(log_q, system.energy(x))["loss"].backward()
+
+    calls = (lambda: flow.sample(n, generator, batch_size=n), likelihood, reverse_kl_step, log_variance_step, path_kl_step)
+    return dict(zip(KINDS, calls, strict=True))
 
 
 def spline_table(rows: Sequence[Mapping]) -> str:

@@ -1,7 +1,8 @@
-"""log q of a flow's own draws, with the gradient that it has at these fixed points.
+"""log q of a flow's own draws, with the gradient that it has at these fixed points, or with the one along their path alone.
 
-A draw goes through the couplings from z to x, and the gradient of log q(x) at fixed x goes through their inverses: that is back from z to x
-too. So what the draw has computed in each coupling serves the gradient, and no second pass through the networks is needed.
+A draw goes through the couplings from z to x, and a gradient of log q(x), in the weights at fixed x as well as in x at fixed weights, goes
+through their inverses: that is from z to x too. So what the draw has computed in each coupling serves the gradient, and no second
+pass through the networks is needed.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["log_prob_of_draws"]
+__all__ = ["log_prob_of_draws", "path_log_prob_of_draws"]
 
 
 def log_prob_of_draws(
@@ -57,3 +58,21 @@ class _LogProbOfDraws(torch.autograd.Function):
             of_weights += found
         ctx.passed = None
         return None, None, None, None, None, *of_weights
+
+
+def path_log_prob_of_draws(
+    couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `log_prob_of_draws`, but points are differentiable in the weights, and log q only through the points."""
+    y, log_q, score = z.requires_grad_(), log_prior, of_prior
+    for coupling in couplings:
+        parameters = coupling.parameters_of(y, context)
+        _, log_slope, pullback = coupling.with_pullback(y.detach(), tuple(part.detach() for part in parameters))
+        of_transformed = score[coupling.transformed]
+        of_transformed, *of_parameters = pullback(of_transformed, torch.ones_like(of_transformed))
+        of_given = torch.autograd.grad(parameters, y, of_parameters, retain_graph=True)[0]
+        score = (score + of_given).index_copy(0, coupling.transformed, of_transformed)
+        log_q = log_q - log_slope
+        y, _ = coupling.with_parameters(y, parameters)
+    along_path = (score * y).sum(dim=0).double()
+    return y, log_q + along_path - along_path.detach()

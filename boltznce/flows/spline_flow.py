@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from boltznce.compiling import wants_compiling
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
-from boltznce.flows.drawn import log_prob_of_draws
+from boltznce.flows.drawn import log_prob_of_draws, path_log_prob_of_draws
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.flows.spline import rational_quadratic, rational_quadratic_with_pullback
 
@@ -96,15 +96,23 @@ class SplineFlow(nn.Module):
 
         One pass through the networks less than a draw and its ``log_prob``.
         """
-        z = self._draw(n, generator)
-        with torch.enable_grad():
-            leaf = z.clone().requires_grad_()
-            log_prior = self._log_prior(leaf)
-            of_prior = torch.autograd.grad(log_prior.sum(), leaf)[0] if log_prior.requires_grad else torch.zeros_like(z)
-        z = z.T.contiguous()
-        y, log_q = log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior.detach(), of_prior.T)
+        z, log_prior, of_prior = self._draw_with_gradient(n, generator)
+        y, log_q = log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior, of_prior)
         with torch.no_grad():
             positions, log_volume = self.coordinates.to_positions(y.T)
+        return positions, log_q - log_volume.double()
+
+    def sample_with_path_log_prob(
+        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `sample_with_log_prob`, but log q is differentiable through the positions alone: its gradient is ∇_x log q · ∂x/∂weights.
+
+        Such path gradients of a divergence vanish draw by draw where the flow is right (Roeder et al. 2017, arXiv 1703.09194; for
+        flows Vaitl et al. 2024, arXiv 2403.15881).
+        """
+        z, log_prior, of_prior = self._draw_with_gradient(n, generator)
+        y, log_q = path_log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior, of_prior)
+        positions, log_volume = self.coordinates.to_positions(y.T)
         return positions, log_q - log_volume.double()
 
     def log_prob(self, positions: Tensor, temperature: float | None = None) -> Tensor:
@@ -156,6 +164,15 @@ class SplineFlow(nn.Module):
             normal = 0.5 + self.prior_std * math.sqrt(2) * torch.erfinv(edge * (2 * u - 1))
             u = torch.where(circular, u, normal.clamp(0, 1))
         return u.to(self._dtype)
+
+    def _draw_with_gradient(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (d, n) from the prior, their log-density (n,) and its gradient (d, n)."""
+        z = self._draw(n, generator)
+        with torch.enable_grad():
+            leaf = z.clone().requires_grad_()
+            log_prior = self._log_prior(leaf)
+            gradient = torch.autograd.grad(log_prior.sum(), leaf)[0] if log_prior.requires_grad else torch.zeros_like(z)
+        return z.T.contiguous(), log_prior.detach(), gradient.T
 
     def _log_prior(self, z: Tensor) -> Tensor:
         if self.prior_std is None:
@@ -212,8 +229,11 @@ class SplineCoupling(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, y: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        x = self._opened(y[self.transformed])
-        x, log_slope = rational_quadratic(x, *self.parameters_of(y, context), inverse, self.fused)
+        return self.with_parameters(y, self.parameters_of(y, context), inverse)
+
+    def with_parameters(self, y: Tensor, parameters: tuple[Tensor, ...], inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """As `forward`, given `parameters_of` y."""
+        x, log_slope = rational_quadratic(self._opened(y[self.transformed]), *parameters, inverse, self.fused)
         return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ LOSSES = {  # by objective: columns of the log, what they are
     "reverse_kl": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
     "forward_kl": {"loss": "forward KL, -log q"},
     "log_variance": {"variance": "variance of log p - log q"},
+    "path_kl": {"variance": "variance of log p - log q"},
 }
 CAPTIONS = {
     "ladder": "Effective sample size along the ladder: of each flow's draws weighted to the next temperature, and at their own.",

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, reverse_kl, soften, temperature_ladder
+from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, path_kl, reverse_kl, soften, temperature_ladder
 from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
@@ -32,8 +32,8 @@ __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot", 
 def train_hot(work: Workspace) -> dict:
     """An untrained flow at the highest temperature, where no modes are separated.
 
-    ``hot.objective`` says how: the paper's ``reverse_kl``, or ``log_variance``. Whose first draws all clash, as those of larger molecules
-    do, is stuck by reverse KL on energies that are cut, and by the gradients of those that are not; log-variance ranks draws, and gets out.
+    ``hot.objective`` says how: the paper's ``reverse_kl``, ``log_variance``, or ``path_kl``. A flow whose first draws all clash, as those
+    of larger molecules do, gets no useful gradient from their energies, cut or not; log-variance ranks the draws, and gets out.
     """
     section = work.config.hot
     loss = _chosen(HOT_OBJECTIVES, "hot", section)(section, work.system.at_temperature(section.temperature))
@@ -45,7 +45,8 @@ def anneal(work: Workspace) -> dict:
     """Down the ladder: each stage draws from the flow so far, weights to the next temperature, and trains.
 
     ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights; ``log_variance`` on
-    fresh draws in every step. A finished stage is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
+    fresh draws in every step, or ``path_kl``, by the energy's gradient at these. A finished stage is
+    ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
     objective = _chosen(OBJECTIVES, "annealing", section)
@@ -120,7 +121,19 @@ def _log_variance_loss(section: DictConfig, system: System) -> Loss:
     return loss
 
 
-HOT_OBJECTIVES = {"reverse_kl": _reverse_kl_loss, "log_variance": _log_variance_loss}
+def _path_kl_loss(section: DictConfig, system: System) -> Loss:
+    system.require_gradient("a path gradient (objective=path_kl)")
+    cut = typical_energy(system) + section.energy_cut
+
+    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, log_q = flow.sample_with_path_log_prob(section.batch_size, generator)
+        return path_kl(log_q, system.energy(x), section.deviation, section.covering, cut)
+
+    return loss
+
+
+ON_OWN_DRAWS = {"log_variance": _log_variance_loss, "path_kl": _path_kl_loss}
+HOT_OBJECTIVES = {"reverse_kl": _reverse_kl_loss} | ON_OWN_DRAWS
 
 
 def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
@@ -134,13 +147,16 @@ def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name
     return loss, 0
 
 
-def _log_variance_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
-    section = work.config.annealing
-    return _log_variance_loss(section, system), section.batch_size
+def _on_own_draws(objective: str) -> Callable:
+    def stage(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
+        section = work.config.annealing
+        return ON_OWN_DRAWS[objective](section, system), section.batch_size
+
+    return stage
 
 
 # of a stage of the annealing: (work, system, draws of the stage before, name) -> loss and energy evaluations a step
-OBJECTIVES = {"forward_kl": _forward_kl_of, "log_variance": _log_variance_of}
+OBJECTIVES = {"forward_kl": _forward_kl_of} | {objective: _on_own_draws(objective) for objective in ON_OWN_DRAWS}
 
 
 def _chosen(objectives: dict[str, Callable], stage: str, section: DictConfig) -> Callable:
