@@ -141,6 +141,7 @@ def figures():
     yield plotting.plot_plane({"draws": (angles, None)}, ((-4.0, 4.0), (-4.0, 4.0))), 2
     yield plotting.plot_marginals({"MD": (angles, None), "flow, weighted": (angles, log_weights)}), 2
     yield plotting.plot_ladder([4.0, 2.0, 1.0, 1.0], {"own": [0.9, 0.8, 0.7, 0.8], "weighted": [np.nan, 0.5, 0.6, 0.8]}, ""), 1
+    yield plotting.plot_ladder([2.0, 1.0], {"own": [1e-4, 2e-3], "weighted": [np.nan, 1e-5]}, ""), 1
     yield plotting.plot_energy_histograms({"MD": (log_weights, None), "flow": (np.append(log_weights, np.inf), None)}), 1
     yield plotting.plot_profiles({"EBM": free_energy_profile(angles[:, 0], log_weights, n_bins=20, n_bootstrap=20)}), 1
     yield plotting.plot_likelihood_agreement(exact + 1.0, exact, exact > 0.0), 1

@@ -331,7 +331,7 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
-    Steps stand side by side, so that a temperature that comes twice is seen twice.
+    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
     """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
@@ -339,6 +339,10 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
         for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
             ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
         ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
+        everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])
+        if np.nanmedian(everything) < 0.1:
+            ax.set_ylim(0.5 * np.nanmin(everything), 1.0)
+            ax.set_yscale("log")
         ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
         _legend_above(ax, columns=1)
     return figure
