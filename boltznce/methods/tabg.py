@@ -36,6 +36,7 @@ def train_hot(work: Workspace) -> dict:
     of larger molecules do, gets no useful gradient from their energies, cut or not; log-variance ranks the draws, and gets out.
     """
     section = work.config.hot
+    _chosen(OBJECTIVES, "annealing", work.config.annealing)  # a wrong one is told before any long work
     loss = _chosen(HOT_OBJECTIVES, "hot", section)(section, work.system.at_temperature(section.temperature))
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
