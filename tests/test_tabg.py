@@ -18,7 +18,7 @@ from boltznce.data.dataset import Dataset
 from boltznce.data.simulate import force_evaluations
 from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
-from boltznce.methods import density, tabg
+from boltznce.methods import density, reverse_kl, tabg
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.models import load_trained
 from boltznce.methods.report_parts import allowed_conformers, excluded_conformers
@@ -329,7 +329,7 @@ def test_every_budget_composes(budget):
         a_stage = section.n_draws + (section.fit.steps * section.batch_size if section.objective != "forward_kl" else 0)
         spent = annealed.hot.fit.steps * annealed.hot.batch_size + a_stage * len(tabg.ladder(annealed))
         assert direct.hot.fit.steps * direct.hot.batch_size == pytest.approx(spent, rel=0.02)
-        assert direct.hot.temperature == direct.system.temperature
+        assert (direct.hot.temperature, direct.hot.objective) == (direct.system.temperature, "reverse_kl")
     assert baseline.hot.energy_cut >= min(4 * config.hot.energy_cut, 1e8)  # no less energy, or none, at a quarter of the temperature
 
 
@@ -392,6 +392,13 @@ def test_unknown_objective(tmp_path, stage, known):
     with pytest.raises(UserError, match=rf"{stage}.objective=score.*{known}"):
         tabg.train_hot(work)
     assert not (work.folder.path / "checkpoints").exists()
+
+
+def test_the_reverse_kl_baseline_knows_no_other_objective(tmp_path):
+    work = work_in(tmp_path, DoubleWell())
+    work.config.hot.objective = "log_variance"
+    with pytest.raises(UserError, match=r"hot.objective=log_variance.*method=tabg"):
+        reverse_kl.STAGES["hot"](work)
 
 
 def test_log_variance_gets_an_untrained_flow_out_of_clashes(tmp_path):
