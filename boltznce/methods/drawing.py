@@ -14,7 +14,7 @@ from boltznce.errors import UserError
 from boltznce.io import require_free_space
 from boltznce.systems.base import System
 
-__all__ = ["LIKELIHOODS", "Batch", "Models", "choose_likelihood", "draw_batches", "draw_to_folder"]
+__all__ = ["LIKELIHOODS", "Batch", "Generator", "Models", "choose_likelihood", "draw_batches", "draw_to_folder"]
 
 LIKELIHOODS = ("ebm", "exact", "hutchinson", "none")
 BARREN_BATCHES = 20  # so many on end without a sample to keep, and drawing gives up
@@ -22,31 +22,28 @@ BARREN_BATCHES = 20  # so many on end without a sample to keep, and drawing give
 
 @dataclass(frozen=True)
 class Batch:
-    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64; and counts to be summed up."""
+    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64; counts to be summed up."""
 
     positions: Tensor
     energy: Tensor
     log_prob: Tensor
     counts: dict[str, int]
 
-    @property
-    def log_weights(self) -> Tensor:
-        """-u - log q, or zeros where no likelihood was asked for."""
-        return torch.zeros_like(self.energy) if self.log_prob.isnan().all() else -self.energy - self.log_prob
 
-
-class Models(Protocol):
-    """What a method's ``load_models`` returns: the trained models of a run, and how they are drawn from.
+class Generator(Protocol):
+    """What is drawn from: the trained models of one system.
 
     Attributes:
         system: whose energy weighs the samples.
-        likelihoods: those of `LIKELIHOODS` that the method has.
+        likelihoods: those of `LIKELIHOODS` that it has.
         default_likelihood: the one that ``likelihood=auto`` stands for.
+        notes: sentences for a report on how its samples are made.
     """
 
     system: System
     likelihoods: Sequence[str]
     default_likelihood: str
+    notes: tuple[str, ...]
 
     def check(self, likelihood: str) -> None:
         """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""
@@ -57,21 +54,32 @@ class Models(Protocol):
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
         """Draw ``n`` samples at once, and keep some or all; log q is NaN with "none"."""
 
+    def log_prob(self, positions: Tensor) -> Tensor:
+        """Exact log q (n,), float64, of given positions (n, atoms, dim) in nm, normalized as that of the draws is."""
 
-def choose_likelihood(models: Models, likelihood: str) -> str:
-    """``likelihood``, or the method's own for "auto"; raises UserError for one that does not exist or that this run cannot give."""
+
+class Models(Protocol):
+    """What a method's ``load_models`` returns: the trained models of a run."""
+
+    def of(self, member: System) -> Generator:
+        """What is drawn from for one member of the run's system, seen in training or not."""
+
+
+def choose_likelihood(models: Generator, likelihood: str) -> str:
+    """``likelihood``, or the generator's own for "auto". Raises UserError for one that does not exist or that this run cannot give."""
     if likelihood == "auto":
         likelihood = models.default_likelihood
     if likelihood not in LIKELIHOODS:
         raise UserError(f"Unknown likelihood '{likelihood}': choose auto or one of {', '.join(LIKELIHOODS)}.")
     if likelihood not in models.likelihoods:
-        raise UserError(f"The generator of this run has no likelihood={likelihood}: choose one of {', '.join(models.likelihoods)}.")
+        known = ", ".join(models.likelihoods)
+        raise UserError(f"The generator of this run has no likelihood={likelihood}: choose one of {known}.")
     models.check(likelihood)
     return likelihood
 
 
 def draw_batches(
-    models: Models,
+    models: Generator,
     n: int,
     likelihood: str,
     generator_of: Callable[[int], torch.Generator],
@@ -94,12 +102,13 @@ def draw_batches(
         barren = 0 if len(batch.energy) else barren + 1
         if barren == BARREN_BATCHES:
             raise UserError(
-                f"None of {barren * batch_size} samples has the molecule's bonds and chirality: train the flow longer (flow.fit.steps)."
+                f"None of {barren * batch_size} samples of {models.system.name} has the molecule's bonds and chirality: "
+                "train the flow longer (flow.fit.steps), or on more molecules."
             )
 
 
 def draw_to_folder(
-    models: Models,
+    models: Generator,
     folder: Path,
     n: int,
     likelihood: str,
@@ -110,14 +119,15 @@ def draw_to_folder(
     meta: dict | None = None,
     format: str = "npy",
 ) -> WeightedSamples:
-    """Draw until ``n`` samples are kept, and save them to ``folder``; a killed call goes on where it was, a finished one is loaded."""
+    """Draw until ``n`` samples are kept, and save them to ``folder``. A killed call goes on where it was, a finished one is loaded."""
     likelihood = choose_likelihood(models, likelihood)
     batch_size = batch_size or models.batch_size(likelihood)
     if not (folder / "meta.yaml").exists():
         n_bytes = n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24)
         require_free_space(folder, n_bytes)
-        settings = {"system": models.system.name, "likelihood": likelihood, "n": n, "batch_size": batch_size, "n_probes": n_probes}
-        writer = WeightedSamplesWriter(folder, getattr(models.system, "topology", None), settings | (meta or {}))
+        settings = {"system": models.system.name, "likelihood": likelihood, "n": n}
+        settings |= {"batch_size": batch_size, "n_probes": n_probes}
+        writer = WeightedSamplesWriter(folder, models.system.topology, settings | (meta or {}))
         batches = draw_batches(
             models,
             n,
@@ -128,9 +138,10 @@ def draw_to_folder(
             n_done=writer.n_written,
             batches_done=writer.counts.get("batches", 0),
         )
-        with tqdm(total=n, initial=writer.n_written, desc=f"samples, {likelihood}", unit="sample", mininterval=1.0) as bar:
+        title = f"samples of {models.system.name}, {likelihood}"
+        with tqdm(total=n, initial=writer.n_written, desc=title, unit="sample", mininterval=1.0) as bar:
             for batch in batches:
-                arrays = (batch.positions, batch.energy, batch.log_prob, batch.log_weights)
+                arrays = (batch.positions, batch.energy, batch.log_prob)
                 writer.append(*(a.cpu().numpy() for a in arrays), counts=batch.counts)
                 bar.update(len(batch.energy))
         writer.finish(format)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from boltznce.annealing import forward_kl
 from boltznce.data.dataset import boltzmann_indices
 from boltznce.data.simulate import force_evaluations
-from boltznce.methods import boltznce
-from boltznce.methods.frames import minibatch
-from boltznce.methods.report_parts import summary
+from boltznce.methods import stages
+from boltznce.methods.ladder import evaluate_ladder, report_ladder
+from boltznce.methods.report import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
-from boltznce.methods.spline_report import evaluate, report
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
@@ -24,21 +23,22 @@ __all__ = ["STAGES", "load_models", "make_data", "summary", "train_flow"]
 
 
 def make_data(work: Workspace) -> dict:
-    """As BoltzNCE does it; the force evaluations of a simulation count, as TA-BG's energy evaluations do."""
-    return boltznce.make_data(work) | {"energy_evaluations": force_evaluations(work.dataset.meta)}
+    """The force evaluations of a simulation count, as TA-BG's energy evaluations do."""
+    frames = stages.make_data(work)
+    return frames | {"energy_evaluations": force_evaluations(work.frames(work.system).meta)}
 
 
 def train_flow(work: Workspace) -> dict:
     """Fit the flow to training frames, drawn with replacement by their weights; no mode is made more frequent than it is."""
     section, rng = work.config.flow, work.numpy_generator("forward KL")
-    train, validation, _ = work.dataset.split(**work.config.data.split)
+    train, validation, _ = work.frames(work.system).split(**work.config.data.split)
     x_train, x_validation = (
         torch.from_numpy(part.positions[boltzmann_indices(part.log_weights, n, rng)]).to(work.device)
         for part, n in ((train, section.n_train), (validation, section.n_validation))
     )
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return forward_kl(flow.log_prob(minibatch(x_train, section.batch_size, generator)))
+        return forward_kl(flow.log_prob(stages.minibatch(x_train, section.batch_size, generator)))
 
     @torch.no_grad()
     def validate(flow: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -48,8 +48,8 @@ def train_flow(work: Workspace) -> dict:
 
 
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
-    """The flow; raises UserError if it has not been trained yet."""
-    return SplineModels.load(folder, config, system, device, {"flow": system.temperature})
+    """The flow."""
+    return SplineModels(Path(folder), config, device, {"flow": system.temperature})
 
 
-STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate, "report": report}
+STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate_ladder, "report": report_ladder}

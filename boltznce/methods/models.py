@@ -1,7 +1,14 @@
-"""An interpolant flow and its energy-based model, from the config's ``flow`` and ``ebm`` sections; loading trained ones, drawing."""
+"""Interpolant flows and their energy-based models: made from the config, loaded from a run, bound to a molecule, drawn from.
+
+One network serves one molecule or many. What is a molecule's own beside it are its scales, the prior's covariance and the means and
+spreads of the network's inputs: measured on the molecule's own frames (``scales: frames``), or on rough conformers of its structure
+(``scales: conformers``), which a molecule that was never seen has too.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,57 +16,143 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from boltznce.analysis.reweighting import guard
 from boltznce.checkpoint import load_weights
+from boltznce.config import build
 from boltznce.ebm import EnergyBasedModel
 from boltznce.errors import UserError
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.solvers import SolverSettings
 from boltznce.methods.drawing import Batch
-from boltznce.networks.build import build_network
+from boltznce.molecules import Molecules
 from boltznce.networks.compile import compile_forward
 from boltznce.networks.published import load_published_vector_field
 from boltznce.systems.base import System
+from boltznce.systems.bond_graph import BondGraph
+from boltznce.systems.conformers import random_conformers
 from boltznce.systems.symmetry import mend_chirality
 
-__all__ = ["FlowModels", "load_models", "load_trained", "make_ebm", "make_flow", "solver_settings"]
+__all__ = ["FlowGenerator", "FlowModels", "Model", "load_models", "load_trained", "make", "solver_settings", "weights_path"]
+
+MODELS = {"flow": InterpolantFlow, "ebm": EnergyBasedModel}
+N_CONFORMERS = 1024  # rough ones, on which a molecule's scales are measured
+MOLECULE_SCALES = ("frames", "conformers")
 
 
-def make_flow(config: DictConfig, system: System) -> InterpolantFlow:
-    """An untrained flow; its first weights follow from the config's seed, or are those of the file ``flow.published_weights``."""
-    published = config.flow.get("published_weights")
-    if published and config.flow.model.whiten:
-        raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
-    return _make(InterpolantFlow, config.flow, system, config, load_published_vector_field(published) if published else None)
+# ---- one network, the molecules that it serves ------------------------------------------------------------------------
 
 
-def make_ebm(config: DictConfig, system: System) -> EnergyBasedModel:
-    """An untrained energy-based model; its first weights follow from the config's seed."""
-    return _make(EnergyBasedModel, config.ebm, system, config)
+class Model(nn.Module):
+    """What is trained: a network, and ``of(molecule)``, the flow or the energy-based model of one of its molecules.
+
+    Scales follow from each molecule's structure, so that the parameters are those of the network alone.
+
+    Args:
+        network: its parameters are trained.
+        bound: (network, molecule) -> `InterpolantFlow` or `EnergyBasedModel` around it.
+    """
+
+    def __init__(self, network: nn.Module, bound: Callable[[nn.Module, System], nn.Module]) -> None:
+        super().__init__()
+        self.network, self._bound = network, bound
+        self._known: dict[str, nn.Module] = {}  # no submodules: they hold nothing of their own that is trained
+
+    def of(self, molecule: System) -> nn.Module:
+        """The model of a molecule, on the network's device; made at the first call."""
+        device = next(self.parameters()).device
+        if molecule.name not in self._known:
+            model = self._bound(self.network, molecule).to(device)
+            if model.needs_calibration:
+                # on the CPU, from a seed of its own: the same on every device and in every run
+                generator = torch.Generator().manual_seed(0)
+                rough = random_conformers(molecule.positions, molecule.bonds, N_CONFORMERS, generator)
+                model.calibrate(rough.to(device), torch.Generator(device).manual_seed(0))
+            self._known[molecule.name] = model
+        return self._known[molecule.name].train(self.training).to(device)
+
+    def on(self, molecule: System, batch: Molecules) -> nn.Module:
+        """The model of a padded batch of unlike molecules, with the settings that any one of them has."""
+        return self.of(molecule).on(batch)
+
+    def calibrate(self, molecule: System, frames: Tensor, generator: torch.Generator) -> None:
+        """Nothing is measured on frames."""
 
 
-def _make(
-    model_class: type[nn.Module], section: DictConfig, system: System, config: DictConfig, network: nn.Module | None = None
-) -> nn.Module:
-    features = getattr(system, "features", None)
-    offered = {
-        "n_atoms": system.n_atoms,
-        "dim": system.dim,
-        "n_features": None if features is None else features.shape[1],
-        "bonds": getattr(system, "bonds", ()),
-    }
-    if network is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            network = build_network(OmegaConf.to_container(section.network, resolve=True), **offered)
-    compile_forward(network, config.compile)
+class OneMolecule(nn.Module):
+    """A `Model` of one molecule alone, whose scales are measured on its frames and are saved with the weights."""
+
+    def __init__(self, own: nn.Module, molecule: System) -> None:
+        super().__init__()
+        self.own, self._name = own, molecule.name
+
+    def of(self, molecule: System) -> nn.Module:
+        """The model. Raises UserError for another molecule."""
+        if molecule.name != self._name:
+            raise UserError(
+                f"This model has the scales of {self._name}'s frames and none of {molecule.name}: draw {self._name}, "
+                "or train with flow.scales=conformers."
+            )
+        return self.own
+
+    def calibrate(self, molecule: System, frames: Tensor, generator: torch.Generator) -> None:
+        """Measure the scales on the molecule's frames (batch, n, dim) in nm."""
+        self.of(molecule).calibrate(frames, generator)
+
+
+def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
+    """The untrained ``flow`` or ``ebm`` of a run; its first weights follow from the config's seed.
+
+    Raises UserError for settings that contradict each other or the system.
+    """
+    section, members = config[name], system.all_members()
+    published, first = section.get("published_weights"), members[0]
     settings = OmegaConf.to_container(section.model, resolve=True)
-    return model_class(network, system.n_atoms, system.dim, features=features, centred=system.translation_invariant, **settings)
+    if published and settings["whiten"]:
+        raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
+    if section.scales not in MOLECULE_SCALES:
+        raise UserError(f"Unknown {name}.scales={section.scales}: choose one of {', '.join(MOLECULE_SCALES)}.")
+    if section.scales == "frames" and len(members) > 1:
+        raise UserError(f"{name}.scales=frames are those of one molecule, and {system.name} has more: set {name}.scales=conformers.")
+    n_features = None if first.features is None else first.features.shape[1]
+    offered = {"dim": first.dim, "n_features": n_features}
+    if len(members) == 1:
+        offered |= {"n_atoms": first.n_atoms, "bonds": first.bonds}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = load_published_vector_field(published) if published else build(section.network, kind=nn.Module, offered=offered)
+    bind = getattr(network, "bind", None)  # a network may have weights that are made from what the atoms are; most have none
+    if bind is None:
+        compile_forward(network, config.compile)
+    elif first.features is None or len(first.features.unique(dim=0)) < first.n_atoms:
+        raise UserError(f"{type(network).__name__} wants all atoms of a molecule told apart: set system.encoding=numbered.")
+    if section.padded and (bind is not None or settings.get("whiten") or section.scales == "frames"):
+        raise UserError(
+            f"Padded batches need a network with masks, an isotropic prior and scales=conformers: set {name}.padded=false, "
+            "or another network."
+        )
+
+    def bound(network: nn.Module, molecule: System) -> nn.Module:
+        device = next(network.parameters()).device
+        features = None if molecule.features is None else molecule.features.to(device)
+        around = network if bind is None else bind(features, molecule.bonds)
+        sizes, centred = (molecule.n_atoms, molecule.dim), molecule.translation_invariant
+        return MODELS[name](around, *sizes, features=features, centred=centred, **settings)
+
+    return OneMolecule(bound(network, first), first) if section.scales == "frames" else Model(network, bound)
 
 
 def load_trained(module: nn.Module, path: Path) -> nn.Module:
-    """Put finished weights into ``module``."""
-    module.load_state_dict(load_weights(path)[0])
+    """Put finished weights into ``module``. Raises UserError for weights of another architecture."""
+    try:
+        module.load_state_dict(load_weights(path)[0])
+    except RuntimeError as error:
+        raise UserError(f"The weights in {path} are those of another network or of an older version: train anew.") from error
     return module.eval()
+
+
+def weights_path(folder: Path, name: str) -> Path:
+    """Where the run in ``folder`` keeps finished weights."""
+    return Path(folder) / "checkpoints" / f"{name}.safetensors"
 
 
 def solver_settings(section: DictConfig) -> SolverSettings:
@@ -67,9 +160,12 @@ def solver_settings(section: DictConfig) -> SolverSettings:
     return SolverSettings(**OmegaConf.to_container(section, resolve=True))
 
 
+# ---- trained models, drawn from ---------------------------------------------------------------------------------------
+
+
 @dataclass
-class FlowModels:
-    """A trained flow and, where the run has come so far, its EBM."""
+class FlowGenerator:
+    """A trained flow of one system and, where the run has one, its EBM."""
 
     config: DictConfig
     system: System
@@ -77,18 +173,28 @@ class FlowModels:
     ebm: EnergyBasedModel | None = None
 
     likelihoods: ClassVar = ("ebm", "exact", "hutchinson", "none")
-    default_likelihood: ClassVar = "ebm"
+
+    @property
+    def default_likelihood(self) -> str:
+        return "exact" if self.ebm is None else "ebm"
 
     @property
     def mirrors(self) -> bool:
-        """Whether the flow makes mirror images of molecules as often as the molecules."""
-        return self.system.dim == 3 and getattr(self.flow.network, "parity_equivariant", True)
+        """Whether the flow makes mirror images of a molecule as often as the molecule: its density is then that of both together."""
+        return bool(self.system.stereocentres) and self.flow.parity_equivariant
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for a report."""
+        text = "Mirror images that the flow made were mirrored; their two densities are added up (log 2)."
+        return (text,) if self.mirrors else ()
 
     def check(self, likelihood: str) -> None:
         """Raise UserError if the likelihood is that of an EBM which the run does not have yet."""
         if likelihood == "ebm" and self.ebm is None:
             raise UserError(
-                "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py resume=..., or choose exact."
+                "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py resume=..., "
+                "or choose exact."
             )
 
     def batch_size(self, likelihood: str) -> int:
@@ -98,37 +204,83 @@ class FlowModels:
 
     @torch.no_grad()
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
-        """Draw ``n`` samples at once, mend their chirality, and give those kept energies and likelihoods.
+        """Draw ``n`` samples at once, keep those that are the molecule or can be mended, and give these energies and likelihoods.
 
-        "exact" and "hutchinson" are integrated along the sampling path; folding mirror images together adds log 2 to them.
+        "exact" and "hutchinson" are integrated along the sampling path.
         """
         on_path = likelihood if likelihood in ("exact", "hutchinson") else "none"
         solver = solver_settings(self.config.flow.solver)
-        x, log_prob = self.flow.sample(n, generator, solver=solver, likelihood=on_path, n_probes=n_probes, batch_size=n)
-        x, kept, counts = self.mend(x)
+        drawn = self.flow.sample(n, generator, solver=solver, likelihood=on_path, n_probes=n_probes, batch_size=n)
+        x, kept, counts = self.mend(drawn[0])
         energy = self.system.energy(x).double()
-        if likelihood == "ebm":
-            log_prob = self.ebm.log_prob(x)
-        elif likelihood == "none":
-            log_prob = torch.full_like(energy, torch.nan)
-        else:
-            log_prob = log_prob[kept] + (math.log(2) if self.mirrors else 0.0)
-        return Batch(x, energy, log_prob, {"batches": 1, "drawn": n} | counts)
+        counts = {"batches": 1, "drawn": n} | counts
+        if likelihood == "none":
+            return Batch(x, energy, torch.full_like(energy, torch.nan), counts)
+        log_prob = self.ebm.log_prob(x) if likelihood == "ebm" else self._folded(drawn[1][kept])
+        energy, log_prob, n_bad = guard(energy, log_prob)
+        return Batch(x, energy, log_prob, counts | {"not_finite": n_bad})
+
+    @torch.no_grad()
+    def log_prob(self, positions: Tensor) -> Tensor:
+        """Exact log q (n,), float64, of given positions (n, atoms, dim) in nm, mirror images included."""
+        section = self.config.evaluation
+        options = {"solver": solver_settings(section.solver), "batch_size": section.exact_batch_size}
+        return self._folded(self.flow.log_prob(positions.to(self.flow.basis.device), **options))
+
+    def _folded(self, log_prob: Tensor) -> Tensor:
+        """Of a molecule that was drawn as itself or as its mirror image: the two densities add up."""
+        return log_prob + math.log(2) if self.mirrors else log_prob
 
     def mend(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
-        """Samples (n, atoms, dim) as the molecule, those that can be; which of the given ones they are, (n,) bool; counts."""
-        if self.system.dim != 3:
-            return x, torch.ones(len(x), dtype=torch.bool, device=x.device), {"right_chirality": len(x), "mirrored": 0}
-        mended = mend_chirality(x, self.system.chirality(x), self.mirrors)
-        return mended.positions, mended.kept, {"right_chirality": len(mended.positions), "mirrored": mended.n_mirrored}
+        """Draws (n, atoms, dim) as the molecule: atoms in the topology's order, right bonds and chirality, mirrored where that mends it.
+
+        Returns those that can be had so, which of the given ones they are, (n,) bool, and counts. Reordering exchanges atoms that
+        the network takes for equal, so it changes no density; where it tells them apart, conformers that need it are dropped.
+        """
+        if self._bond_graph is None:
+            return x, torch.ones(len(x), dtype=torch.bool, device=x.device), {}
+        checked = self._bond_graph.check(x)
+        right = checked.right & ~checked.reordered if self._tells_atoms_apart else checked.right
+        right = right.to(x.device)
+        ordered = checked.apply(x)[right]
+        mended = mend_chirality(ordered, self.system.chirality(ordered), self.mirrors)
+        kept = torch.zeros_like(right)
+        kept[right] = mended.kept
+        counts = {
+            "right_graph": int(right.sum()),
+            "reordered": int((checked.reordered.to(x.device) & right).sum()),
+            "right_chirality": len(mended.positions),
+            "mirrored": mended.n_mirrored,
+        }
+        return mended.positions, kept, counts
+
+    @cached_property
+    def _bond_graph(self) -> BondGraph | None:
+        return None if self.system.topology is None else BondGraph.of(self.system.topology)
+
+    @cached_property
+    def _tells_atoms_apart(self) -> bool:
+        features = self.system.features
+        return self.flow.tells_atoms_apart or len(features.unique(dim=0)) == self.system.n_atoms
+
+
+@dataclass
+class FlowModels:
+    """The trained flow of a run and, where it has come so far, its EBM."""
+
+    config: DictConfig
+    flow: Model | OneMolecule
+    ebm: Model | OneMolecule | None
+
+    def of(self, member: System) -> FlowGenerator:
+        """What is drawn from for one member of the run's system, seen in training or not."""
+        return FlowGenerator(self.config, member, self.flow.of(member), self.ebm and self.ebm.of(member))
 
 
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> FlowModels:
-    """The trained models in a run's folder; raises UserError if there is no flow yet."""
-    flow_path, ebm_path = (Path(folder) / "checkpoints" / f"{name}.safetensors" for name in ("flow", "ebm"))
-    if not flow_path.exists():
+    """The trained models of the run in ``folder``. Raises UserError if there is no flow yet."""
+    paths = {name: weights_path(folder, name) for name in MODELS if name in config}
+    if not paths["flow"].exists():
         raise UserError(f"The run in {folder} has no trained flow yet: finish it with scripts/train.py resume={folder}.")
-    models = FlowModels(config, system, load_trained(make_flow(config, system), flow_path).to(device))
-    if ebm_path.exists():
-        models.ebm = load_trained(make_ebm(config, system), ebm_path).to(device)
-    return models
+    found = {name: load_trained(make(config, system, name), path).to(device) for name, path in paths.items() if path.exists()}
+    return FlowModels(config, found["flow"], found.get("ebm"))

@@ -1,6 +1,7 @@
 """TA-BG (arXiv 2501.19077): a spline flow on internal coordinates, trained on the energy alone at high temperature, then annealed.
 
-Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
+Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on. With a ladder of
+no steps (``annealing.n_steps=0``) it is the paper's baseline: reverse KL at the system's own temperature, which loses modes.
 """
 
 import json
@@ -13,20 +14,29 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, path_kl, reverse_kl, soften, temperature_ladder
+from boltznce.annealing import (
+    fill_buffer,
+    forget_buffer,
+    forward_kl,
+    log_variance,
+    path_kl,
+    reverse_kl,
+    soften,
+    temperature_ladder,
+)
 from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
-from boltznce.methods.frames import minibatch
-from boltznce.methods.models import load_trained
-from boltznce.methods.report_parts import summary
-from boltznce.methods.spline_models import SplineModels, make_spline_flow, weights_path
-from boltznce.methods.spline_report import evaluate, report
+from boltznce.methods.ladder import evaluate_ladder, report_ladder
+from boltznce.methods.models import load_trained, weights_path
+from boltznce.methods.report import summary
+from boltznce.methods.spline_models import SplineModels, make_spline_flow
+from boltznce.methods.stages import minibatch
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.training import Loss
 
-__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot", "typical_energy"]
+__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 
 
 def train_hot(work: Workspace) -> dict:
@@ -45,8 +55,8 @@ def train_hot(work: Workspace) -> dict:
 def anneal(work: Workspace) -> dict:
     """Down the ladder: each stage draws from the flow so far, weights to the next temperature, and trains.
 
-    ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights; ``log_variance`` on
-    fresh draws in every step, or ``path_kl``, by the energy's gradient at these. A finished stage is
+    ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights; ``log_variance``
+    on fresh draws in every step, or ``path_kl``, by the energy's gradient at these. A finished stage is
     ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
@@ -67,10 +77,10 @@ def anneal(work: Workspace) -> dict:
                 n_draws=section.n_draws,
                 clip=section.clip,
                 batch_size=section.draw_batch_size,
-                generator_of=lambda i, name=name: work.generator(f"{name} draws", i),
+                generator_of=lambda i, name=name: work.generator(f"{name} draws", index=i),
             )
             loss, n_evaluations = objective(work, system, drawn, name)
-            fitted = work.fit(name, flow, loss, section="annealing", lr=_stage_lr(section, k, len(temperatures)))
+            fitted = work.fit(name, flow, loss, **section.fit | {"lr": _stage_lr(section, k, len(temperatures))})
             record = asdict(covered) | fitted
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
             with atomic_file(record_path) as path:
@@ -80,20 +90,13 @@ def anneal(work: Workspace) -> dict:
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
 
 
-def typical_energy(system: System) -> float:
-    """About the mean reduced energy: of a molecule that is harmonic about its structure, u(structure) + (3 n - 6) / 2; 0 in the plane."""
-    if system.dim != 3:
-        return 0.0
-    return float(system.energy(system.positions.unsqueeze(0))) + (3 * system.n_atoms - 6) / 2
-
-
 def load_models(folder: Path, config: DictConfig, system: System, device: torch.device) -> SplineModels:
-    """The last flow of the ladder; raises UserError if it has not been trained yet."""
+    """The flows of the ladder."""
     flows = {"hot": config.hot.temperature} | {f"anneal_{k:02d}": cold for k, (_, cold) in enumerate(ladder(config))}
-    return SplineModels.load(folder, config, system, device, flows)
+    return SplineModels(Path(folder), config, device, flows)
 
 
-STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate, "report": report}
+STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate_ladder, "report": report_ladder}
 
 
 # ---- objectives -------------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate, "report
 
 def _reverse_kl_loss(section: DictConfig, system: System) -> Loss:
     system.require_gradient("reverse KL (hot.objective=reverse_kl)")
-    cut = typical_energy(system) + section.energy_cut
+    cut = system.typical_energy() + section.energy_cut
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
@@ -124,7 +127,7 @@ def _log_variance_loss(section: DictConfig, system: System) -> Loss:
 
 def _path_kl_loss(section: DictConfig, system: System) -> Loss:
     system.require_gradient("a path gradient (objective=path_kl)")
-    cut = typical_energy(system) + section.energy_cut
+    cut = system.typical_energy() + section.energy_cut
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, log_q = flow.sample_with_path_log_prob(section.batch_size, generator)

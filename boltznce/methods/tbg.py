@@ -1,12 +1,45 @@
-"""Transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426): one flow for many peptides, weights from its exact likelihood.
+"""Transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426): one flow, for one molecule or many, weights from its
+exact likelihood.
 
-Stages: data -> flow -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
+Stages: data -> flow -> evaluation -> report.
 """
 
-from boltznce.methods.report_parts import summary
-from boltznce.methods.transfer import load_models, make_data, train_flow
-from boltznce.methods.transfer_report import evaluate, report
+from dataclasses import asdict
 
-__all__ = ["STAGES", "load_models", "summary"]
+from boltznce.methods.evaluation import evaluate
+from boltznce.methods.models import load_models, solver_settings
+from boltznce.methods.report import make_report, summary
+from boltznce.methods.sections import COMMON, slowest_coordinates
+from boltznce.methods.stages import make_data, train_flow
+from boltznce.methods.workspace import Workspace
+
+__all__ = ["STAGES", "flow_settings", "load_models", "report", "summary"]
+
+SECTIONS = (*COMMON, slowest_coordinates)
+
+
+def report(work: Workspace) -> dict:
+    """The common report."""
+    return make_report(work, SECTIONS, flow_settings(work))
+
+
+def flow_settings(work: Workspace) -> dict[str, str]:
+    """Those of the flow and its data, in words."""
+    section, system = work.config.flow, work.system
+    trained, validated = (system.members(role) for role in ("train", "validation"))
+    names = {"trained on": trained, "validated on": [member for member in validated if member not in trained]}
+    chosen = {key: " ".join(member.name for member in part) for key, part in names.items() if part}
+    first = work.frames(trained[0]) if trained else None
+    return chosen | {
+        "flow network": f"{_name(section.network)}, {work.folder.stages['flow']['steps']} steps of {section.batch_size}",
+        "flow": f"{section.model.interpolant} interpolant, {section.model.coupling} coupling, scales of {section.scales}",
+        "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(section.solver)).items()),
+        "data": first.meta.get("settings", {}).get("method", "unknown") if first else "none",
+    }
+
+
+def _name(network) -> str:
+    return network._target_.rpartition(".")[2]
+
 
 STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate, "report": report}

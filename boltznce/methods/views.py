@@ -1,18 +1,19 @@
-"""What is compared and drawn of positions: backbone torsions of a molecule, or the plane itself."""
+"""What is compared and drawn of positions: the torsions of each residue of a molecule, or the plane itself."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
-from boltznce.analysis.metrics import SampledDistance, plane_w2, plane_w2_floor, torus_w2, torus_w2_floor
+from boltznce.analysis.metrics import SampledDistance, plane_w2, torus_w2
 from boltznce.systems.base import System
 
-__all__ = ["PlaneView", "TorsionView", "View", "view_of"]
+__all__ = ["PlaneView", "TorsionView", "View", "symbol_of", "views_of"]
 
 PointsAndWeights = tuple[np.ndarray, np.ndarray | None]
+SYMBOLS = {"phi": "φ", "psi": "ψ"}
 
 
 class View(Protocol):
@@ -20,66 +21,53 @@ class View(Protocol):
 
     Attributes:
         data, figure, distance: what reports call the reference data, the figure and the distance.
-        highest: kT, of the profile's figure: above, samples are noise.
-        symbols: of named coordinates.
-        notes: sentences for the report.
+        symbols: of the two coordinates.
+        periodic: whether they are angles.
     """
 
     data: str
     figure: str
     distance: str
-    highest: float
-    symbols: ClassVar[Mapping[str, str]]
-    notes: tuple[str, ...]
+    symbols: tuple[str, str]
+    periodic: bool
 
     def points(self, positions: np.ndarray) -> np.ndarray:
         """(n, 2) of positions (n, atoms, dim)."""
 
-    def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
+    def w2(
+        self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options
+    ) -> SampledDistance:
         """Wasserstein-2 distance of two sets of points, the first one weighted."""
 
-    def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
-        """The distance between the halves of one set."""
-
-    def draw(self, panels: Mapping[str, PointsAndWeights]) -> Figure:
+    def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
         """Free energy over the two coordinates, a panel for each titled set of points and log weights."""
 
 
-class TorsionView(View):
-    """The (φ, ψ) of a molecule, on the torus."""
+class TorsionView:
+    """The (φ, ψ) of one residue, on the torus."""
 
-    data = "MD"
-    figure = "ramachandran"
-    distance = "T-W2 (rad)"
-    highest = 16.0  # kT, of the profile's figure: above, samples are noise
-    symbols: ClassVar = {"phi": "φ", "psi": "ψ"}
-    notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",)
+    data, distance, periodic = "MD", "T-W2 (rad)", True
 
-    def __init__(self, system: System) -> None:
-        self.system = system
+    def __init__(self, system: System, number: int) -> None:
+        """``number``: of the residue with both, from the N-terminus, the first being 1."""
+        suffix = "" if number == 1 else str(number)
+        self.system, self.names, self.figure = system, (f"phi{suffix}", f"psi{suffix}"), f"ramachandran{suffix}"
+        self.symbols = tuple(map(symbol_of, self.names))
 
     def points(self, positions: np.ndarray) -> np.ndarray:
-        return np.stack([self.system.dihedral(np.asarray(positions), name) for name in ("phi", "psi")], axis=-1)
+        return np.stack([self.system.dihedral(np.asarray(positions), name) for name in self.names], axis=-1)
 
-    def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
+    def w2(self, points1, points2, w1=None, **options) -> SampledDistance:
         return torus_w2(points1, points2, w1, **options)
 
-    def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
-        return torus_w2_floor(points, **options)
-
     def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
-        return plotting.plot_ramachandran(panels, **options)
+        return plotting.plot_ramachandran(panels, angle_names=self.symbols, **options)
 
 
-class PlaneView(View):
+class PlaneView:
     """The positions of one particle in the plane."""
 
-    data = "data"
-    figure = "plane"
-    distance = "W2"
-    highest = 12.0  # kT, of the profile's figure
-    symbols: ClassVar = {}
-    notes = ()
+    data, figure, distance, symbols, periodic = "data", "plane", "W2", ("x", "y"), False
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -87,16 +75,22 @@ class PlaneView(View):
     def points(self, positions: np.ndarray) -> np.ndarray:
         return np.asarray(positions)[:, 0]
 
-    def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
+    def w2(self, points1, points2, w1=None, **options) -> SampledDistance:
         return plane_w2(points1, points2, w1, **options)
-
-    def w2_floor(self, points: np.ndarray, **options) -> SampledDistance:
-        return plane_w2_floor(points, **options)
 
     def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
         return plotting.plot_plane(panels, self.system.box, **options)
 
 
-def view_of(system: System) -> View:
-    """The plane for a particle in it, backbone torsions for a molecule."""
-    return PlaneView(system) if system.dim == 2 else TorsionView(system)
+def views_of(system: System) -> list[View]:
+    """The plane for a particle in it; of a molecule every residue that has a φ and a ψ, from the N-terminus. May be empty."""
+    if system.box is not None:
+        return [PlaneView(system)]
+    numbers = range(1, 1 + len(system.dihedrals))
+    views = [TorsionView(system, number) for number in numbers]
+    return [view for view in views if set(view.names) <= set(system.dihedrals)]
+
+
+def symbol_of(name: str) -> str:
+    """Of a coordinate: φ2 for phi2; other names stand for themselves."""
+    return next((symbol + name.removeprefix(word) for word, symbol in SYMBOLS.items() if name.startswith(word)), name)

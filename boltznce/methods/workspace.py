@@ -1,92 +1,90 @@
 """What the stages of a method share: the run's folder, config, system, device and random streams."""
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import nn
 
-from boltznce.config import build
+from boltznce.config import build, locate
 from boltznce.data.dataset import Dataset
+from boltznce.data.members import load_data
 from boltznce.errors import UserError
 from boltznce.logger import Logger
-from boltznce.methods import find_method
 from boltznce.methods.drawing import Models
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, Loss, Validation, fit, step_generator
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 __all__ = ["Workspace", "make_fabric"]
 
-log = logging.getLogger(__name__)
 
+def make_fabric(device: str, precision: str = "32-true") -> "Fabric":
+    """One device: ``auto`` takes the GPU where there is one. Raises UserError for a device that is not there."""
+    from lightning_fabric import Fabric  # slow to import, and only runs need it
 
-def make_fabric(device: str, precision: str = "32-true") -> Fabric:
-    """One device: ``auto`` takes the GPU where there is one."""
-    accelerator = "auto" if device == "auto" else device.split(":")[0]
+    kind, _, number = device.partition(":")
     try:
-        return Fabric(accelerator=accelerator, devices=[int(device.split(":")[1])] if ":" in device else 1, precision=precision)
+        return Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=precision)
     except Exception as error:  # Fabric has no common class of error for a device that is not there
         raise UserError(f"device={device} cannot be used ({error}): choose auto or cpu.") from error
 
 
 @dataclass
 class Workspace:
-    """Handed from stage to stage."""
+    """Handed from stage to stage.
+
+    What is made for one member of the system (its frames, draws, random numbers) goes by ``what``, in words, and the member's
+    label, which is empty where the system is its only member.
+    """
 
     folder: RunFolder
     config: DictConfig
-    fabric: Fabric
+    fabric: "Fabric"
     logger: Logger | None = None
 
     @cached_property
     def system(self) -> System:
+        """What the run samples, or the family of what it samples."""
         return build(self.config.system)
 
     @cached_property
-    def dataset(self) -> Dataset:
-        """The data that the run trains on and compares with; raises UserError if they are of another system."""
-        dataset = Dataset.load(Path(self.config.data.folder))
-        made_of, system = dataset.meta.get("system", {}), self.system
-        same = all(made_of.get(key, value) == value for key, value in system.identity.items())
-        if not same or dataset.positions.shape[1:] != (system.n_atoms, system.dim):
-            raise UserError(
-                f"{self.config.data.folder} holds data of another system ({made_of.get('name', 'unknown')}, not {system.name}): "
-                "set data.folder to another folder; data are made there if it does not exist."
-            )
-        return dataset
-
-    @cached_property
     def models(self) -> Models:
-        """The trained models as far as the run has come; drop it with ``del work.models`` after training more.
+        """The trained models as far as the run has come. Raises UserError where there is nothing to draw from, or nothing yet."""
+        method = locate(self.config.method._target_)
+        return method.load_models(self.folder.path, self.config, self.system, self.device)
 
-        Raises UserError where there is nothing to draw from, or nothing yet.
-        """
-        return find_method(self.config.method.name).load_models(self.folder.path, self.config, self.system, self.device)
+    def frames_exist(self, member: System) -> bool:
+        """Whether there are data of the member, at its temperature."""
+        section = self.config.data
+        return section.folder is not None and (Path(section.folder) / self.system.label(member) / "meta.yaml").exists()
 
-    def fit(
-        self,
-        name: str,
-        module: nn.Module,
-        loss: Loss,
-        validate: Validation | None = None,
-        section: str | None = None,
-        **settings: Any,
-    ) -> dict:
-        """Train ``module``; returns what the run's record keeps of it.
+    def frames(self, member: System) -> Dataset:
+        """The member's data. Raises UserError for data of another system."""
+        return load_data(self.system, member, Path(self.config.data.folder))
 
-        Its settings are the ``fit`` of the config's ``section`` (default ``name``), with those of ``settings`` in their place.
-        """
+    def unseen_frames(self, member: System) -> Dataset:
+        """Those that no flow of this run was trained on: the test part of what it was trained on, all of any other member's."""
+        frames, trained = self.frames(member), self.folder.stages.get("flow", {}).get("steps", 0)
+        return frames.split(**self.config.data.split)[2] if trained and member in self.system.members("train") else frames
+
+    def samples(self, what: str, member: System) -> Path:
+        """The folder of a member's samples."""
+        return self.folder.path / "samples" / what / self.system.label(member)
+
+    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any) -> dict:
+        """Train ``module`` by the settings of ``config.<name>.fit``, or by those given; returns what the run's record keeps of it."""
         result = fit(
             module,
             loss,
-            FitSettings(**{**self.config[section or name].fit, **settings}),
+            FitSettings(**(settings or self.config[name].fit)),
             self.folder.path,
             fabric=self.fabric,
             seed=self.config.seed,
@@ -94,6 +92,7 @@ class Workspace:
             validate=validate,
             logger=self.logger,
         )
+        self.__dict__.pop("models", None)  # there is one more, or a better one
         return {"steps": result.steps, "skipped_steps": result.skipped_steps, "validation_loss": result.validation}
 
     @property
@@ -101,10 +100,13 @@ class Workspace:
         """Where the run computes."""
         return self.fabric.device
 
-    def generator(self, name: str, index: int = 0) -> torch.Generator:
-        """Random numbers on the device, a function of the run's seed, a name and an index alone."""
-        return step_generator(self.config.seed, name, index, self.device)
+    def generator(self, what: str, member: System | None = None, index: int = 0) -> torch.Generator:
+        """Random numbers on the device, a function of the run's seed, of ``what``, the member and an index alone."""
+        return step_generator(self.config.seed, self._stream(what, member), index, self.device)
 
-    def numpy_generator(self, name: str) -> np.random.Generator:
+    def numpy_generator(self, what: str, member: System | None = None) -> np.random.Generator:
         """Random numbers of numpy, likewise."""
-        return np.random.default_rng(step_generator(self.config.seed, name, 0).initial_seed())
+        return np.random.default_rng(step_generator(self.config.seed, self._stream(what, member), 0).initial_seed())
+
+    def _stream(self, what: str, member: System | None) -> str:
+        return what if member is None else f"{what} {self.system.label(member)}".strip()

@@ -1,0 +1,188 @@
+"""What a report of one system is made from: its draws, data and exact likelihoods, loaded, filtered and weighed once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
+from boltznce.analysis.metrics import energy_cut
+from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.data.dataset import Dataset, boltzmann_indices
+from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
+from boltznce.methods.views import View, views_of
+from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
+
+__all__ = ["Data", "ExactSubset", "Findings", "gather"]
+
+MD_BLOCKS = 20  # of time, for the error of a simulation's own ΔF
+
+
+@dataclass(frozen=True)
+class ExactSubset:
+    """Exact log-likelihoods (m,) of the samples of ``index`` (m,), which may come more than once."""
+
+    index: np.ndarray
+    log_prob: np.ndarray
+
+
+@dataclass(frozen=True)
+class Data:
+    """What samples are compared with.
+
+    Attributes:
+        whole: all that there is of the system.
+        frames: those that no flow was trained on and that are not left out, with their weights.
+        resampled: of these, some resampled to the Boltzmann distribution, in order of time.
+        excluded: masks of what is left out of those that no flow was trained on, and their log weights.
+    """
+
+    whole: Dataset
+    frames: Dataset
+    resampled: Dataset
+    excluded: Mapping[str, np.ndarray]
+    log_weights: np.ndarray
+
+    @property
+    def is_time_series(self) -> bool:
+        """Whether frames follow the Boltzmann distribution and come one after another in time."""
+        return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of one system, at the temperature of the weights.
+
+    Attributes:
+        drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
+        values: of the state's coordinate, (samples,); None without a state.
+        exact, correction: exact likelihoods of a uniform subset of the samples, and of one drawn by weight.
+        seconds: a sample, of each kind of work.
+        settings: the config's section ``evaluation``; ``seed``: of bootstraps and subsets.
+        notes: sentences on how the samples were made.
+        flows: (temperature, draws) at other temperatures; ``steps``: records of the annealing between them.
+        frames_log_prob: exact log q of the data's frames, where it costs little.
+    """
+
+    system: System
+    views: list[View]
+    drawn: WeightedSamples
+    excluded: Mapping[str, np.ndarray]
+    samples: WeightedSamples
+    values: np.ndarray | None
+    data: Data | None
+    exact: ExactSubset | None
+    correction: ExactSubset | None
+    reference: dict | None
+    seconds: Mapping[str, float]
+    settings: Mapping
+    seed: int
+    notes: tuple[str, ...] = ()
+    flows: tuple[tuple[float, WeightedSamples], ...] = ()
+    steps: tuple[Mapping, ...] = ()
+    frames_log_prob: np.ndarray | None = None
+
+    @property
+    def likelihood(self) -> str:
+        """Whose likelihood the weights are made of: ``ebm`` or ``exact``."""
+        return self.drawn.meta["likelihood"]
+
+    @property
+    def bootstrap(self) -> dict:
+        return {"n_bootstrap": self.settings.n_bootstrap, "seed": self.seed}
+
+    @cached_property
+    def weighted_difference(self) -> FreeEnergyDifference:
+        """ΔF of the system's state by the weights."""
+        state = self.system.state.interval
+        return free_energy_difference(self.values, self.samples.log_weights, state, **self.bootstrap)
+
+    @cached_property
+    def md_difference(self) -> FreeEnergyDifference | None:
+        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks of time; None of any other data."""
+        if self.system.state is None or self.data is None or not self.data.is_time_series:
+            return None
+        values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
+        return free_energy_difference(values, None, state, n_blocks=self.md_blocks, **self.bootstrap)
+
+    @property
+    def md_blocks(self) -> int:
+        """Of the bootstrap over a simulation, whose frames are no independent draws."""
+        return min(MD_BLOCKS, len(self.data.frames) // 2)
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Mask of the samples in the state."""
+        return self.system.state.contains(self.values)
+
+    @property
+    def data_name(self) -> str:
+        """What reports call the data."""
+        return self.views[0].data if self.views else "MD"
+
+    @property
+    def cut(self) -> float:
+        """Energy above which samples are left out of E-W2."""
+        return energy_cut(self.data.resampled.energies)
+
+    def coordinate(self, positions: np.ndarray) -> np.ndarray:
+        """The state's coordinate of positions."""
+        return self.system.coordinate(np.asarray(positions), self.system.state.coordinate)
+
+
+def gather(work: Workspace, member: System) -> Findings:
+    """Everything that is on disk of one member, and what it is compared with."""
+    generator = work.models.of(member)
+    system = generator.system
+    drawn = WeightedSamples.load(work.samples("weighted", member))
+    excluded = excluded_conformers(system, drawn.positions)
+    samples = drawn[allowed_conformers(excluded, len(drawn))]
+    values = None
+    if system.state is not None:
+        values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
+    return Findings(
+        system,
+        views_of(system),
+        drawn,
+        excluded,
+        samples,
+        values,
+        _data(work, member, system),
+        _exact_subset(work.samples("exact_uniform", member)),
+        _exact_subset(work.samples("exact_weights", member)),
+        system.reference(),
+        work.folder.stages["evaluation"]["seconds"][member.name],
+        work.config.evaluation,
+        work.config.seed,
+        generator.notes,
+    )
+
+
+def _exact_subset(folder: Path) -> ExactSubset | None:
+    if not (folder / "subset.npy").exists():
+        return None
+    index, log_prob = np.load(folder / "subset.npy"), WeightedSamples.load(folder).log_prob
+    return ExactSubset(index, log_prob[np.searchsorted(np.unique(index), index)])
+
+
+def _data(work: Workspace, member: System, system: System) -> Data | None:
+    """Frames that the flow was not trained on, exact draws where they can be had, or None where there is nothing."""
+    n = work.config.evaluation.n_reference
+    if work.frames_exist(member):
+        whole, frames = work.frames(member), work.unseen_frames(member)
+        if whole.meta.get("settings", {}).get("temperature", system.temperature) != system.temperature:
+            return None
+    elif system.exact:
+        x = system.sample(n, work.generator("exact draws", member)).cpu()
+        zeros, order, energies = np.zeros(n), np.arange(n), system.energy(x).double().numpy()
+        whole = frames = Dataset(x.numpy(), energies, zeros, order, zeros, order % 2, None, {})
+    else:
+        return None
+    excluded = excluded_conformers(system, frames.positions)
+    kept = frames.take(allowed_conformers(excluded, len(frames)))
+    rng = work.numpy_generator("held out", member)
+    index = np.sort(boltzmann_indices(kept.log_weights, min(n, len(kept)), rng))
+    return Data(whole, kept, kept.take(index), excluded, frames.log_weights)

@@ -1,0 +1,330 @@
+"""Sections of a report of one system: each a pure function of `Findings` that returns rows of ``metrics.json``, figures and notes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from boltznce.analysis import plotting
+from boltznce.analysis.convergence import frames_for_error
+from boltznce.analysis.free_energy import (
+    corrected_free_energy_difference,
+    free_energy_difference,
+    free_energy_profile,
+    stratum_log_weights,
+)
+from boltznce.analysis.metrics import energy_w2, energy_w2_floor, likelihood_agreement, share_above, w2_floor
+from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.reweighting import effective_sample_size, log_importance_weights, normalized_weights
+from boltznce.analysis.tica import tica_projection
+from boltznce.data.dataset import Dataset
+from boltznce.errors import UserError
+from boltznce.methods.findings import Findings
+from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.views import symbol_of
+from boltznce.systems.base import System
+
+__all__ = [
+    "COMMON",
+    "Part",
+    "conformers_left_out",
+    "costs",
+    "distances",
+    "ess_row",
+    "free_energies",
+    "likelihood_of_ebm",
+    "mode_weights",
+    "slowest_coordinates",
+    "surfaces",
+    "weights",
+]
+
+WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
+HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
+N_BINS = 72
+REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
+
+
+class Part(NamedTuple):
+    """What a section adds to a report: entries of the results, figures by name, sentences."""
+
+    results: Mapping[str, Any] = {}
+    figures: Mapping[str, Figure] = {}
+    notes: tuple[str, ...] = ()
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------------
+
+
+def weights(f: Findings) -> Part:
+    """Effective sample sizes, of the weights as they are and with the top ones removed or clipped, and their distributions."""
+    name, drawn, figures = WEIGHTS[f.likelihood], f.samples, {f.likelihood: f.drawn.log_weights}
+    rows = {name: ess_row(drawn.log_weights)}
+    if f.likelihood == "ebm":
+        rows[f"{name}, top {REMOVED:.1%} removed"] = ess_row(drawn.remove_top(REMOVED).log_weights)
+    clip = f.settings.get("clip")
+    if clip:
+        rows[f"{name}, top {clip:.2%} clipped"] = ess_row(drawn.clip(clip).log_weights)
+    if f.exact is not None:
+        figures["exact"] = _exact_log_weights(f)
+        rows["exact weights (subset)"] = ess_row(figures["exact"])
+    figure = plotting.plot_weights({{"ebm": "EBM"}.get(key, key): values for key, values in figures.items()})
+    return Part({"ess": rows}, {"weights": figure})
+
+
+def ess_row(log_weights: np.ndarray) -> dict:
+    """ESS, Pareto-k and number of weights, as the report's table wants them."""
+    return {"ess": effective_sample_size(log_weights), "pareto_k": pareto_k(log_weights), "n": len(log_weights)}
+
+
+def _exact_log_weights(f: Findings) -> np.ndarray:
+    """Of the uniform subset, each member standing for as many samples as there are of its side."""
+    index = f.exact.index
+    strata = stratum_log_weights(f.values, index, f.system.state.interval)
+    return log_importance_weights(f.samples.energy[index], f.exact.log_prob) + strata
+
+
+# ---- free energies ----------------------------------------------------------------------------------------------------
+
+
+def free_energies(f: Findings) -> Part:
+    """ΔF of the system's state, by all that is known of it, and the profile along its coordinate."""
+    if f.system.state is None:
+        return Part()
+    state, log_weights, rows = f.system.state.interval, f.samples.log_weights, {}
+    if f.reference is not None:
+        rows["reference"] = reference_difference(f.reference)
+    elif f.md_difference is not None:
+        rows["reference"] = f.md_difference
+    rows[f.likelihood] = f.weighted_difference
+    if f.correction is not None:
+        index = f.correction.index
+        likelihoods = f.samples.log_prob[index], f.correction.log_prob
+        rows["corrected"] = corrected_free_energy_difference(
+            f.values, log_weights, index, *likelihoods, state, "weights", **f.bootstrap
+        )
+    if f.exact is not None:
+        subset = f.values[f.exact.index]
+        rows["exact"] = free_energy_difference(subset, _exact_log_weights(f), state, **f.bootstrap)
+    rows["unweighted"] = free_energy_difference(f.values, None, state, **f.bootstrap)
+    if f.data is not None and (f.reference is not None or f.md_difference is None):
+        rows[f"data ({f.data_name}), error not estimated"] = _data_difference(f)
+    headline, reference = rows[f.likelihood], rows.get("reference")
+    known = reference["value"] if isinstance(reference, dict) else reference and reference.value
+    return Part(
+        {
+            "state": f.system.state.in_words(symbol_of(f.system.state.coordinate)),
+            "free_energy": rows,
+            "headline": f.likelihood,
+            "error": _error(headline.value, known),
+        },
+        {"profile": _profile(f)},
+    )
+
+
+def _data_difference(f: Findings) -> dict:
+    """ΔF of all data; its error is that of their slow motions, which so short a simulation does not show."""
+    frames = f.data.whole
+    shares = normalized_weights(frames.log_weights)
+    inside = f.system.state.contains(f.coordinate(frames.positions))
+    with np.errstate(divide="ignore"):
+        return {"value": float(np.log(shares[~inside].sum()) - np.log(shares[inside].sum()))}
+
+
+def _error(value: float, reference: float | None) -> float:
+    """NaN where one of them is unknown, or infinite: a side that was not visited."""
+    known = reference is not None and np.isfinite([value, reference]).all()
+    return value - reference if known else float("nan")
+
+
+def _profile(f: Findings) -> Figure:
+    name, interval = f.system.state
+    limits = f.system.coordinate_range(name)
+    curves = {"flow, unweighted": None, WEIGHTS[f.likelihood]: f.samples.log_weights}
+    reference, whose = reference_profile(f.reference), "reference"
+    if reference is None and f.md_difference is not None:
+        values = f.coordinate(f.data.frames.positions)
+        reference, whose = free_energy_profile(values, None, N_BINS, n_blocks=f.md_blocks), f.data_name
+    return plotting.plot_profiles(
+        {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()},
+        reference,
+        interval,
+        angle_name=symbol_of(name),
+        highest=HIGHEST,
+        limits=limits,
+        reference_name=whose,
+    )
+
+
+# ---- likelihood -------------------------------------------------------------------------------------------------------
+
+
+def likelihood_of_ebm(f: Findings) -> Part:
+    """How far the EBM's log-likelihood is from the exact one."""
+    if f.exact is None or len(f.exact.index) < 3:
+        return Part()
+    ebm, exact, inside = f.samples.log_prob[f.exact.index], f.exact.log_prob, f.inside[f.exact.index]
+    agreement = likelihood_agreement(ebm, exact, inside, **f.bootstrap)
+    return Part({"likelihood": agreement}, {"likelihood": plotting.plot_likelihood_agreement(ebm, exact, inside)})
+
+
+# ---- against data -----------------------------------------------------------------------------------------------------
+
+
+def surfaces(f: Findings) -> Part:
+    """Free energy over the two coordinates of every view, and histograms of the energy: data, flow, weighted flow."""
+    panels = {} if f.data is None else {f.data_name: (f.data.resampled, None)}
+    panels |= {"flow": (f.samples, None), "flow, weighted": (f.samples, f.samples.log_weights)}
+    figures = {}
+    if f.data is not None:
+        energies = {label: (_energies(part), log_weights) for label, (part, log_weights) in panels.items()}
+        figures["energy_histograms"] = plotting.plot_energy_histograms(energies)
+    for view in f.views:
+        points = {label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()}
+        figures[view.figure] = view.draw(points)
+    return Part({}, figures)
+
+
+def distances(f: Findings) -> Part:
+    """E-W2 and W2 of the first view's points between samples and data, and the shares of energies above E-W2's cut."""
+    if f.data is None:
+        return Part()
+    energies, found = f.data.resampled.energies, {"E-W2 (kT)": _energy_distances(f)}
+    for view in f.views[:1]:
+        subsets = {"n_points": f.settings.n_torus, "generator": np.random.default_rng(f.seed)}
+        ours, theirs = view.points(f.samples.positions), view.points(f.data.resampled.positions)
+        found[view.distance] = {
+            "unweighted": view.w2(ours, theirs, **subsets),
+            "weighted": view.w2(ours, theirs, f.samples.weights, **subsets),
+            "floor": w2_floor(view.w2, theirs, **subsets),
+        }
+    shares = {
+        f.data_name: share_above(energies, f.cut),
+        "flow": share_above(f.samples.energy, f.cut),
+        "weighted": share_above(f.samples.energy, f.cut, f.samples.weights),
+    }
+    return Part({"distances": found, "energy_cut": {"cut": f.cut, "shares": shares}})
+
+
+def _energy_distances(f: Findings) -> dict:
+    """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
+    energy, data, cut, found, empty = f.samples.energy, f.data.resampled.energies, f.cut, {}, []
+    for kind, shares in (("unweighted", None), ("weighted", f.samples.weights)):
+        if share_above(energy, cut, shares) < 1:
+            found[kind] = energy_w2(energy, data, shares, cut=cut)
+        else:
+            found[kind] = np.nan
+            empty.append(kind)
+    found["floor"] = energy_w2_floor(data, cut=cut)
+    if empty:
+        lowest = energy.min() if "unweighted" in empty else energy[f.samples.weights > 0].min()
+        found["missing"] = (
+            f"no {' and no '.join(empty)} sample below the cut at {cut:.0f} kT, above which energies are left out "
+            f"(the lowest is at {lowest:.0f} kT)"
+        )
+    return found
+
+
+def mode_weights(f: Findings) -> Part:
+    """Populations of the modes, where they are known."""
+    exact = f.system.mode_weights
+    if exact is None:
+        return Part()
+    mode = f.system.mode(torch.from_numpy(np.array(f.samples.positions))).numpy()
+    found = {"flow": None, "flow, weighted": f.samples.weights}
+    shares = {name: np.bincount(mode, w, minlength=len(exact)) for name, w in found.items()}
+    return Part({"modes": {"exact": exact} | {name: counts / counts.sum() for name, counts in shares.items()}})
+
+
+def slowest_coordinates(f: Findings) -> Part:
+    """Free energy over the slowest coordinates of a simulation (TICA)."""
+    lag = f.settings.tica_lag
+    if not lag or f.data is None or not f.data.is_time_series:
+        return Part()
+    frames = f.data.frames
+    features = slow_features(f.system, frames.positions)
+    project = tica_projection([features[mask] for mask in _walkers(frames)], lag)
+    of_md, of_flow = project(features), project(slow_features(f.system, f.samples.positions))
+    low, high = np.quantile(of_md, 0.001, axis=0), np.quantile(of_md, 0.999, axis=0)
+    margin = 0.1 * (high - low)
+    box = tuple((float(a), float(b)) for a, b in zip(low - margin, high + margin, strict=True))
+    panels = {"MD": (of_md, None), "flow": (of_flow, None), "flow, weighted": (of_flow, f.samples.log_weights)}
+    figure = plotting.plot_plane(panels, box, n_bins=60, axes_names=("TIC 1", "TIC 2"), aspect="auto")
+    return Part({}, {"tica": figure})
+
+
+def slow_features(member: System, positions: np.ndarray) -> np.ndarray:
+    """Sines and cosines of the backbone torsions and distances between heavy atoms (nm): (n, features)."""
+    x = torch.from_numpy(np.array(positions))
+    angles = torch.stack([member.dihedral(x, name) for name in member.dihedrals], dim=-1)
+    heavy = [atom.index for atom in member.topology.atoms if atom.element.symbol != "H"]
+    i, j = torch.triu_indices(len(heavy), len(heavy), 1)
+    apart = (x[:, heavy][:, i] - x[:, heavy][:, j]).norm(dim=-1)
+    return torch.cat([angles.sin(), angles.cos(), apart], dim=-1).numpy()
+
+
+def _walkers(frames: Dataset) -> list[np.ndarray]:
+    """Masks of the frames of each trajectory: a window or replica of a repeat."""
+    walkers = frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
+    return [walkers == walker for walker in np.unique(walkers)]
+
+
+def _energies(part) -> np.ndarray:
+    return part.energies if isinstance(part, Dataset) else part.energy
+
+
+# ---- conformers, costs ------------------------------------------------------------------------------------------------
+
+
+def conformers_left_out(f: Findings) -> Part:
+    """Shares of the draws that are the molecule; of what figures leave out by count and by weight, and of the data by weight."""
+    counts, shares = f.drawn.meta["counts"], f.drawn.weights
+    rows = {
+        why: {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(shares[mask].sum())}
+        for why, mask in f.excluded.items()
+    }
+    if f.data is not None:
+        of_data = normalized_weights(f.data.log_weights)
+        for why, mask in f.data.excluded.items():
+            rows[why]["data"] = float(of_data[mask].sum())
+    results, drawn = {"excluded": rows, "drawn": counts["drawn"]}, counts["drawn"]
+    if "right_graph" in counts:
+        named = {"right_graph": "right_graph", "kept": "right_chirality", "reordered": "reordered", "mirrored": "mirrored"}
+        results["made"] = {name: counts[key] / drawn for name, key in named.items()}
+    notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",) if rows else ()
+    return Part(results, {}, notes + f.notes)
+
+
+def costs(f: Findings) -> Part:
+    """Seconds a sample; and of a simulation that knows ΔF as well as the samples, where the data are a simulation of known cost.
+
+    The simulation has to come as near as the larger of the samples' distance from its own ΔF and of their error.
+    """
+    timing = {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}
+    weighted, md = f.weighted_difference, f.md_difference
+    if md is None:
+        return Part({"timing": timing})
+    known = np.isfinite([weighted.std_error, weighted.value, md.value]).all()
+    error = max(abs(weighted.value - md.value), weighted.std_error) if known else np.nan
+    spent = f.seconds["draw"] * len(f.drawn)
+    result = {"error": error, "flow_seconds": spent, "md_seconds": None, "speed_up": None}
+    frames, inside = f.data.frames, f.system.state.contains(f.coordinate(f.data.frames.positions))
+    series = [inside[mask] for mask in _walkers(frames)]
+    length = min(map(len, series))
+    try:
+        n = frames_for_error(np.stack([each[:length] for each in series]), error)
+    except UserError:  # it has seen one side alone
+        n = np.nan
+    if np.isfinite(n):
+        result["md_seconds"] = float(n * frames.meta["cpu_seconds"] / len(frames))
+        result["speed_up"] = result["md_seconds"] / spent
+    note = (
+        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's samples, over the "
+        "CPU time of these. The training is not counted."
+    )
+    return Part({"timing": timing, "md": result}, {}, (note,))
+
+
+COMMON = (free_energies, weights, likelihood_of_ebm, distances, mode_weights, conformers_left_out, costs, surfaces)
