@@ -27,7 +27,7 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, given: Sequence[Any]) -> Self:
-        """From a config's ``[coordinate, [low, high]]``; raises UserError for what is no interval (see `in_interval`)."""
+        """From a config's ``[coordinate, [low, high]]``; raises UserError as `in_interval` does."""
         coordinate, (low, high) = given
         in_interval(0.0, (low, high))
         return cls(coordinate, (float(low), float(high)))
@@ -54,8 +54,8 @@ class State(NamedTuple):
 def in_interval(values: Any, interval: tuple[float, float]) -> Any:
     """Mask of ``values`` (tensor or array, any shape) inside the open ``interval``.
 
-    It lies on the circle, in radians, and may reach across π: (3.0, 4.0). With one infinite end it is a half line, of a coordinate that
-    is no angle: (0, inf). Raises UserError for any other.
+    It lies on the circle, in radians, and may reach across π: (3.0, 4.0). With one infinite end it is a half line, of a
+    coordinate that is no angle: (0, inf). Raises UserError for any other.
     """
     low, high = interval
     values = values.double() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
