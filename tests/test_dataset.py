@@ -10,6 +10,7 @@ import yaml
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.errors import UserError
 from boltznce.io import file_digest
+from boltznce.states import State
 
 N_TIMES, N_WINDOWS, N_REPEATS = 200, 4, 2
 
@@ -17,7 +18,9 @@ N_TIMES, N_WINDOWS, N_REPEATS = 200, 4, 2
 @pytest.fixture
 def dataset(tmp_path):
     rng = np.random.default_rng(0)
-    time, repeat, window = (a.ravel() for a in np.meshgrid(np.arange(N_TIMES), np.arange(N_REPEATS), np.arange(N_WINDOWS), indexing="ij"))
+    time, repeat, window = (
+        a.ravel() for a in np.meshgrid(np.arange(N_TIMES), np.arange(N_REPEATS), np.arange(N_WINDOWS), indexing="ij")
+    )
     n = len(time)
     positions = rng.standard_normal((n, 3, 3)).astype(np.float32)
     return Dataset.write(
@@ -114,19 +117,22 @@ def test_wrong_number_of_positions(dataset, tmp_path):
         Dataset.load(tmp_path / "set")
 
 
+@pytest.mark.parametrize("turn", [0.0, 2.4])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mode_balancing_makes_modes_even(weighted):
-    """1% in the state; as such, or as frames of which half are in the state with weights that say 1%."""
+def test_mode_balancing_makes_modes_even(weighted, turn):
+    """1% in the state; as such, or as frames of which half are in it with weights that say 1%. Turned, it is across π."""
     rng = np.random.default_rng(1)
     inside = rng.random(50_000) < (0.5 if weighted else 0.01)
     phi = np.where(inside, rng.vonmises(1.0, 20.0, 50_000), rng.vonmises(-1.8, 4.0, 50_000))
+    phi, state = np.angle(np.exp(1j * (phi + turn))), State("phi", (turn, 2.0 + turn))
     log_weights = np.where(inside, np.log(0.01), np.log(0.99)) if weighted else np.zeros(len(phi))
-    balanced = phi[mode_balanced_indices(phi, log_weights, 20_000, rng, c="auto")]
-    assert 0.4 < ((balanced > 0) & (balanced < 2)).mean() < 0.6
+    balanced = phi[mode_balanced_indices(phi, log_weights, 20_000, rng, state, c="auto")]
+    assert 0.4 < state.contains(balanced).mean() < 0.6
     natural = phi[boltzmann_indices(log_weights, 20_000, rng)]
-    assert 0.007 < ((natural > 0) & (natural < 2)).mean() < 0.014
+    assert 0.007 < state.contains(natural).mean() < 0.014
 
 
 def test_mode_balancing_without_the_state():
-    with pytest.raises(UserError, match="No frame"):
-        mode_balanced_indices(np.full(10, -1.0), np.zeros(10), 5, np.random.default_rng(0), c="auto")
+    with pytest.raises(UserError, match="No frame has 0 < phi < 2 rad"):
+        phi, rng = np.full(10, -1.0), np.random.default_rng(0)
+        mode_balanced_indices(phi, np.zeros(10), 5, rng, State("phi", (0.0, 2.0)), c="auto")

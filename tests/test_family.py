@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from boltznce import UserError, load_system
-from boltznce.data import many
+from boltznce.data import members
 from boltznce.data.engine import run_job
-from boltznce.data.many import is_complete, load_many, simulate_many
+from boltznce.data.members import load_data, make_data, simulate_members
 from boltznce.systems.family import PeptideFamily
 
 PHYSICS = {
@@ -28,6 +27,7 @@ SHORT = {
     "equilibration": 0.02,
     "n_replicas": 2,
     "n_ladders": 2,
+    "method": "replica_exchange",
     "progress": False,
 }
 
@@ -94,13 +94,12 @@ def run_here(plans, *_):
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_of_many(tmp_path, monkeypatch, processes):
     if not processes:
-        monkeypatch.setattr(many, "run_plans", run_here)
+        monkeypatch.setattr(members, "run_plans", run_here)
     peptides = family()
-    folder = tmp_path / "data"
-    assert not is_complete(peptides, folder)
-    with pytest.raises(UserError, match="no datasets"):
-        load_many(peptides, folder)
-    made = simulate_many(peptides, folder, engine="torch", test={"duration": 0.2}, **SHORT)
+    folder, settings = tmp_path / "data", {"engine": "torch", "test": {"duration": 0.2}, **SHORT}
+    with pytest.raises(UserError, match="no dataset"):
+        load_data(peptides, peptides.member("AA"), folder)
+    made = simulate_members(peptides, folder, **settings)
     assert list(made) == ["AG", "GA", "AA"]
     assert [len(data) for data in made.values()] == [10, 10, 20]
     for sequence, data in made.items():
@@ -110,23 +109,49 @@ def test_data_of_many(tmp_path, monkeypatch, processes):
         assert (np.bincount(data.window) == len(data) // 2).all()
         # the ladders are independent: no frame of one is near one of the other
         assert np.abs(data.positions[data.window == 0] - data.positions[data.window == 1]).max(axis=(1, 2)).min() > 1e-3
-    index = yaml.safe_load((folder / "index.yaml").read_text())["peptides"]
-    assert {name: entry["role"] for name, entry in index.items()} == {"AG": "train", "GA": "train", "AA": "test"}
-    assert is_complete(peptides, folder)
-    assert list(load_many(peptides, folder, ("test",))) == ["AA"]
+    assert sorted(path.name for path in folder.iterdir()) == ["AA", "AG", "GA"]
+    assert len(load_data(peptides, peptides.member("AA"), folder)) == 20
 
     # a second call makes nothing anew; another force field or a changed dataset is noticed
     before = (folder / "AG" / "meta.yaml").stat().st_mtime_ns
-    simulate_many(peptides, folder, engine="torch", test={"duration": 0.2}, **SHORT)
+    simulate_members(peptides, folder, **settings)
+    assert list(make_data(peptides, folder, simulation=settings)) == ["AG", "GA", "AA"]
     assert (folder / "AG" / "meta.yaml").stat().st_mtime_ns == before
     other = family(forcefield=["amber14-all.xml", "implicit/obc2.xml"])
     with pytest.raises(UserError, match="another system or force field"):
-        load_many(other, folder)
-    with pytest.raises(UserError, match="no data of GG"):
-        load_many(family({"tiny": {"train": ["AG", "GG"]}}), folder)
+        load_data(other, other.member("AG"), folder)
+    with pytest.raises(UserError, match="no dataset in .*GG"):
+        load_data(peptides, peptides.member("GG"), folder)
     (folder / "GA" / "meta.yaml").write_text((folder / "AG" / "meta.yaml").read_text().replace("AG", "GA"))
     with pytest.raises(UserError, match="GA"):
-        load_many(peptides, folder)
+        make_data(peptides, folder, simulation=settings)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_data_of_one_and_of_a_family_are_made_alike(tmp_path, monkeypatch, alone):
+    """The same frames, in the folder itself or in that of the member's label; what is there is not made again."""
+    monkeypatch.setattr(members, "run_plans", run_here)
+    peptides = load_system("AG") if alone else family({"tiny": {"train": ["AG"]}})
+    made = make_data(peptides, tmp_path, simulation={**SHORT, "engine": "openmm", "test": {"duration": 0.2}})
+    assert list(made) == ["AG"]
+    assert len(made["AG"]) == 10  # what is trained on is no mere test
+    member = peptides.members("train")[0]
+    assert (tmp_path / ("" if alone else "AG") / "meta.yaml").is_file()
+    first = load_data(peptides, member, tmp_path).positions[0]
+    assert first.sum() == pytest.approx(0.0, abs=1e-5)
+    monkeypatch.setattr(members, "run_plans", None)
+    again = make_data(peptides, tmp_path, simulation={})
+    np.testing.assert_array_equal(again["AG"].positions[0], first)
+
+
+def test_exact_data(tmp_path):
+    system = load_system("gaussians8")
+    made = make_data(system, tmp_path, simulation=None, n_samples=100, seed=1)
+    assert [len(data) for data in made.values()] == [100]
+    with pytest.raises(UserError, match="another system"):
+        load_data(load_system("gaussians8", std=0.12), load_system("gaussians8", std=0.12), tmp_path)
+    with pytest.raises(UserError, match="AG cannot be drawn from exactly"):
+        make_data(load_system("AG"), tmp_path / "other", simulation=None, n_samples=100)
 
 
 def np_to(positions):

@@ -58,7 +58,7 @@ def measure_network(
         for label, settings in networks.items():
             torch.manual_seed(seed)
             network = build_network(settings, n_features=peptides.n_features).to(device)
-            calls = _calls(network, label.startswith("ebm"), peptides.largest(), generator)
+            calls = _calls(network, label.startswith("ebm"), max(examples), generator)
             for kind in KINDS:
                 equal = {}
                 for n, k in examples.items():

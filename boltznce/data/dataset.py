@@ -15,6 +15,7 @@ from scipy.special import i0e, logsumexp
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_folder, file_digest, require_free_space
+from boltznce.states import State
 
 __all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
 
@@ -90,7 +91,9 @@ class Dataset:
         """Open a dataset and check shapes, digests and that all numbers are finite; raises UserError that names the file and the remedy."""
         folder = Path(folder)
         if not (folder / "meta.yaml").is_file():
-            raise UserError(f"There is no dataset in {folder} (no meta.yaml): make one with scripts/simulate.py, or correct the path.")
+            raise UserError(
+                f"There is no dataset in {folder} (no meta.yaml): make one with scripts/simulate.py, or correct the path."
+            )
         try:
             meta = yaml.safe_load((folder / "meta.yaml").read_text())
             digests, n = dict(meta["digests"]), int(meta["n_frames"])
@@ -123,7 +126,9 @@ class Dataset:
         side, so that frames on either side have little memory of each other.
         """
         if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
-            raise UserError(f"The fractions {train}, {validation}, {test} of a split must sum to 1 and each exceed the gap {gap}.")
+            raise UserError(
+                f"The fractions {train}, {validation}, {test} of a split must sum to 1 and each exceed the gap {gap}."
+            )
         edges = self.time[0] + (self.time[-1] - self.time[0]) * np.cumsum([0.0, train, validation, test])
         edges[-1] = np.inf
         skip = gap * (self.time[-1] - self.time[0])
@@ -140,28 +145,34 @@ def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Gene
 
 
 def mode_balanced_indices(
-    phi: np.ndarray,
+    values: np.ndarray,
     log_weights: np.ndarray,
     n: int,
     generator: np.random.Generator,
+    state: State,
     c: float | str = 150.0,
     kappa: float = 10.0,
-    mu: float = 1.0,
-    state: tuple[float, float] = (0.0, 2.0),
+    mu: float | None = None,
 ) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(phi - mu, kappa) + 1), so that the rare mode is learned.
+    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
 
-    ``c = "auto"`` takes c = P(rest) / P(state) from the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide has c = 150.
+    Args:
+        values: (n_frames,) of the state's coordinate, an angle in radians.
+        mu: default the state's centre.
+        c: "auto" takes P(rest) / P(state) of the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide has 150.
+
     Raises UserError if no frame is in the state.
     """
-    phi, log_weights = np.asarray(phi, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
+    angle, log_weights = np.asarray(values, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
     if c == "auto":
-        w = _normalized(log_weights)
-        inside = w[(phi > state[0]) & (phi < state[1])].sum()
+        inside = _normalized(log_weights)[state.contains(angle)].sum()
         if inside == 0:
-            raise UserError(f"No frame has its dihedral in {state}: simulate with method=umbrella or longer, or set c to a number.")
+            raise UserError(
+                f"No frame has {state.in_words()}: simulate with method=umbrella or longer, or set c to a number."
+            )
         c = (1 - inside) / inside
-    density = np.exp(kappa * (np.cos(phi - mu) - 1)) / (2 * np.pi * i0e(kappa))
+    from_mode = angle - (state.centre if mu is None else mu)
+    density = np.exp(kappa * (np.cos(from_mode) - 1)) / (2 * np.pi * i0e(kappa))
     return boltzmann_indices(log_weights + np.log(float(c) * density + 1), n, generator)
 
 
@@ -177,7 +188,9 @@ def _write_positions(path: Path, chunks: Iterable[np.ndarray], n: int) -> None:
             require_free_space(path.parent, 4 * n * int(np.prod(chunk.shape[1:])))
             out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *chunk.shape[1:]))
         if not np.isfinite(chunk).all():
-            raise UserError("Positions that are not finite cannot be a dataset: the simulation was unstable, use a shorter timestep.")
+            raise UserError(
+                "Positions that are not finite cannot be a dataset: the simulation was unstable, use a shorter timestep."
+            )
         if done + len(chunk) <= n:
             out[done : done + len(chunk)] = chunk
         done += len(chunk)
@@ -211,4 +224,6 @@ def _open(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged ({what}): delete the folder {path.parent} and make the dataset anew with scripts/simulate.py.")
+    return UserError(
+        f"{path} is damaged ({what}): delete the folder {path.parent} and make the dataset anew with scripts/simulate.py."
+    )

@@ -132,7 +132,12 @@ class Sampler(Protocol):
         """Positions and velocities from which sampling starts."""
 
     def advance(
-        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+        self,
+        positions: np.ndarray,
+        velocities: np.ndarray,
+        segment: int,
+        rng: np.random.Generator,
+        tick: Callable[[float], None],
     ) -> np.ndarray:
         """Move all walkers on by one segment, in place; return the frames (an array of ``frame_dtype``)."""
 
@@ -145,7 +150,9 @@ def named(path: str) -> Any:
 
 def frame_dtype(n_atoms: int) -> np.dtype:
     """One saved frame: mean-free positions (nm), energy (kT, without bias), dihedral (rad), window, time (ps, end of equilibration = 0)."""
-    return np.dtype([("positions", "f4", (n_atoms, 3)), ("energy", "f8"), ("dihedral", "f8"), ("window", "i4"), ("time", "f8")])
+    return np.dtype(
+        [("positions", "f4", (n_atoms, 3)), ("energy", "f8"), ("dihedral", "f8"), ("window", "i4"), ("time", "f8")]
+    )
 
 
 def wrap(angle: np.ndarray) -> np.ndarray:
@@ -270,6 +277,10 @@ def seconds_spent(folder: Path) -> float:
         return float(state["seconds"]) if "seconds" in state else 0.0
 
 
-def _save_state(folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float) -> None:
+def _save_state(
+    folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float
+) -> None:
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames, seconds=seconds)
+        np.savez(
+            handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames, seconds=seconds
+        )

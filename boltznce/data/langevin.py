@@ -31,7 +31,12 @@ class LangevinSampler:
         return positions, velocities
 
     def advance(
-        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+        self,
+        positions: np.ndarray,
+        velocities: np.ndarray,
+        segment: int,
+        rng: np.random.Generator,
+        tick: Callable[[float], None],
     ) -> np.ndarray:
         """One segment of each trajectory; frames are ordered by time, then walker, whose number stands for the window."""
         self.walkers.reseed(rng)

@@ -62,9 +62,13 @@ def load_reference(path: Path) -> dict:
     try:
         return _validate(json.loads(Path(path).read_text()), path)
     except FileNotFoundError as error:
-        raise UserError(f"There is no reference file {path}: make it with scripts/simulate.py reference=true.") from error
+        raise UserError(
+            f"There is no reference file {path}: make it with scripts/simulate.py reference=true."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a reference file: make it anew with scripts/simulate.py reference=true.") from error
+        raise UserError(
+            f"{path} is not a reference file: make it anew with scripts/simulate.py reference=true."
+        ) from error
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -78,7 +82,11 @@ def _validate(reference: dict, source: object) -> dict:
     elif len({len(reference["profile"].get(key, ())) for key in ("phi", "f", "std_error")}) != 1:
         fault = "the columns of its profile differ in length"
     elif not all(np.isfinite(reference["delta_f"].get(key, np.nan)) for key in ("value", "std_error")):
-        fault = "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
+        fault = (
+            "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
+        )
     if fault:
-        raise UserError(f"{source} cannot be a reference: {fault}. Make it with scripts/simulate.py reference=true and a longer duration.")
+        raise UserError(
+            f"{source} cannot be a reference: {fault}. Make it with scripts/simulate.py reference=true and a longer duration."
+        )
     return reference

@@ -26,7 +26,9 @@ class ReplicaExchangeSampler:
         self.job, self.start = job, start
         self.n_ladders = job.options.get("n_ladders", 1)
         self.n_replicas = job.options["n_replicas"]
-        self.temperatures = np.tile(temperature_ladder(job.temperature, job.options["max_temperature"], self.n_replicas), self.n_ladders)
+        self.temperatures = np.tile(
+            temperature_ladder(job.temperature, job.options["max_temperature"], self.n_replicas), self.n_ladders
+        )
         self.interval = job.options["exchange_interval"]
         self.walkers = make_walkers(job, system, self.temperatures)
 
@@ -41,7 +43,12 @@ class ReplicaExchangeSampler:
         return positions, velocities
 
     def advance(
-        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+        self,
+        positions: np.ndarray,
+        velocities: np.ndarray,
+        segment: int,
+        rng: np.random.Generator,
+        tick: Callable[[float], None],
     ) -> np.ndarray:
         """One segment; frames of the lowest temperature, by time, then ladder; energies in kT of that temperature."""
         self.walkers.reseed(rng)

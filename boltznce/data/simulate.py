@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
 from boltznce.data.dataset import Dataset
-from boltznce.data.engine import SAMPLERS, Job, dihedral_angle, frame_dtype, picoseconds_done, read_frames, seconds_spent
+from boltznce.data.engine import (
+    SAMPLERS,
+    Job,
+    dihedral_angle,
+    frame_dtype,
+    picoseconds_done,
+    read_frames,
+    seconds_spent,
+)
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
@@ -137,8 +145,10 @@ def plan(
     folder, an unstable simulation and a full disk.
     """
     folder = Path(folder)
-    if system.dim != 3:
-        raise UserError(f"There is nothing to simulate in {system.name}, which is drawn from exactly: scripts/train.py makes its own data.")
+    if system.exact:
+        raise UserError(
+            f"There is nothing to simulate in {system.name}, which is drawn from exactly: scripts/train.py makes its own data."
+        )
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
@@ -150,7 +160,11 @@ def plan(
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
-        "replica_exchange": {"n_replicas": n_replicas, "max_temperature": max_temperature, "exchange_interval": exchange_interval}
+        "replica_exchange": {
+            "n_replicas": n_replicas,
+            "max_temperature": max_temperature,
+            "exchange_interval": exchange_interval,
+        }
         | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
         "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
     }
@@ -180,8 +194,10 @@ def plan(
     _check(jobs)
     if (folder / "meta.yaml").exists():
         dataset = Dataset.load(folder)
-        if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != _identity(system):
-            raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew.")
+        if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != system.identity:
+            raise UserError(
+                f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew."
+            )
         return Plan(system, folder, [], [])
 
     n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
@@ -193,7 +209,9 @@ def plan(
     return Plan(system, folder, jobs, folders)
 
 
-def run_plans(plans: Sequence[Plan], n_processes: int | None = None, title: str = "simulations", progress: bool = True) -> None:
+def run_plans(
+    plans: Sequence[Plan], n_processes: int | None = None, title: str = "simulations", progress: bool = True
+) -> None:
     """Run the jobs of all plans, one process each, ``n_processes`` at a time (default: one a core)."""
     jobs = [job for each in plans for job in each.jobs]
     folders = [path for each in plans for path in each.job_folders]
@@ -214,12 +232,17 @@ def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool |
         raise UserError(f"Unknown engine '{engine}': choose one of {', '.join(ENGINES)}, auto.")
     has_torch = system.energy_backend == "torch"
     if engine == "torch" and not has_torch:
-        raise UserError(f"engine=torch cannot simulate {system.name}, whose energy_backend is {system.energy_backend}: set engine=openmm.")
+        raise UserError(
+            f"engine=torch cannot simulate {system.name}, whose energy_backend is {system.energy_backend}: set engine=openmm."
+        )
     if engine == "auto":
         if not has_torch:
             return "openmm"
         interpreted = any(isinstance(force, openmm.CustomGBForce) for force in system.openmm_system().getForces())
-        compiled = wants_compiling(system.compile if compile is None else compile) and n_walkers * system.n_atoms >= MIN_ATOMS_AT_A_TIME
+        compiled = (
+            wants_compiling(system.compile if compile is None else compile)
+            and n_walkers * system.n_atoms >= MIN_ATOMS_AT_A_TIME
+        )
         return "torch" if torch.cuda.is_available() or interpreted or compiled else "openmm"
     return engine
 
@@ -246,7 +269,9 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         extra["cut"] = ring.cut
     elif jobs[0].method == "replica_exchange":
         options = jobs[0].options
-        extra["ladder"] = [float(t) for t in temperature_ladder(jobs[0].temperature, options["max_temperature"], options["n_replicas"])]
+        extra["ladder"] = [
+            float(t) for t in temperature_ladder(jobs[0].temperature, options["max_temperature"], options["n_replicas"])
+        ]
     order = np.argsort(columns["time"], kind="stable")
     starts = np.cumsum([0] + [len(f) for f in frames])
     return Dataset.write(
@@ -259,7 +284,7 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         repeat=repeat[order],
         topology=_pdb(system),
         meta={
-            "system": _identity(system),
+            "system": system.identity,
             "settings": _settings(jobs),
             "engine": jobs[0].engine,
             "ps_per_walker": float(end),
@@ -298,7 +323,9 @@ def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, pro
     waiting = list(folders)  # a finished job ends at once
     running: dict[Path, subprocess.Popen] = {}
     try:
-        with tqdm(total=sum(job.total for job in jobs), desc=title, unit="ps", disable=not progress, mininterval=1.0) as bar:
+        with tqdm(
+            total=sum(job.total for job in jobs), desc=title, unit="ps", disable=not progress, mininterval=1.0
+        ) as bar:
             while waiting or running:
                 while waiting and len(running) < n_processes:
                     path = waiting.pop(0)
@@ -352,16 +379,20 @@ def _check(jobs: list[Job]) -> None:
     for whole, a, part, b in pairs:
         if not b > 0 or round(a / b) < 1 or abs(a / b - round(a / b)) > 1e-6:
             raise UserError(f"{whole}={a} must be a multiple of {part}={b} (ps).")
-    if job.method == "umbrella" and (job.options["n_windows"] < 4 or job.options["n_windows"] % 2 or not job.options["kappa"] > 0):
+    if job.method == "umbrella" and (
+        job.options["n_windows"] < 4 or job.options["n_windows"] % 2 or not job.options["kappa"] > 0
+    ):
         raise UserError("n_windows must be even and at least 4, and kappa positive.")
     if job.options.get("n_walkers", 1) < 1:
         raise UserError("n_walkers must be 1 or more.")
-    if job.method == "replica_exchange" and (job.options["n_replicas"] < 2 or job.options["max_temperature"] <= job.temperature):
+    if job.method == "replica_exchange" and (
+        job.options["n_replicas"] < 2 or job.options["max_temperature"] <= job.temperature
+    ):
         raise UserError(f"n_replicas must be at least 2, and max_temperature above the system's {job.temperature} K.")
 
 
 def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int, int, int] | None:
-    name = name or (system.state[0] if system.state else None)
+    name = name or (system.state.coordinate if system.state else None)
     if name is None and not required:
         return None
     if name not in system.dihedrals:
@@ -375,10 +406,6 @@ def _ring(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:
     return Ring(options["n_windows"], options["kappa"], GAS_CONSTANT * temperature, largest_gap(dihedral))
 
 
-def _identity(system) -> dict:
-    return {"name": system.name, "force_field": list(system.forcefield)}
-
-
 def _settings(jobs: list[Job]) -> dict:
     """What the distribution of the frames depends on, in types that YAML keeps."""
     settings = json.loads(json.dumps(dataclasses.asdict(jobs[0])))
@@ -387,7 +414,9 @@ def _settings(jobs: list[Job]) -> dict:
     return {**settings, "n_repeats": len(jobs)}
 
 
-def _chunks(frames: list[np.ndarray], starts: np.ndarray, order: np.ndarray, size: int = 50_000) -> Iterator[np.ndarray]:
+def _chunks(
+    frames: list[np.ndarray], starts: np.ndarray, order: np.ndarray, size: int = 50_000
+) -> Iterator[np.ndarray]:
     """Positions of the concatenated ``frames`` in the given order, some at a time."""
     for part in np.array_split(order, max(1, -(-len(order) // size))):
         owner = np.searchsorted(starts, part, side="right") - 1
@@ -400,5 +429,7 @@ def _chunks(frames: list[np.ndarray], starts: np.ndarray, order: np.ndarray, siz
 
 def _pdb(system) -> str:
     text = io.StringIO()
-    app.PDBFile.writeFile(system.openmm_topology(), np.asarray(system.positions, dtype=np.float64) * 10, text, keepIds=True)
+    app.PDBFile.writeFile(
+        system.openmm_topology(), np.asarray(system.positions, dtype=np.float64) * 10, text, keepIds=True
+    )
     return text.getvalue()

@@ -53,7 +53,9 @@ class TorchWalkers:
     def reseed(self, rng: np.random.Generator) -> None:
         self.generator.manual_seed(int(rng.integers(2**63)))
 
-    def prepare(self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def prepare(
+        self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self._openmm is None:
             self._openmm = OpenMMWalkers(self.job, self.system, self.temperatures, self.bias)
             self._openmm.reseed(rng)
@@ -63,9 +65,13 @@ class TorchWalkers:
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
         x, v = self._tensor(positions), self._tensor(velocities)
         if self._kernel is None:
-            self._kernel = fuse(self.step, x, v, torch.zeros_like(x)) if wants_compiling(self.job.compile) else self.step
+            self._kernel = (
+                fuse(self.step, x, v, torch.zeros_like(x)) if wants_compiling(self.job.compile) else self.step
+            )
         for _ in range(round(duration / self.job.timestep)):
-            x, v = self._kernel(x, v, torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype))
+            x, v = self._kernel(
+                x, v, torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype)
+            )
         x = x - x.mean(1, keepdim=True)
         energies = self.field(x.double()).cpu().numpy() / self.job.kT
         if not np.isfinite(energies).all():

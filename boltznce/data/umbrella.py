@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 
 from boltznce.data.engine import Job, dihedral_angle, frame_dtype, wrap
 from boltznce.data.walkers import Bias, make_walkers
+from boltznce.states import in_interval
 
 __all__ = ["Ring", "UmbrellaResult", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "window_centres"]
 
@@ -61,7 +62,12 @@ class UmbrellaSampler:
         return positions, velocities
 
     def advance(
-        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Callable[[float], None]
+        self,
+        positions: np.ndarray,
+        velocities: np.ndarray,
+        segment: int,
+        rng: np.random.Generator,
+        tick: Callable[[float], None],
     ) -> np.ndarray:
         """One segment; frames are ordered by time, then window."""
         self.walkers.reseed(rng)
@@ -195,7 +201,7 @@ def analyse(
     rng = np.random.default_rng(seed)
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     bins = np.clip(np.digitize(dihedral, edges) - 1, 0, n_bins - 1)
-    inside = (dihedral > state[0]) & (dihedral < state[1])
+    inside = in_interval(dihedral, state)
     kept = np.zeros(len(dihedral), dtype=bool)
     kept[rng.permutation(len(dihedral))[:max_frames]] = True
 
@@ -222,7 +228,9 @@ def analyse(
         centres=0.5 * (edges[1:] + edges[:-1]),
         profile=np.where(seen, profile - profile[lowest], np.nan),
         profile_error=np.where(seen, _jackknife_error(shapes), np.nan),
-        block_delta_f=np.array([estimate(np.flatnonzero(block == b), f)[1] for b in present]).reshape(len(repeats), n_blocks),
+        block_delta_f=np.array([estimate(np.flatnonzero(block == b), f)[1] for b in present]).reshape(
+            len(repeats), n_blocks
+        ),
     )
 
 

@@ -43,7 +43,9 @@ class Walkers(Protocol):
     def reseed(self, rng: np.random.Generator) -> None:
         """Start a random stream that depends on ``rng`` alone."""
 
-    def prepare(self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def prepare(
+        self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A structure (n_atoms, 3) minimized under walker k's bias, and thermal velocities; both after ``duration`` ps by itself."""
 
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
@@ -83,7 +85,9 @@ class OpenMMWalkers:
         self.integrator.setRandomNumberSeed(int(rng.integers(1, 2**31 - 1)))
         self.context.reinitialize()
 
-    def prepare(self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def prepare(
+        self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         self._lend_to(k)
         self.context.setPositions(structure)
         openmm.LocalEnergyMinimizer.minimize(self.context, MINIMIZER_TOLERANCE, MINIMIZER_ITERATIONS)

@@ -1,31 +1,59 @@
-"""What every system offers: a reduced energy, its shape and its temperature."""
+"""What every system offers: a reduced energy, its shape and its temperature, and the facts by which systems differ."""
 
 import abc
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
+import mdtraj
 import numpy as np
+import torch
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.states import State
 
-__all__ = ["System"]
+__all__ = ["ROLES", "System"]
 
 REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
+ROLES = ("train", "validation", "test")
 
 Array = TypeVar("Array", Tensor, np.ndarray)
+Interval = tuple[float, float]
 
 
 class System(abc.ABC):
-    """A Boltzmann distribution proportional to exp(-u(x)).
+    """A Boltzmann distribution proportional to exp(-u(x)), and a family of one (see `members`).
 
-    Positions x have shape (batch, n_atoms, dim), in nm for molecules. Subclasses set the attributes below.
+    Positions x have shape (batch, n_atoms, dim), in nm for molecules. Subclasses set the attributes without a default.
 
     Attributes:
-        state: a coordinate (see `coordinate`) and the interval of it whose free energy is asked for, or None.
+        state: the state whose free energy is asked for, or None.
         differentiable: whether the energy has a gradient that leads anywhere.
+        exact: whether `sample` draws from the distribution itself.
+        temperature_unit: "K"; "" in the plane.
+        simulation: how it is simulated where nothing else is said: settings of `boltznce.data.simulate.plan`, and ``method``.
+        topology: mdtraj.Topology of a molecule.
+        bonds: pairs of bonded atoms.
+        dihedrals: name -> four atoms; omegas: names of those about peptide bonds.
+        stereocentres: (centre, three neighbours).
+        methyl_groups: triples of equivalent hydrogens.
+        features: (n_atoms, n_classes) float32, what tells a network the atoms apart.
+        box: ((x low, x high), (y low, y high)) of figures and grids in the plane.
+        mode_weights: (modes,), the exact population of every mode, where known.
+
+    >>> from boltznce import load_system
+    >>> system = load_system("aldp")
+    >>> system
+    MolecularSystem(aldp, 22 atoms, 300 K, amber99sbildn.xml + amber99_obc.xml)
+    >>> x = system.positions[None]
+    >>> round(float(system.energy(x)), 1), round(float(system.at_temperature(600.0).energy(x)), 1)
+    (-53.5, -26.7)
+    >>> round(float(system.dihedral(x, "phi")), 1), system.state
+    (-2.6, State(coordinate='phi', interval=(0.0, 2.0)))
     """
 
     name: str
@@ -33,8 +61,20 @@ class System(abc.ABC):
     dim: int
     temperature: float
     translation_invariant: bool
-    state: tuple[str, tuple[float, float]] | None = None
+    state: State | None = None
     differentiable: bool = True
+    exact: bool = False
+    temperature_unit: str = "K"
+    simulation: Mapping[str, Any] = MappingProxyType({})
+    topology: mdtraj.Topology | None = None
+    bonds: Sequence[tuple[int, int]] = ()
+    dihedrals: Mapping[str, tuple[int, int, int, int]] = MappingProxyType({})
+    omegas: Sequence[str] = ()
+    stereocentres: Sequence[tuple[int, int, int, int]] = ()
+    methyl_groups: Sequence[tuple[int, int, int]] = ()
+    features: Tensor | None = None
+    box: tuple[Interval, Interval] | None = None
+    mode_weights: np.ndarray | None = None
 
     @property
     @abc.abstractmethod
@@ -47,24 +87,38 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def coordinate(self, x: Array, name: str) -> Array:
-        """A named coordinate of positions, (batch,), along which states are told apart: for molecules a dihedral, in (-π, π]."""
+        """A named coordinate of positions, (batch,), that tells states apart: for molecules a dihedral, in (-π, π]."""
 
-    def coordinate_range(self, name: str) -> tuple[float, float] | None:
+    def coordinate_range(self, name: str) -> Interval | None:
         """Where a profile along the coordinate begins and ends; None for an angle, whose profile goes round the circle."""
         return None
 
+    def chirality(self, x: Array) -> Array:
+        """Per stereocentre +1 for the handedness of the system and -1 for its mirror image, (batch, n_centres)."""
+        return x[:, :0, 0]
+
+    def typical_energy(self) -> float:
+        """About the mean reduced energy: of a molecule harmonic about its minimum, u(positions) + (3 n - 6) / 2."""
+        return float(self.energy(self.positions.unsqueeze(0))) + (3 * self.n_atoms - 6) / 2
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws (n, n_atoms, dim), float32, on the generator's device; UserError where there are none."""
+        raise UserError(f"{self.name} cannot be drawn from exactly: give data.simulation, how to simulate it.")
+
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes data of this system its own, in types that YAML keeps: recorded with a dataset, compared when it is used."""
+        """What makes data of this system its own, in types that YAML keeps: recorded with a dataset, compared when used."""
         return {"name": self.name}
 
     def require_gradient(self, purpose: str) -> None:
         """Raise UserError if the energy has no gradient; to be called by what needs one, named by ``purpose``."""
         if not self.differentiable:
-            raise UserError(f"The energy of {self.name} has no gradient, which {purpose} needs: choose another system or method.")
+            raise UserError(
+                f"The energy of {self.name} has no gradient, which {purpose} needs: choose another system or method."
+            )
 
     def at_temperature(self, temperature: float) -> Self:
-        """The same system at another temperature (K; dimensionless for toy systems)."""
+        """The same system at another temperature (K; dimensionless in the plane)."""
         if not temperature > 0:
             raise UserError(f"A temperature must be positive, not {temperature}.")
         other = copy.copy(self)
@@ -72,13 +126,40 @@ class System(abc.ABC):
         return other
 
     def reference(self) -> dict[str, Any] | None:
-        """The reference result shipped for this system, or None.
-
-        None too where the file was made for another temperature or force field than this system now has.
-        """
+        """The reference result shipped for this system; None without one for its temperature, force field and state."""
         path = REFERENCE_FOLDER / f"{self.name}.json"
         if not path.is_file():
             return None
         contents = json.loads(path.read_text())
-        made_for = {"temperature": self.temperature, "force_field": getattr(self, "forcefield", contents["force_field"])}
-        return contents if all(contents[key] == value for key, value in made_for.items()) else None
+        made_for = {"temperature": self.temperature, "force_field": self.identity.get("force_field")}
+        if self.state:
+            made_for |= {"dihedral": self.state.coordinate, "state": list(self.state.interval)}
+        return contents if all(contents.get(key, value) == value for key, value in made_for.items()) else None
+
+    # ---- a family of one --------------------------------------------------------------------------------------------
+
+    def members(self, role: str) -> list["System"]:
+        """What is trained on, validated on or tested on, by a role of `ROLES`: the system itself."""
+        return [self]
+
+    def all_members(self) -> list["System"]:
+        """Every member once, those to be trained on first."""
+        return [self]
+
+    def label(self, member: "System") -> str:
+        """What tells a member's folder and random streams from another's: nothing, where there is no other."""
+        return ""
+
+    def choose(self, system: "System | str | None" = None) -> "System":
+        """The member that is meant: itself, by None, its name or its equal; raises UserError for another."""
+        if system in (None, self.name) or (isinstance(system, System) and self.equals(system)):
+            return self
+        name = system if isinstance(system, str) else system.name
+        raise UserError(
+            f"This is a run of {self.name} alone, not of {name}: leave system= out, "
+            "or choose a run of many molecules (system=dipeptides)."
+        )
+
+    def equals(self, other: "System") -> bool:
+        """Whether data of one are data of the other: the same identity and temperature."""
+        return (self.identity, self.temperature) == (other.identity, other.temperature)

@@ -21,7 +21,9 @@ __all__ = ["BondGraph", "GraphCheck"]
 
 RADII_NM = {"H": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "S": 0.105}
 REACH, FUSED = 1.25, 0.6
-N_ROUNDS = 16  # of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared
+N_ROUNDS = (
+    16  # of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class BondGraph:
 
     def __init__(self, elements: Sequence[str], bonds: Sequence[tuple[int, int]]):
         if unknown := sorted(set(elements) - set(RADII_NM)):
-            raise UserError(f"The bond-graph check has no radius for {', '.join(unknown)}: it knows {', '.join(RADII_NM)}.")
+            raise UserError(
+                f"The bond-graph check has no radius for {', '.join(unknown)}: it knows {', '.join(RADII_NM)}."
+            )
         n, (first, second) = len(elements), torch.tensor(bonds, dtype=torch.long).view(-1, 2).T
         radii = torch.tensor([RADII_NM[symbol] for symbol in elements], dtype=torch.float64)
         self.thresholds = REACH * (radii.unsqueeze(0) + radii.unsqueeze(1))  # nm

@@ -32,7 +32,9 @@ def rotatable_bonds(bonds: Sequence[tuple[int, int]], n_atoms: int) -> list[tupl
     return found
 
 
-def random_conformers(structure: Tensor, bonds: Sequence[tuple[int, int]], n: int, generator: torch.Generator | None = None) -> Tensor:
+def random_conformers(
+    structure: Tensor, bonds: Sequence[tuple[int, int]], n: int, generator: torch.Generator | None = None
+) -> Tensor:
     """``n`` copies of a structure (n_atoms, 3) in nm, turned about every rotatable bond by random angles, atoms jittered: (n, n_atoms, 3).
 
     Bond lengths, angles, planes and chirality are those of the structure; clashes are not avoided. Centred.

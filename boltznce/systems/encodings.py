@@ -41,7 +41,16 @@ SD SG
 ATOM_CLASSES = tuple(_CLASSES.split())
 MERGED = {"OD1": "OD", "OD2": "OD", "OE1": "OE", "OE2": "OE"}
 HYDROGEN_OF = {"OG1": "HG"}  # where it is not H and the heavy atom's name from the second letter on
-VARIANTS = {"HID": "HIS", "HIE": "HIS", "HIP": "HIS", "CYX": "CYS", "CYM": "CYS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS"}
+VARIANTS = {
+    "HID": "HIS",
+    "HIE": "HIS",
+    "HIP": "HIS",
+    "CYX": "CYS",
+    "CYM": "CYS",
+    "ASH": "ASP",
+    "GLH": "GLU",
+    "LYN": "LYS",
+}
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
@@ -56,10 +65,15 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
         return elements
     if encoding == "backbone":
         _check_length(topology, n_places)
-        labels = [f"{atom.residue.index} {atom.name}" if atom.name in BACKBONE else atom.element.symbol for atom in topology.atoms]
+        labels = [
+            f"{atom.residue.index} {atom.name}" if atom.name in BACKBONE else atom.element.symbol
+            for atom in topology.atoms
+        ]
         return _one_hot(labels, (*ELEMENTS, *(f"{i} {name}" for i in range(n_places) for name in BACKBONE)), "name")
     names = atom_class_names(topology)
-    types = _one_hot([VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue")
+    types = _one_hot(
+        [VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue"
+    )
     _check_length(topology, n_places)
     places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
     full = torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
@@ -75,7 +89,9 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
 
 def _check_length(topology: mdtraj.Topology, n_places: int) -> None:
     if topology.n_residues > n_places:
-        raise UserError(f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places.")
+        raise UserError(
+            f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places."
+        )
 
 
 def atom_class_names(topology: mdtraj.Topology) -> list[str]:

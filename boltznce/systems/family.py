@@ -6,13 +6,12 @@ from functools import cached_property
 from typing import Any
 
 from boltznce.errors import UserError
-from boltznce.systems.encodings import encode_atoms
+from boltznce.states import State
+from boltznce.systems.base import ROLES
 from boltznce.systems.molecular import MolecularSystem
 from boltznce.systems.peptides import parse_sequence
 
-__all__ = ["ROLES", "PeptideFamily"]
-
-ROLES = ("train", "validation", "test")
+__all__ = ["PeptideFamily"]
 
 
 class PeptideFamily:
@@ -32,7 +31,6 @@ class PeptideFamily:
 
     dim = 3
     translation_invariant = True
-    many = True  # told from a system by this
 
     def __init__(
         self,
@@ -49,7 +47,9 @@ class PeptideFamily:
             raise UserError(f"{name} has no selection {selection!r}: choose one of {', '.join(selections)}.")
         chosen = selections[selection]
         if unknown := sorted(set(chosen) - set(ROLES)):
-            raise UserError(f"Unknown list of peptides {', '.join(unknown)} in {name}: the lists are {', '.join(ROLES)}.")
+            raise UserError(
+                f"Unknown list of peptides {', '.join(unknown)} in {name}: the lists are {', '.join(ROLES)}."
+            )
         if unknown := sorted(set(settings) - set(inspect.signature(MolecularSystem).parameters)):
             raise UserError(f"{name} has no setting {', '.join(unknown)}: its peptides have those of MolecularSystem.")
         self.name, self.selection = name, selection
@@ -64,55 +64,68 @@ class PeptideFamily:
             for sequence in sequences:
                 parse_sequence(sequence)
                 if sequence in roles:
-                    raise UserError(f"{sequence} is both a {roles[sequence]} and a {role} peptide of {name}: take it out of one list.")
+                    raise UserError(
+                        f"{sequence} is both a {roles[sequence]} and a {role} peptide of {name}: take it out of one list."
+                    )
                 if sequence in never_trained and role != "test":
-                    raise UserError(f"{sequence} is kept for tests and cannot be a {role} peptide: take it out of {name}'s lists.")
+                    raise UserError(
+                        f"{sequence} is kept for tests and cannot be a {role} peptide: take it out of {name}'s lists."
+                    )
                 roles[sequence] = role
 
-    @property
-    def all_sequences(self) -> tuple[str, ...]:
-        """Of all roles, those to be trained on first."""
-        return sum(self.sequences.values(), ())
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(found)} {role}" for role, found in self.sequences.items() if found)
+        force_field = " + ".join(self.settings["forcefield"])
+        return f"PeptideFamily({self.name}, {self.selection}: {counts} peptides, {self.temperature:g} K, {force_field})"
 
     def member(self, sequence: str) -> MolecularSystem:
         """A peptide of the family, listed or not: made once."""
         if sequence not in self._members:
             parse_sequence(sequence)
-            self._members[sequence] = MolecularSystem(sequence, sequence, encoding=self.encoding, n_places=self.n_places, **self.settings)
+            encoding = {"encoding": self.encoding, "n_places": self.n_places}
+            self._members[sequence] = MolecularSystem(sequence, sequence, **encoding, **self.settings)
         return self._members[sequence]
-
-    def choose(self, system: MolecularSystem | str | None) -> MolecularSystem:
-        """A peptide, listed or not, by its sequence or as `load_system` makes it.
-
-        Raises UserError for None, and for a system of another force field or temperature than the family's.
-        """
-        if system is None:
-            raise UserError(f"This run is of many molecules: say which one is meant, for example system={self.all_sequences[-1]}.")
-        if isinstance(system, str):
-            return self.member(system)
-        member = self.member(system.name)
-        if (system.identity, system.temperature) != (member.identity, member.temperature):
-            raise UserError(f"{system.name} has another force field or temperature than the peptides of this run: give its sequence alone.")
-        return member
 
     def members(self, role: str) -> list[MolecularSystem]:
         """The peptides of a role, in the order of their list."""
         return [self.member(sequence) for sequence in self.sequences[role]]
 
+    def all_members(self) -> list[MolecularSystem]:
+        """Every listed peptide, those to be trained on first."""
+        return [member for role in ROLES for member in self.members(role)]
+
+    def label(self, member: MolecularSystem) -> str:
+        """A member's sequence: what tells its folder and random streams from another's."""
+        return member.name
+
+    def choose(self, system: MolecularSystem | str | None = None) -> MolecularSystem:
+        """A peptide, listed or not, by its sequence or as `load_system` makes it.
+
+        Raises UserError for None, and for a system of another force field or temperature than the family's.
+        """
+        if system is None:
+            example = [*self.sequences["train"], *self.sequences["test"]][-1]
+            raise UserError(f"This run is of many molecules: say which one is meant, for example system={example}.")
+        if isinstance(system, str):
+            return self.member(system)
+        member = self.member(system.name)
+        if not member.equals(system):
+            raise UserError(
+                f"{system.name} has another force field or temperature than the peptides of this run: "
+                "give its sequence alone."
+            )
+        return member
+
     @property
     def temperature(self) -> float:
         return float(self.settings["temperature"])
 
-    @property
-    def state(self) -> tuple[str, tuple[float, float]] | None:
+    @cached_property
+    def state(self) -> State | None:
         """That of every member."""
-        return self.member(self.sequences["train"][0]).state
+        return self.members("train")[0].state
 
     @cached_property
     def n_features(self) -> int:
         """Width of the atom features, the same for all members."""
-        return encode_atoms(self.member(self.sequences["train"][0]).topology, self.encoding, self.n_places).shape[1]
-
-    def largest(self) -> int:
-        """Atoms of the largest peptide in the lists."""
-        return max(self.member(sequence).n_atoms for sequence in self.all_sequences)
+        return self.members("train")[0].features.shape[1]

@@ -130,5 +130,7 @@ def term_of(force: openmm.Force, n_atoms: int) -> Term:
 
 def is_empty(force: openmm.Force) -> bool:
     """Force fields add a force without terms for, say, the torsions of a molecule that has none."""
-    counts = [getattr(force, count)() for count in ("getNumBonds", "getNumAngles", "getNumTorsions") if hasattr(force, count)]
+    counts = [
+        getattr(force, count)() for count in ("getNumBonds", "getNumAngles", "getNumTorsions") if hasattr(force, count)
+    ]
     return type(force).__name__ in WITHOUT_ENERGY or counts == [0]

@@ -13,6 +13,7 @@ from openmm import app, unit
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.states import State
 from boltznce.systems.base import System
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
@@ -101,7 +102,9 @@ class MolecularSystem(System):
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
         self.n_atoms = self.topology.n_atoms
         self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
-        self.dihedrals = backbone_dihedrals(self.topology) | {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
+        self.dihedrals = backbone_dihedrals(self.topology) | {
+            key: tuple(atoms) for key, atoms in (dihedrals or {}).items()
+        }
         self.omegas = [key for key in self.dihedrals if key.startswith("omega")]
         self.methyl_groups = [group for group in attached_hydrogens(self.topology).values() if len(group) == 3]
         if encoding is None:
@@ -109,11 +112,13 @@ class MolecularSystem(System):
         else:
             self.features = encode_atoms(self.topology, encoding, n_places)
         self.stereocentres = find_stereocentres(self.topology)
-        self.state = None
         if state is not None:
-            key, (low, high) = state
-            self._atoms(key)
-            self.state = (key, (float(low), float(high)))
+            self.state = State.of(state)
+            self._atoms(self.state.coordinate)
+
+    def __repr__(self) -> str:
+        energy = " + ".join(self.forcefield)
+        return f"{type(self).__name__}({self.name}, {self.n_atoms} atoms, {self.temperature:g} K, {energy})"
 
     @cached_property
     def positions(self) -> Tensor:
@@ -128,13 +133,17 @@ class MolecularSystem(System):
     def energy(self, x: Tensor) -> Tensor:
         """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x."""
         if x.dim() != 3 or x.shape[1:] != (self.n_atoms, 3):
-            raise UserError(f"Positions of {self.name} must have shape (batch, {self.n_atoms}, 3), not {tuple(x.shape)}.")
+            raise UserError(
+                f"Positions of {self.name} must have shape (batch, {self.n_atoms}, 3), not {tuple(x.shape)}."
+            )
         return self._potential(x) / (GAS_CONSTANT * self.temperature)
 
     def dihedral(self, x: Array, name: str) -> Array:
         """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensors and arrays alike."""
         atoms = list(self._atoms(name))
-        angle = dihedral_angle(torch.as_tensor(x[..., atoms, :]))  # indexed first: a copy, as a dataset's arrays are read-only
+        angle = dihedral_angle(
+            torch.as_tensor(x[..., atoms, :])
+        )  # indexed first: a copy, as a dataset's arrays are read-only
         return angle if isinstance(x, Tensor) else angle.numpy()
 
     def coordinate(self, x: Array, name: str) -> Array:
@@ -162,7 +171,9 @@ class MolecularSystem(System):
 
     def _atoms(self, name: str) -> Four:
         if name not in self.dihedrals:
-            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals) or 'none'}.")
+            raise UserError(
+                f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals) or 'none'}."
+            )
         return self.dihedrals[name]
 
 
@@ -182,10 +193,14 @@ def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
         pdb = app.PDBFile(str(path))
         return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
-        raise UserError(f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again.") from error
+        raise UserError(
+            f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again."
+        ) from error
 
 
-def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_method: str, cutoff_nm: float | None) -> openmm.System:
+def build_openmm_system(
+    topology: app.Topology, files: Sequence[str], nonbonded_method: str, cutoff_nm: float | None
+) -> openmm.System:
     """An OpenMM System with every degree of freedom: no constraints, no removal of the centre-of-mass motion."""
     method = getattr(app, nonbonded_method, None)
     if nonbonded_method not in ("NoCutoff", "CutoffNonPeriodic"):
@@ -196,7 +211,9 @@ def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_
     try:
         forcefield = app.ForceField(*files)
     except Exception as error:
-        raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}): check the names of its files.") from error
+        raise UserError(
+            f"The force field {', '.join(files)} cannot be loaded ({error}): check the names of its files."
+        ) from error
     untyped = forcefield.getUnmatchedResidues(topology)
     if untyped:
         residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
@@ -205,7 +222,9 @@ def build_openmm_system(topology: app.Topology, files: Sequence[str], nonbonded_
             "check that its atoms, hydrogens and terminal caps are complete and named as in the force field, or use another force field."
         )
     try:
-        return forcefield.createSystem(topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff)
+        return forcefield.createSystem(
+            topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff
+        )
     except Exception as error:
         raise UserError(f"The force field {', '.join(files)} does not fit the structure: {error}") from error
 
@@ -225,7 +244,9 @@ def total_charge(system: openmm.System) -> int:
     """Sum of a force field's charges, in e."""
     forces = [force for force in system.getForces() if isinstance(force, openmm.NonbondedForce)]
     charges = [
-        force.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge) for force in forces for i in range(system.getNumParticles())
+        force.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge)
+        for force in forces
+        for i in range(system.getNumParticles())
     ]
     return round(sum(charges))
 
@@ -244,15 +265,25 @@ def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
     bonded = neighbours(topology)
 
     def neighbour(atom, name):
-        return next((other for other in bonded[atom.index] if other.name == name and other.residue == atom.residue), None)
+        return next(
+            (other for other in bonded[atom.index] if other.name == name and other.residue == atom.residue), None
+        )
 
     def alpha(atom):
         """The Cα of a residue, or the methyl carbon of a cap."""
-        carbons = [other for other in bonded[atom.index] if other.element.symbol == "C" and other.residue == atom.residue]
+        carbons = [
+            other for other in bonded[atom.index] if other.element.symbol == "C" and other.residue == atom.residue
+        ]
         return neighbour(atom, "CA") or next(iter(carbons), None)
 
     found = {"phi": [], "psi": [], "omega": []}
-    amides = [(c, n) for c in topology.atoms if c.name == "C" for n in bonded[c.index] if n.name == "N" and n.residue != c.residue]
+    amides = [
+        (c, n)
+        for c in topology.atoms
+        if c.name == "C"
+        for n in bonded[c.index]
+        if n.name == "N" and n.residue != c.residue
+    ]
     for carbon, nitrogen in amides:
         before, after = alpha(carbon), alpha(nitrogen)
         if before is None or after is None:

@@ -38,23 +38,36 @@ RESIDUES = {
     "A": Residue("ALA", "", "H HA HB1 HB2 HB3"),
     "C": Residue("CYS", "SG .181 114 -65", "H HA HB2 HB3 HG"),
     "D": Residue("ASP", "CG .152 113 -65, OD1 .125 118 0, OD2-CG .125 118 180", "H HA HB2 HB3"),
-    "E": Residue("GLU", "CG .152 114 -65, CD .152 113 180, OE1 .125 118 0, OE2-CD .125 118 180", "H HA HB2 HB3 HG2 HG3"),
+    "E": Residue(
+        "GLU", "CG .152 114 -65, CD .152 113 180, OE1 .125 118 0, OE2-CD .125 118 180", "H HA HB2 HB3 HG2 HG3"
+    ),
     "F": Residue("PHE", f"{_PHENYL}, CE2 .139 120 0, CD2 .139 120 0", "H HA HB2 HB3 HD1 HE1 HZ HE2 HD2", "CD2-CG"),
     "G": Residue("GLY", "", "H HA2 HA3"),
     "H": Residue(
-        "HIS", "CG .150 114 -65, ND1 .138 123 -75, CE1 .132 107 180, NE2 .134 110 0, CD2 .137 108 0", "H HA HB2 HB3 HE1 HE2 HD2", "CD2-CG"
+        "HIS",
+        "CG .150 114 -65, ND1 .138 123 -75, CE1 .132 107 180, NE2 .134 110 0, CD2 .137 108 0",
+        "H HA HB2 HB3 HE1 HE2 HD2",
+        "CD2-CG",
     ),
-    "I": Residue("ILE", "CG2 .152 111 175, CG1-CB .153 111 -65, CD1 .151 114 170", "H HA HB HG12 HG13 HG21 HG22 HG23 HD11 HD12 HD13"),
+    "I": Residue(
+        "ILE",
+        "CG2 .152 111 175, CG1-CB .153 111 -65, CD1 .151 114 170",
+        "H HA HB HG12 HG13 HG21 HG22 HG23 HD11 HD12 HD13",
+    ),
     "K": Residue(
         "LYS",
         "CG .152 114 -65, CD .152 111 180, CE .152 111 180, NZ .149 112 180",
         "H HA HB2 HB3 HG2 HG3 HD2 HD3 HE2 HE3 HZ1 HZ2 HZ3",
     ),
-    "L": Residue("LEU", "CG .153 116 -65, CD1 .152 111 175, CD2-CG .152 111 -63", "H HA HB2 HB3 HG HD11 HD12 HD13 HD21 HD22 HD23"),
+    "L": Residue(
+        "LEU", "CG .153 116 -65, CD1 .152 111 175, CD2-CG .152 111 -63", "H HA HB2 HB3 HG HD11 HD12 HD13 HD21 HD22 HD23"
+    ),
     "M": Residue("MET", "CG .152 114 -65, SD .180 113 180, CE .179 101 180", "H HA HB2 HB3 HG2 HG3 HE1 HE2 HE3"),
     "N": Residue("ASN", "CG .152 113 -65, OD1 .123 121 -20, ND2-CG .133 116 160", "H HA HB2 HB3 HD21 HD22"),
     "P": Residue("PRO", "CG .149 105 30, CD .150 105 -36", "HA HB2 HB3 HG2 HG3 HD2 HD3", "CD-N"),
-    "Q": Residue("GLN", "CG .152 114 -65, CD .152 113 180, OE1 .123 121 0, NE2-CD .133 116 180", "H HA HB2 HB3 HG2 HG3 HE21 HE22"),
+    "Q": Residue(
+        "GLN", "CG .152 114 -65, CD .152 113 180, OE1 .123 121 0, NE2-CD .133 116 180", "H HA HB2 HB3 HG2 HG3 HE21 HE22"
+    ),
     "R": Residue(
         "ARG",
         "CG .152 114 -65, CD .152 111 180, NE .146 112 180, CZ .133 124 180, NH1 .133 120 0, NH2-CZ .133 120 180",
@@ -70,7 +83,12 @@ RESIDUES = {
         "H HA HB2 HB3 HD1 HE1 HZ2 HH2 HZ3 HE3",
         "CD2-CG CD2-CE2",
     ),
-    "Y": Residue("TYR", f"{_PHENYL}, OH .137 120 180, CE2-CZ .139 120 0, CD2 .139 120 0", "H HA HB2 HB3 HD1 HE1 HH HE2 HD2", "CD2-CG"),
+    "Y": Residue(
+        "TYR",
+        f"{_PHENYL}, OH .137 120 180, CE2-CZ .139 120 0, CD2 .139 120 0",
+        "H HA HB2 HB3 HD1 HE1 HH HE2 HD2",
+        "CD2-CG",
+    ),
 }
 LETTERS = "".join(RESIDUES)
 CAPS = {"ACE": Residue("ACE", "", "HH31 HH32 HH33"), "NME": Residue("NME", "", "H HH31 HH32 HH33")}
@@ -99,11 +117,15 @@ def parse_sequence(sequence: str) -> tuple[str, bool]:
     capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
     letters = sequence.removeprefix("ACE-").removesuffix("-NME")
     if unknown := sorted(set(letters) - set(LETTERS)):
-        raise UserError(f"{', '.join(unknown)} in {sequence!r} is no amino acid: the letters of a sequence are {LETTERS}.")
+        raise UserError(
+            f"{', '.join(unknown)} in {sequence!r} is no amino acid: the letters of a sequence are {LETTERS}."
+        )
     if capped != ends:
         raise UserError(f"{sequence!r} has one cap: give both, ACE-{letters}-NME, or none.")
     if len(letters) < 2 - capped:
-        raise UserError(f"{sequence!r} is too short: give two residues or more, as AK, or one or more between caps, as ACE-A-NME.")
+        raise UserError(
+            f"{sequence!r} is too short: give two residues or more, as AK, or one or more between caps, as ACE-A-NME."
+        )
     return letters, capped
 
 
@@ -131,7 +153,9 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
     x, to_hydrogens = {}, []
     for atom, position in heavy.items():
         x[atom] = position
-        hydrogens = [(atom[0], name) for name in chain[atom[0]].hydrogens.split() if _bearer(name, atom[0], heavy) == atom]
+        hydrogens = [
+            (atom[0], name) for name in chain[atom[0]].hydrogens.split() if _bearer(name, atom[0], heavy) == atom
+        ]
         x |= zip(hydrogens, _place_hydrogens(atom, len(hydrogens), heavy, bonds), strict=True)
         to_hydrogens += [(atom, hydrogen) for hydrogen in hydrogens]
 
@@ -163,7 +187,9 @@ def _backbone(n: int) -> list[list[Array]]:
     return [points[3 * i : 3 * i + 3] for i in range(1, n + 1)]
 
 
-def _heavy_atoms(residue: Residue, n: Array, ca: Array, c: Array, end: bool) -> tuple[dict[str, Array], list[tuple[str, str]]]:
+def _heavy_atoms(
+    residue: Residue, n: Array, ca: Array, c: Array, end: bool
+) -> tuple[dict[str, Array], list[tuple[str, str]]]:
     """Name -> position of a residue's heavy atoms, and its bonds, each atom's first with the one nearer to N; ``end``: with OXT."""
     x, parent = {"N": n, "CA": ca}, {"CA": "N"}
     if "HB" in residue.hydrogens:
@@ -216,7 +242,9 @@ def _place(a: Array, b: Array, c: Array, length: float, angle: float, dihedral: 
     along = _unit(c - b)
     normal = _unit(np.cross(b - a, along))
     inward = np.cross(normal, along)
-    return c + length * (-np.cos(angle) * along + np.sin(angle) * (np.cos(dihedral) * inward + np.sin(dihedral) * normal))
+    return c + length * (
+        -np.cos(angle) * along + np.sin(angle) * (np.cos(dihedral) * inward + np.sin(dihedral) * normal)
+    )
 
 
 def _unit(vector: Array) -> Array:

@@ -54,5 +54,7 @@ class XTBEnergy(ExternalEnergy):
         failed = int((energies == float("inf")).sum())
         if failed:
             self.n_failures += failed
-            log.warning("GFN2-xTB found no solution for %d of %d conformers: their energy is +inf.", failed, len(energies))
+            log.warning(
+                "GFN2-xTB found no solution for %d of %d conformers: their energy is +inf.", failed, len(energies)
+            )
         return torch.from_numpy(energies), torch.from_numpy(forces)

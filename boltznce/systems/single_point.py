@@ -24,7 +24,9 @@ class OpenMMPoints:
     def __init__(self, system):
         import openmm
 
-        self._context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+        self._context = openmm.Context(
+            system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+        )
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         energies, forces = np.empty(len(positions)), np.empty(positions.shape)
@@ -53,7 +55,9 @@ class XTBPoints:
         from tblite.interface import Calculator
 
         apart = np.zeros((len(numbers), 3))
-        apart[:, 0] = 10.0 * np.arange(len(numbers))  # Bohr; a calculator wants some positions, and refuses atoms on top of each other
+        apart[:, 0] = 10.0 * np.arange(
+            len(numbers)
+        )  # Bohr; a calculator wants some positions, and refuses atoms on top of each other
         self._calculator = Calculator("GFN2-xTB", np.asarray(numbers), apart, charge=float(charge))
         self._calculator.set("verbosity", 0)
         self._calculator.add("alpb-solvation", "water")

@@ -9,7 +9,9 @@ from torch import Tensor
 __all__ = ["Mended", "is_trans", "mend_chirality", "rotate_methyls"]
 
 
-def rotate_methyls(x: Tensor, groups: Sequence[tuple[int, int, int]], generator: torch.Generator | None = None) -> Tensor:
+def rotate_methyls(
+    x: Tensor, groups: Sequence[tuple[int, int, int]], generator: torch.Generator | None = None
+) -> Tensor:
     """Permute the hydrogens of every methyl cyclically and at random: the relabellings that a methyl's rotation makes, and no others.
 
     x (batch, n_atoms, 3); groups are triples of atom numbers.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from boltznce.errors import UserError
-from boltznce.systems.base import System
+from boltznce.states import State
+from boltznce.systems.base import Interval, System
 
 __all__ = [
     "Checkerboard",
@@ -33,7 +34,6 @@ N_CELLS = 400  # of the table, along each side
 NEGLIGIBLE = 30.0  # kT above the lowest energy: what lies outside the table is as high or higher
 SEEN = 1e-11  # a bin of a profile with less probability is a gap
 
-Interval = tuple[float, float]
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 
@@ -50,6 +50,8 @@ class PlaneSystem(System):
 
     n_atoms, dim = 1, 2
     translation_invariant = False
+    exact = True
+    temperature_unit = ""
 
     def __init__(
         self,
@@ -67,7 +69,10 @@ class PlaneSystem(System):
         self._check_coordinate(coordinate)
         if coordinate != "angle" and math.isinf(low) == math.isinf(high):
             raise UserError(f"A state of {name} along {coordinate} is a half plane, as (0, inf): got ({low}, {high}).")
-        self.state = (coordinate, (float(low), float(high)))
+        self.state = State.of(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, a point in the plane, T = {self.temperature:g})"
 
     @abc.abstractmethod
     def potential(self, r: Tensor) -> Tensor:
@@ -75,8 +80,11 @@ class PlaneSystem(System):
 
     def mode(self, x: Tensor) -> Tensor:
         """Number of the mode that each position (batch, 1, 2) belongs to, (batch,); by default 1 inside the state and 0 outside."""
-        name, interval = self.state
-        return _inside(self.coordinate(x, name), interval, name == "angle").long()
+        return self.state.contains(self.coordinate(x, self.state.coordinate)).long()
+
+    def typical_energy(self) -> float:
+        """0: energies are near it."""
+        return 0.0
 
     def energy(self, x: Tensor) -> Tensor:
         """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x."""
@@ -94,7 +102,11 @@ class PlaneSystem(System):
         mass, r = torch.from_numpy(self._table.mass), self._table.centres
         mean_energy = float(mass @ self.energy(r.unsqueeze(1)).nan_to_num(0.0))
         moments = [*(mass @ r).tolist(), *(mass @ r**2).tolist()]
-        return {"name": self.name, "mean_energy": round(mean_energy, 4), "moments": [round(value, 4) for value in moments]}
+        return {
+            "name": self.name,
+            "mean_energy": round(mean_energy, 4),
+            "moments": [round(value, 4) for value in moments],
+        }
 
     # ---- density ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +168,12 @@ class PlaneSystem(System):
         """What a profile along the coordinate shows; None for the circle."""
         self._check_coordinate(name)
         (x0, x1), (y0, y1) = self.box
-        ranges = {"x": self.box[0], "y": self.box[1], "diagonal": ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2)), "angle": None}
+        ranges = {
+            "x": self.box[0],
+            "y": self.box[1],
+            "diagonal": ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2)),
+            "angle": None,
+        }
         return ranges[name]
 
     @property
@@ -166,9 +183,9 @@ class PlaneSystem(System):
 
     def reference(self) -> dict[str, Any]:
         """The exact ΔF of the state and the profile along its coordinate (100 bins), in the form of the shipped references; no errors."""
-        name, interval = self.state
-        values, mass = self.coordinate(self._table.centres.unsqueeze(1), name).numpy(), self._table.mass
-        state = mass[_inside(torch.from_numpy(values), interval, name == "angle").numpy()].sum()
+        name, mass = self.state.coordinate, self._table.mass
+        values = self.coordinate(self._table.centres.unsqueeze(1), name).numpy()
+        state = mass[self.state.contains(values)].sum()
         bins = np.histogram(values, bins=100, range=self.coordinate_range(name) or (-np.pi, np.pi), weights=mass)
         f = -np.log(np.where(bins[0] > SEEN, bins[0], np.nan))
         return {
@@ -209,13 +226,17 @@ class GaussianMixture(PlaneSystem):
         self.means, self.std = torch.as_tensor(means, dtype=torch.float64), float(std)
         weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
         if len(weights) != len(self.means) or not (weights > 0).all():
-            raise UserError(f"{name} needs one positive weight for each of its {len(self.means)} Gaussians, not {weights.tolist()}.")
+            raise UserError(
+                f"{name} needs one positive weight for each of its {len(self.means)} Gaussians, not {weights.tolist()}."
+            )
         self.log_weights = (weights.double() / weights.double().sum()).log()
 
     def potential(self, r: Tensor) -> Tensor:
         means = self.means.to(r)
         squares = r.square().sum(-1, keepdim=True) - 2 * r @ means.T + means.square().sum(-1)
-        return math.log(2 * math.pi * self.std**2) - torch.logsumexp(self.log_weights.to(r) - squares / (2 * self.std**2), dim=-1)
+        return math.log(2 * math.pi * self.std**2) - torch.logsumexp(
+            self.log_weights.to(r) - squares / (2 * self.std**2), dim=-1
+        )
 
     def mode(self, x: Tensor) -> Tensor:
         return torch.cdist(x[:, 0], self.means.to(x)).argmin(-1)
@@ -343,7 +364,9 @@ class Checkerboard(PlaneSystem):
         super().__init__(name, box, state, temperature, length_scale)
         self.half_width, self.cell, self.n_cells = half_width, cell, round(2 * half_width / cell)
         if not math.isclose(self.n_cells * cell, 2 * half_width):
-            raise UserError(f"The cells of {name} must fill its board: 2 half_width={half_width} must be a multiple of cell={cell}.")
+            raise UserError(
+                f"The cells of {name} must fill its board: 2 half_width={half_width} must be a multiple of cell={cell}."
+            )
 
     def inside(self, r: Tensor) -> Tensor:
         """Whether points (batch, 2) lie on the cells that are occupied."""
@@ -418,7 +441,11 @@ def _wide_enough(energy, box: tuple[Interval, Interval]) -> tuple[Interval, Inte
         inside = energy(_cell_centres(box, 200))
         s = torch.linspace(0, 1, 401, dtype=torch.float64)
         along_x, along_y = x0 + (x1 - x0) * s, y0 + (y1 - y0) * s
-        sides = [(along_x, torch.full_like(s, y0)), (along_x, torch.full_like(s, y1)), (torch.full_like(s, x0), along_y)]
+        sides = [
+            (along_x, torch.full_like(s, y0)),
+            (along_x, torch.full_like(s, y1)),
+            (torch.full_like(s, x0), along_y),
+        ]
         border = torch.cat([torch.stack(side, -1) for side in [*sides, (torch.full_like(s, x1), along_y)]])
         if energy(border).min() - inside.min() >= NEGLIGIBLE:
             return box
@@ -440,14 +467,6 @@ def _highest_corner(values: Tensor) -> Tensor:
 
 def _in_parts(energy, r: Tensor, size: int = 60_000) -> Tensor:
     return torch.cat([energy(part) for part in r.split(size)])
-
-
-def _inside(values: Tensor, interval: Interval, circle: bool) -> Tensor:
-    """Whether coordinates (batch,) lie in the open interval, on the line or on the circle."""
-    low, high = interval
-    if circle:
-        values = low + torch.remainder(values - low, 2 * math.pi)
-    return (values > low) & (values < high)
 
 
 def _device(generator: torch.Generator | None) -> torch.device | str:

@@ -1,6 +1,12 @@
 """The terms of a force field: one class for each kind of OpenMM force, ``Term(force, n_atoms)(geometry) -> (batch,)`` in kJ/mol."""
 
-from boltznce.systems.terms.bonded import CMAPTorsions, HarmonicAngles, HarmonicBonds, PeriodicTorsions, RyckaertBellemansTorsions
+from boltznce.systems.terms.bonded import (
+    CMAPTorsions,
+    HarmonicAngles,
+    HarmonicBonds,
+    PeriodicTorsions,
+    RyckaertBellemansTorsions,
+)
 from boltznce.systems.terms.geometry import Geometry, Term, unknown
 from boltznce.systems.terms.nonbonded import Nonbonded
 from boltznce.systems.terms.solvation import GBSAOBC, CustomGB

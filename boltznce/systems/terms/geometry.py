@@ -15,7 +15,20 @@ from torch import Tensor, nn
 
 from boltznce.errors import UserError
 
-__all__ = ["COULOMB", "TINY", "Geometry", "Term", "column", "columns", "cross", "cutoff_of", "dot", "edges_between", "plain", "unknown"]
+__all__ = [
+    "COULOMB",
+    "TINY",
+    "Geometry",
+    "Term",
+    "column",
+    "columns",
+    "cross",
+    "cutoff_of",
+    "dot",
+    "edges_between",
+    "plain",
+    "unknown",
+]
 
 COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2018, as in OpenMM
 CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
@@ -116,4 +129,6 @@ def cutoff_of(force: openmm.Force) -> float | None:
 
 
 def unknown(force: str) -> UserError:
-    return UserError(f"The torch energy does not know {force}: set energy_backend=openmm to have OpenMM compute the energy instead.")
+    return UserError(
+        f"The torch energy does not know {force}: set energy_backend=openmm to have OpenMM compute the energy instead."
+    )

@@ -34,7 +34,9 @@ class Nonbonded(Term):
         # every pair counts half, being there twice, and an atom with itself not at all
         half = 0.5 * (1 - torch.eye(n_atoms, dtype=torch.float64))
         coulomb, attraction = COULOMB * half * charges, 4 * half * epsilons * sigmas**6
-        self.table(coulomb=coulomb[..., None], attraction=attraction[..., None], repulsion=(attraction * sigmas**6)[..., None])
+        self.table(
+            coulomb=coulomb[..., None], attraction=attraction[..., None], repulsion=(attraction * sigmas**6)[..., None]
+        )
         if self.cutoff is not None:
             dielectric = force.getReactionFieldDielectric()
             self.curvature = (dielectric - 1) / (2 * dielectric + 1) / self.cutoff**3
@@ -58,5 +60,7 @@ class Nonbonded(Term):
         """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide, NonbondedForce)."""
         if self.switch_from is None:
             return 1.0
-        t = ((geometry.distances - self.switch_from) / (self.cutoff - self.switch_from)).clamp(0.0, 1.0) * (1 - self.exception)
+        t = ((geometry.distances - self.switch_from) / (self.cutoff - self.switch_from)).clamp(0.0, 1.0) * (
+            1 - self.exception
+        )
         return 1 + t * t * t * (-10 + t * (15 - 6 * t))

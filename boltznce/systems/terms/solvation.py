@@ -116,7 +116,9 @@ class GeneralizedBorn(Term):
         if self.cutoff is not None:
             integral = integral * geometry.within(self.cutoff)
         psi = 0.5 * self.own * integral.sum(1)
-        return 1 / self.own - torch.tanh(psi * (self.alpha + psi * (-self.beta + psi * self.gamma))) * self.inverse_radius
+        return (
+            1 / self.own - torch.tanh(psi * (self.alpha + psi * (-self.beta + psi * self.gamma))) * self.inverse_radius
+        )
 
     def neck_integral(self, r: Tensor) -> Tensor:
         """S m₀ / (1 + (r - d₀)² + 0.3 (r - d₀)⁶), lengths in Å (Mongan et al., J. Chem. Theory Comput. 3, 156 (2007)).
@@ -139,7 +141,12 @@ class Descreening(torch.autograd.Function):
         ctx.save_for_backward(r, own, scaled)
         ctx.buried = buried
         lower, upper = Descreening.limits(r, own, scaled)
-        integral = lower - upper + 0.25 * (r - scaled * scaled / r) * (upper * upper - lower * lower) + 0.5 * torch.log(upper / lower) / r
+        integral = (
+            lower
+            - upper
+            + 0.25 * (r - scaled * scaled / r) * (upper * upper - lower * lower)
+            + 0.5 * torch.log(upper / lower) / r
+        )
         return integral + 2.0 * (r < scaled) * (1 / own - lower) if buried else integral
 
     @staticmethod
@@ -149,7 +156,10 @@ class Descreening(torch.autograd.Function):
         inverse_r = 1 / r
         ratio = scaled * inverse_r
         square = lower * lower
-        slope = 0.25 * (1 + ratio * ratio) * (upper * upper - square) - 0.5 * torch.log(upper / lower) * inverse_r * inverse_r
+        slope = (
+            0.25 * (1 + ratio * ratio) * (upper * upper - square)
+            - 0.5 * torch.log(upper / lower) * inverse_r * inverse_r
+        )
         if not ctx.buried:
             # Inside the other sphere the lower limit does enter, unless the buried volume is added, which cancels it.
             slope = slope.addcmul((r < scaled - own).to(r.dtype), square, value=2.0)
@@ -193,12 +203,18 @@ class CustomGB(GeneralizedBorn):
     def __init__(self, force: openmm.CustomGBForce, n_atoms: int):
         names = [force.getPerParticleParameterName(n) for n in range(force.getNumPerParticleParameters())]
         values = [force.getComputedValueParameters(n) for n in range(force.getNumComputedValues())]
-        if [(name, kind) for name, _, kind in values] != [("I", force.ParticlePairNoExclusions), ("B", force.SingleParticle)]:
+        if [(name, kind) for name, _, kind in values] != [
+            ("I", force.ParticlePairNoExclusions),
+            ("B", force.SingleParticle),
+        ]:
             raise unrecognized()
         if force.getNumGlobalParameters() or not {"charge", "or", "sr"} <= set(names):
             raise unrecognized()
         atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, n_atoms), strict=True)}
-        integral, born = (read(expression, *templates) for (_, expression, _), templates in zip(values, (INTEGRALS, RADII), strict=True))
+        integral, born = (
+            read(expression, *templates)
+            for (_, expression, _), templates in zip(values, (INTEGRALS, RADII), strict=True)
+        )
         energies = {}
         for n in range(force.getNumEnergyTerms()):
             expression, kind = force.getEnergyTermParameters(n)
@@ -236,7 +252,9 @@ class CustomGB(GeneralizedBorn):
         )
 
 
-def necks(force: openmm.CustomGBForce, atoms: dict[str, Tensor], constants: dict[str, float]) -> tuple[Tensor, Tensor, Tensor]:
+def necks(
+    force: openmm.CustomGBForce, atoms: dict[str, Tensor], constants: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Height (nm⁻¹), centre and end (nm) of the neck of each atom (row) with each other, from the tables of the force."""
     tables = {}
     for n in range(force.getNumTabulatedFunctions()):
