@@ -1,0 +1,69 @@
+"""States: an open interval of a coordinate, on the circle or a half line; the one place that says what lies inside."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from torch import Tensor
+
+from boltznce.errors import UserError
+
+__all__ = ["State", "in_interval"]
+
+
+class State(NamedTuple):
+    """A state of a system: its ``coordinate`` (see `System.coordinate`) and the open ``interval`` of it.
+
+    >>> state = State.of(["phi", [2.5, 4.0]])
+    >>> state.contains([3.0, -3.0, 0.0])
+    array([ True,  True, False])
+    >>> round(state.centre, 4), state.in_words("φ")
+    (-3.0332, '2.5 < φ < 4 rad')
+    """
+
+    coordinate: str
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, given: Sequence[Any]) -> Self:
+        """From a config's ``[coordinate, [low, high]]``; raises UserError for what is no interval (see `in_interval`)."""
+        coordinate, (low, high) = given
+        in_interval(0.0, (low, high))
+        return cls(coordinate, (float(low), float(high)))
+
+    @property
+    def centre(self) -> float:
+        """The middle of the interval, in (-π, π]; raises UserError for a half line."""
+        if math.isinf(sum(self.interval)):
+            raise UserError(f"The state {self.in_words()} is a half line and has no centre: set mu to a number.")
+        return math.pi - (math.pi - sum(self.interval) / 2) % (2 * math.pi)
+
+    def contains(self, values: Any) -> Any:
+        """Mask of coordinates inside the state (see `in_interval`)."""
+        return in_interval(values, self.interval)
+
+    def in_words(self, symbol: str | None = None) -> str:
+        """For titles; ``symbol`` stands for the coordinate."""
+        (low, high), symbol = self.interval, symbol or self.coordinate
+        if math.isinf(high):
+            return f"{symbol} > {low:g}"
+        return f"{symbol} < {high:g}" if math.isinf(low) else f"{low:g} < {symbol} < {high:g} rad"
+
+
+def in_interval(values: Any, interval: tuple[float, float]) -> Any:
+    """Mask of ``values`` (tensor or array, any shape) inside the open ``interval``.
+
+    It lies on the circle, in radians, and may reach across π: (3.0, 4.0). With one infinite end it is a half line, of a coordinate that
+    is no angle: (0, inf). Raises UserError for any other.
+    """
+    low, high = interval
+    values = values.double() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
+    if math.isinf(low) != math.isinf(high):
+        return (values > low) & (values < high)
+    if not 0 < high - low < 2 * math.pi:
+        raise UserError(
+            f"A state is an interval (low, high) in radians, shorter than the circle: got {tuple(interval)}."
+        )
+    offset = (values - low) % (2 * math.pi)
+    return (offset > 0) & (offset < high - low)
