@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
+from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, guard
 from boltznce.errors import UserError
 
 __all__ = [
@@ -48,8 +48,14 @@ def temperature_ladder(
 ) -> list[tuple[float, float]]:
     """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold.
 
-    So many more stages stay at the first temperature, at the last, and at each one between.
+    So many more stages stay at the first temperature, at the last, and at each one between. No steps, no stages: then hot
+    must be cold. Raises UserError for a ladder that does not go down.
+
+    >>> temperature_ladder(1200.0, 300.0, 2)
+    [(1200.0, 600.0), (600.0, 300.0), (300.0, 300.0)]
     """
+    if n_steps == 0 and hot == cold:
+        return []
     if not hot > cold > 0 or n_steps < 1 or min(repeat_first, repeat_between, repeat_last) < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
     between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps) for _ in range(1 + repeat_between)]
@@ -101,7 +107,9 @@ def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 
     return {"loss": -(pull * log_q).sum(), "variance": variance, "outside": 1 - inside.float().mean()}
 
 
-def path_kl(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT) -> dict[str, Tensor]:
+def path_kl(
+    log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT
+) -> dict[str, Tensor]:
     """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for a generator's own draws (n,).
 
     log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On such a path, with
@@ -185,14 +193,14 @@ def _draw_weighted(
     """``n`` draws with energies, log q and weights, in ``folder``. What is not finite gets the weight zero."""
     if not (folder / "meta.yaml").exists():
         writer = WeightedSamplesWriter(folder, meta={"n": n, "batch_size": batch_size})
-        with tqdm(total=n, initial=writer.n_written, desc=folder.name, unit="sample", mininterval=5.0, leave=False) as bar:
+        with tqdm(
+            total=n, initial=writer.n_written, desc=folder.name, unit="sample", mininterval=5.0, leave=False
+        ) as bar:
             while writer.n_written < n:
                 start = writer.n_written
                 x, log_q = draw(min(batch_size, n - start), generator_of(start // batch_size))
-                u = energy(x).double()
-                fine = u.isfinite() & log_q.isfinite()
-                u, log_q = torch.where(fine, u, math.inf), torch.where(fine, log_q.double(), 0.0)
-                writer.append(*(a.cpu().numpy() for a in (x, u, log_q, -u - log_q)))
+                u, log_q, _ = guard(energy(x), log_q)
+                writer.append(*(a.cpu().numpy() for a in (x, u, log_q)))
                 bar.update(len(u))
         writer.finish()
     return WeightedSamples.load(folder, verify=False)

@@ -91,7 +91,10 @@ def test_torsion_kl_of_halves():
     floor = torsion_kl_of_halves(quarter, None, first, n_bins=32)
     assert floor == pytest.approx(0.5 * 256 * (2 / n + 2 / n), rel=0.2)
     equal = generator.uniform(-np.pi, 0.0, size=(4 * n, 2))
-    for weights in (None, generator.exponential(size=4 * n)):  # right samples, however many and however weighted, stand at the floor
+    for weights in (
+        None,
+        generator.exponential(size=4 * n),
+    ):  # right samples, however many and however weighted, stand at the floor
         assert torsion_kl_of_halves(quarter, None, first, equal, weights, n_bins=32) == pytest.approx(floor, rel=0.2)
     steep = np.exp(2 * quarter[:, 0])  # weights that go with the place, as those of umbrella sampling
     right = quarter[generator.choice(n, size=n, p=steep / steep.sum())]

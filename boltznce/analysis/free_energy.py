@@ -12,6 +12,7 @@ import numpy as np
 from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.reweighting import effective_sample_size, normalized_weights
 from boltznce.errors import UserError
+from boltznce.states import in_interval
 
 __all__ = [
     "CorrectedFreeEnergyDifference",
@@ -21,7 +22,6 @@ __all__ = [
     "corrected_free_energy_difference",
     "free_energy_difference",
     "free_energy_profile",
-    "in_state",
     "stratum_log_weights",
 ]
 
@@ -93,21 +93,6 @@ class FreeEnergyProfile:
     std_error: np.ndarray
 
 
-def in_state(angle: np.ndarray, state: tuple[float, float] = (0.0, 2.0)) -> np.ndarray:
-    """Mask (n,) of angles (radians) inside the open interval ``state``, which may reach across pi: (3.0, 4.0).
-
-    With one infinite end the state is a half line, of a coordinate that is no angle: (0, inf), (-inf, 1.5).
-    """
-    low, high = state
-    if np.isinf(low) != np.isinf(high):
-        values = np.asarray(angle, dtype=np.float64)
-        return (values > low) & (values < high)
-    if not 0.0 < high - low < 2.0 * np.pi:
-        raise UserError(f"A state is an interval (low, high) in radians, shorter than the circle: got {state}.")
-    offset = np.mod(np.asarray(angle, dtype=np.float64) - low, 2.0 * np.pi)
-    return (offset > 0.0) & (offset < high - low)
-
-
 def free_energy_difference(
     angle: np.ndarray,
     log_weights: np.ndarray | None = None,
@@ -123,7 +108,7 @@ def free_energy_difference(
     Exact likelihoods of all samples need nothing more: give the exact log weights.
     """
     angle, log_weights = _checked(angle, log_weights)
-    inside = in_state(angle, state)
+    inside = in_interval(angle, state)
     n_state = int(inside.sum())
     diagnostics = {
         "n_state": n_state,
@@ -144,7 +129,9 @@ def free_energy_difference(
         return FreeEnergyDifference(value, float("nan"), None, **diagnostics, reliable=False, message=message)
     units = sides if n_blocks is None else np.add.reduceat(sides, _block_starts(len(angle), n_blocks))
     generator = np.random.default_rng(seed)
-    replicates = np.concatenate([_minus_log_ratio(counts @ units) for counts in _bootstrap_counts(len(units), n_bootstrap, generator)])
+    replicates = np.concatenate(
+        [_minus_log_ratio(counts @ units) for counts in _bootstrap_counts(len(units), n_bootstrap, generator)]
+    )
     std_error, interval = _spread(replicates, confidence)
     reliable, message = _judge(std_error, **diagnostics)
     return FreeEnergyDifference(value, std_error, interval, **diagnostics, reliable=reliable, message=message)
@@ -166,7 +153,7 @@ def choose_subset(
     where the weights are uneven.
     """
     angle, log_weights = _checked(angle, log_weights)
-    inside = in_state(angle, state)
+    inside = in_interval(angle, state)
     chosen = []
     for side in (np.flatnonzero(inside), np.flatnonzero(~inside)):
         if drawn_by == "uniform":
@@ -186,7 +173,7 @@ def stratum_log_weights(angle: np.ndarray, subset: np.ndarray, state: tuple[floa
     A subset with as many samples in the state as in the rest has lost the flow's own populations; these, added to its exact log weights,
     bring them back for :func:`free_energy_difference` and ESS.
     """
-    inside = in_state(angle, state)
+    inside = in_interval(angle, state)
     subset = np.asarray(subset, dtype=np.int64)
     with np.errstate(divide="ignore"):  # a side without members has no one to stand for it
         sides = [np.log(side.sum()) - np.log(side[subset].sum()) for side in (inside, ~inside)]
@@ -222,10 +209,12 @@ def corrected_free_energy_difference(
     subset = np.asarray(subset, dtype=np.int64)
     error = np.asarray(ebm_log_prob, dtype=np.float64) - np.asarray(exact_log_prob, dtype=np.float64)
     if error.shape != subset.shape or not np.isfinite(error).all():
-        raise UserError("The correction needs one finite EBM and one finite exact log-likelihood for each index of the subset.")
+        raise UserError(
+            "The correction needs one finite EBM and one finite exact log-likelihood for each index of the subset."
+        )
     if drawn_by not in ("uniform", "weights"):
         raise UserError(f"Unknown way to draw a subset {drawn_by!r}: choose uniform or weights.")
-    inside = in_state(angle, state)
+    inside = in_interval(angle, state)
     members = [np.flatnonzero(side[subset]) for side in (inside, ~inside)]
     bases = [log_weights[subset[member]] if drawn_by == "uniform" else np.zeros(len(member)) for member in members]
     terms = [base + error[member] for base, member in zip(bases, members, strict=True)]
@@ -266,14 +255,23 @@ def corrected_free_energy_difference(
                 subset_counts = counts[:, subset[member]]
             else:
                 n_draws = 1.0 / (1.0 / len(member) + 1.0 / _effective_number(log_weights[side]))
-                subset_counts = generator.multinomial(max(1, round(n_draws)), np.full(len(member), 1.0 / len(member)), size=len(counts))
+                subset_counts = generator.multinomial(
+                    max(1, round(n_draws)), np.full(len(member), 1.0 / len(member)), size=len(counts)
+                )
             delta.append(_log_mean(t, base, subset_counts))
         replicates.append(_minus_log_ratio(counts @ sides) - (delta[0] - delta[1]))
     std_error, interval = _spread(np.concatenate(replicates), confidence)
     reliable, message = _judge(std_error, **diagnostics)
     value = ebm_value - (corrections[0] - corrections[1])
     return CorrectedFreeEnergyDifference(
-        float(value), std_error, interval, float(corrections[0]), float(corrections[1]), **diagnostics, reliable=reliable, message=message
+        float(value),
+        std_error,
+        interval,
+        float(corrections[0]),
+        float(corrections[1]),
+        **diagnostics,
+        reliable=reliable,
+        message=message,
     )
 
 
@@ -331,7 +329,9 @@ def free_energy_profile(
     often = np.isfinite(replicates).mean(axis=0) > 0.95  # with three samples or more; the spread of fewer says nothing
     std_error = np.full(n_bins, np.nan)
     std_error[often] = np.nanstd(replicates[:, often], axis=0, ddof=1)
-    return FreeEnergyProfile(centres, free_energy - np.nanmin(free_energy), np.where(np.isnan(free_energy), np.nan, std_error))
+    return FreeEnergyProfile(
+        centres, free_energy - np.nanmin(free_energy), np.where(np.isnan(free_energy), np.nan, std_error)
+    )
 
 
 def _checked(angle: np.ndarray, log_weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -342,13 +342,17 @@ def _checked(angle: np.ndarray, log_weights: np.ndarray | None) -> tuple[np.ndar
             f"Free energies need angles (n,) and log weights (n,) of at least one sample: got {angle.shape} and {log_weights.shape}."
         )
     if not np.isfinite(angle).all():
-        raise UserError(f"{(~np.isfinite(angle)).sum()} of {len(angle)} angles are not finite: drop these samples first.")
+        raise UserError(
+            f"{(~np.isfinite(angle)).sum()} of {len(angle)} angles are not finite: drop these samples first."
+        )
     return angle, log_weights
 
 
 def _block_starts(n: int, n_blocks: int) -> np.ndarray:
     if not 2 <= n_blocks <= n:
-        raise UserError(f"A bootstrap over blocks needs between 2 and {n} blocks (the number of samples): got {n_blocks}.")
+        raise UserError(
+            f"A bootstrap over blocks needs between 2 and {n} blocks (the number of samples): got {n_blocks}."
+        )
     return np.arange(n_blocks) * n // n_blocks
 
 
@@ -402,9 +406,14 @@ def _judge(
 ) -> tuple[bool, str]:
     """Whether both sides have enough effective samples, and tails that are light or carry next to nothing; if not, why."""
     reasons = []
-    for name, number, k, tail in (("state", ess_state, pareto_k_state, tail_state), ("rest", ess_rest, pareto_k_rest, tail_rest)):
+    for name, number, k, tail in (
+        ("state", ess_state, pareto_k_state, tail_state),
+        ("rest", ess_rest, pareto_k_rest, tail_rest),
+    ):
         if number < _FEWEST_EFFECTIVE:
-            reasons.append(f"{number:.1f} effective samples in the {name} (at least {_FEWEST_EFFECTIVE:.0f} are needed)")
+            reasons.append(
+                f"{number:.1f} effective samples in the {name} (at least {_FEWEST_EFFECTIVE:.0f} are needed)"
+            )
         elif not (k <= _LARGEST_PARETO_K or tail < std_error):
             reasons.append(f"Pareto-k {k:.2f} in the {name} (at most {_LARGEST_PARETO_K} can be trusted)")
     return not reasons, "; ".join(reasons)

@@ -335,7 +335,9 @@ def _sampled_w2(points1, points2, w1, w2, n_points: int, n_subsets: int, generat
     points1, points2 = np.asarray(points1, dtype=np.float64), np.asarray(points2, dtype=np.float64)
     n = min(n_points, len(points1), len(points2))
     if n == 0 or points1.ndim != 2 or points1.shape[1:] != points2.shape[1:]:
-        raise UserError(f"A distance needs angles or points (n, k) on both sides: got {points1.shape} and {points2.shape}.")
+        raise UserError(
+            f"A distance needs angles or points (n, k) on both sides: got {points1.shape} and {points2.shape}."
+        )
     uniform = np.full(n, 1.0 / n)
     distances = []
     for _ in range(n_subsets):

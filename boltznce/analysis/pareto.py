@@ -20,7 +20,9 @@ def fit_generalized_pareto(excess: np.ndarray) -> float:
     first_quartile = x[int(n / 4 + 0.5) - 1]
     theta = 1.0 / x[-1] + (1.0 - np.sqrt(n_grid / (np.arange(1, n_grid + 1) - 0.5))) / (3.0 * first_quartile)
     k = np.log1p(-theta[:, None] * x).mean(axis=1)
-    rate = np.divide(-theta, k, out=np.full(n_grid, 1.0 / x.mean()), where=k != 0.0)  # theta = 0 is the exponential distribution
+    rate = np.divide(
+        -theta, k, out=np.full(n_grid, 1.0 / x.mean()), where=k != 0.0
+    )  # theta = 0 is the exponential distribution
     log_likelihood = n * (np.log(rate) - k - 1.0)
     posterior = np.exp(log_likelihood - log_likelihood.max())
     theta_mean = (theta * posterior).sum() / posterior.sum()
