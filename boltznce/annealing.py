@@ -1,8 +1,8 @@
 """From high temperature to low without data: reverse KL where nothing is separated, then draw, weight, clip, resample, retrain.
 
-For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a stage
-can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path gradients (arXiv 2403.15881).
-Energies are reduced, u = U / kT.
+For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a
+stage can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path
+gradients (arXiv 2403.15881). Energies are reduced, u = U / kT.
 """
 
 import itertools
@@ -48,8 +48,8 @@ def temperature_ladder(
 ) -> list[tuple[float, float]]:
     """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold.
 
-    So many more stages stay at the first temperature, at the last, and at each one between. No steps, no stages: then hot
-    must be cold. Raises UserError for a ladder that does not go down.
+    So many more stages stay at the first temperature, at the last, and at each one between. No steps, no stages: then
+    hot must be cold. Raises UserError for a ladder that does not go down.
 
     >>> temperature_ladder(1200.0, 300.0, 2)
     [(1200.0, 600.0), (600.0, 300.0), (300.0, 300.0)]
@@ -89,10 +89,11 @@ def forward_kl(log_q: Tensor) -> dict[str, Tensor]:
 def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0) -> dict[str, Tensor]:
     """The loss whose gradient makes d = log p - log q the same for all points (n,), wherever these come from.
 
-    Its gradient is -mean(φ ∇ log q), with φ(d) = d + ``covering`` (exp(d) - 1) less its mean, d counted from the median and cut at
-    ±``clip``: for ``covering=0`` half that of the log-variance divergence (Richter et al. 2020, arXiv 2010.10436), with Huber's cut
-    against points of extreme energy. What q has too little of counts more the larger ``covering``. It needs no derivative of the
-    energy, and no weights, and it is free of noise where q is right: reverse KL's is as rough as the energy, forward KL's never ends.
+    Its gradient is -mean(φ ∇ log q), with φ(d) = d + ``covering`` (exp(d) - 1) less its mean, d counted from the median
+    and cut at ±``clip``: for ``covering=0`` half that of the log-variance divergence (Richter et al. 2020, arXiv
+    2010.10436), with Huber's cut against points of extreme energy. What q has too little of counts more the larger
+    ``covering``. It needs no derivative of the energy, and no weights, and it is free of noise where q is right:
+    reverse KL's is as rough as the energy, forward KL's never ends.
 
     Points outside the generator's domain, where log q is -inf, are left out. Also returned: the variance of the cut d.
     """
@@ -112,13 +113,14 @@ def path_kl(
 ) -> dict[str, Tensor]:
     """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for a generator's own draws (n,).
 
-    log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On such a path, with
-    d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights] with h(w) = w² f''(w): 1 for the
-    reverse KL and w for the forward KL, which needs no data therefore. Every draw's part vanishes where q is right, and a draw tells
-    of its error in all directions, where to `log_variance` it tells one number.
+    log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On
+    such a path, with d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights]
+    with h(w) = w² f''(w): 1 for the reverse KL and w for the forward KL, which needs no data therefore. Every draw's
+    part vanishes where q is right, and a draw tells of its error in all directions, where to `log_variance` it tells
+    one number.
 
-    The weights w = exp(d) are relative to the median and cut at exp(``clip``); u is softened above ``cut``. Also returned: the variance
-    of d, cut at ±``clip``.
+    The weights w = exp(d) are relative to the median and cut at exp(``clip``); u is softened above ``cut``. Also
+    returned: the variance of d, cut at ±``clip``.
     """
     u = soften(u.double(), cut)
     d = (-u - log_q).detach()
@@ -154,8 +156,9 @@ def fill_buffer(
 ) -> tuple[WeightedSamples, BufferRecord]:
     """Draw, weight by exp(-u - log q) at the next temperature, clip the top share ``clip`` of the weights.
 
-    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by batch (batch k takes
-    its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished one is loaded.
+    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by
+    batch (batch k takes its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished
+    one is loaded.
 
     Warns if the effective sample size has collapsed, with what to do.
     """

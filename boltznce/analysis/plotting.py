@@ -71,7 +71,8 @@ def plot_ramachandran(
 ) -> Figure:
     """Free energy -log p(φ, ψ) in kT, panels on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
 
-    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are equal densities.
+    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
+    equal densities.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of)
@@ -90,7 +91,8 @@ def plot_conformers(
 ) -> Figure:
     """Balls and sticks of conformers, superposed on their ``core`` atoms (default: all but hydrogens), seen from where the first is widest.
 
-    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols (n_atoms,).
+    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols
+    (n_atoms,).
     """
     core = [k for k, element in enumerate(elements) if element != "H"] if core is None else list(core)
     template = np.asarray(next(iter(panels.values()))[0], dtype=np.float64)
@@ -146,8 +148,9 @@ def plot_densities(
 ) -> Figure:
     """Densities in the plane, rows = systems, columns = the true density and what was learned, on one linear colour scale a row.
 
-    ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest value is the
-    darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below the panel.
+    ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest
+    value is the darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below
+    the panel.
     """
     notes = notes or {}
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
@@ -184,8 +187,8 @@ def plot_energy_histograms(
 ) -> Figure:
     """Densities of reduced energies; ``panels``: label -> (energies (n,) in kT, log weights or None), the first (the MD) as a filled curve.
 
-    The default range holds the first set whole and the others up to their median plus the width of the first; the share beyond
-    it is in the legend.
+    The default range holds the first set whole and the others up to their median plus the width of the first; the share
+    beyond it is in the legend.
     """
     first = np.asarray(next(iter(panels.values()))[0])
     if energy_range is None:
@@ -224,8 +227,9 @@ def plot_profiles(
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
 
-    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps, and the
-    legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in kT, if a curve reaches it.
+    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps
+    stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of
+    the axis in kT, if a curve reaches it.
     """
     curves = ({} if reference is None else {reference_name: reference}) | dict(profiles)
     shown: list[np.ndarray] = []  # upper ends of each curve where it is known
@@ -307,8 +311,8 @@ def plot_learning_curves(
 ) -> Figure:
     """Columns of a training log; ``curves``: label -> (steps, values), NaN values left out, one panel for each name before a ``/``.
 
-    ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are positive and span
-    more than a factor of five. Training (noisy) is drawn faint with its running median.
+    ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are
+    positive and span more than a factor of five. Training (noisy) is drawn faint with its running median.
     """
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for label, (steps, values) in curves.items():
@@ -395,7 +399,8 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
-    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
+    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a
+    tenth.
     """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()

@@ -1,32 +1,28 @@
 """What a run leaves for its reader: ``metrics.json``, ``figures/*.png``, ``report.md`` and a short table for the terminal.
 
-``results`` is a nested dict; a section that is not there is left out of the report. Dataclasses may stand in it as they are.
+``results`` is a nested dict; a section that is not there is left out of the report. Dataclasses may stand in it as they
+are.
 
 ==============  ==============================================================================================
 key             value
 ==============  ==============================================================================================
-system          name
-method          name
-budget          name
-settings        {setting: value}
-counts          {what: number}, such as samples drawn, kept, mirrored, with a cis peptide bond
-state           the state of the free energies in words, such as "0 < φ < 2 rad"
-free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT, the
-                fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the *total*
-                one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
-                it counts as true.
-ess             {which weights: {ess, pareto_k, n}}, ess relative
-distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has; "missing": why one is NaN
-held_out        {whose: the fields of HeldOutLikelihood}
-excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
-energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
-likelihood      the fields of LikelihoodAgreement
-density         the fields of DensityErrors
-modes           {whose: [population of each mode]}, the exact ones first
-timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
-peptides        {name: {right_graph, kept (shares of the draws), ess: {ess, pareto_k, n}, free_energy: {reference, weighted}, error,
-                distances, agreement, md: {speed_up}}} of molecules that a model was never trained on; both ΔF have the fields of
-                FreeEnergyDifference
+system          name method          name budget          name settings        {setting: value} counts          {what:
+number}, such as samples drawn, kept, mirrored, with a cis peptide bond state           the state of the free energies
+in words, such as "0 < φ < 2 rad" free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value,
+std_error, interval, ...}} in kT, the
+                fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the
+                *total* one); any other key is a row of that name. ``reliable=False`` hides the interval and shows
+                ``message``; left out it counts as true.
+ess             {which weights: {ess, pareto_k, n}}, ess relative distances       {name: {unweighted, weighted, floor}},
+each a number, or {mean, std} as SampledDistance has; "missing": why one is NaN held_out        {whose: the fields of
+HeldOutLikelihood} excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the
+reference data, by weight energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}} likelihood
+the fields of LikelihoodAgreement density         the fields of DensityErrors modes           {whose: [population of
+each mode]}, the exact ones first timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
+peptides        {name: {right_graph, kept (shares of the draws), ess: {ess, pareto_k, n}, free_energy: {reference,
+weighted}, error,
+                distances, agreement, md: {speed_up}}} of molecules that a model was never trained on; both ΔF have the
+                fields of FreeEnergyDifference
 average         {the same names, and "abs_error": mean over the peptides}
 notes           [sentence, ...]
 ==============  ==============================================================================================

@@ -28,10 +28,10 @@ _CHUNK = 65536  # samples written at once
 
 @dataclass(eq=False, repr=False)
 class WeightedSamples:
-    """Positions (n, atoms, dim) in nm with reduced energies u, log-likelihoods log q and log weights, each (n,) float64.
+    """Positions (n, atoms, dim) in nm with reduced energies u, log q and log weights, each (n,) float64.
 
-    ``log_weights`` default to -u - log q. ``log_prob`` may be known up to a constant (EBM), or be all NaN (not computed:
-    equal weights). Operations return new objects and leave this one as it is.
+    ``log_weights`` default to -u - log q. ``log_prob`` may be known up to a constant (EBM), or be all NaN (not
+    computed: equal weights). Operations return new objects and leave this one as it is.
 
     >>> samples = WeightedSamples(np.zeros((4, 1, 3)), energy=[0.0, 0.0, 0.0, np.inf], log_prob=np.zeros(4))
     >>> samples

@@ -33,8 +33,8 @@ def check_trajectory_format(format: str) -> None:
 class WeightedSamplesWriter:
     """Append samples to ``folder`` while it is under construction (``.<name>.partial`` beside it); `finish` renames it.
 
-    After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last, uncommitted
-    append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
+    After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last,
+    uncommitted append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WeightedSamplesWriter:
             path.write_text(json.dumps(self._progress))
 
     def finish(self, format: str = "npy") -> Path:
-        """Write topology, trajectory (``dcd`` or ``xtc``) and ``meta.yaml`` with digests; rename, and return the folder."""
+        """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename, and return the folder."""
         if self.n_written == 0:
             raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
         check_trajectory_format(format)
@@ -141,9 +141,9 @@ class WeightedSamplesWriter:
 
 
 def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Contents of a folder of weighted samples: the four arrays (positions memory-mapped), ``topology`` (or None) and ``meta``.
+    """Contents of a folder of weighted samples: four arrays (positions memory-mapped), ``topology`` (or None), ``meta``.
 
-    Sizes are always checked, digests if ``verify``; :class:`UserError` names the file that does not fit.
+    Sizes are always checked, digests if ``verify``; UserError names the file that does not fit.
     """
     folder = Path(folder)
     remedy = "restore it from a copy, or delete the folder and draw the samples again"

@@ -1,4 +1,4 @@
-"""The slowest coordinates of a simulation: time-lagged independent components (Pérez-Hernández et al., JCP 139, 015102, 2013)."""
+"""Slowest coordinates of a simulation: time-lagged independent components (Pérez-Hernández et al., JCP 139, 015102)."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ __all__ = ["tica_projection"]
 def tica_projection(
     trajectories: Sequence[np.ndarray], lag: int, n_components: int = 2
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Learn the components of trajectories (n_frames, n_features) each, ``lag`` frames apart; returns features (n, F) -> (n, n_components).
+    """Learn the components of trajectories (n_frames, F), ``lag`` frames apart; returns features (n, F) -> (n, components).
 
     Raises UserError where deeptime is not installed, and for trajectories no longer than the lag.
     """

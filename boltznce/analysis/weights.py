@@ -13,15 +13,15 @@ __all__ = ["effective_sample_size", "guard", "log_importance_weights", "normaliz
 
 
 def log_importance_weights(energy: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
-    """log w = -u - log q (n,), float64; zeros (equal weights) where no likelihood is known, so ``log_prob`` is all NaN."""
+    """log w = -u - log q (n,), float64; zeros (equal weights) where ``log_prob`` is all NaN: no likelihood is known."""
     energy, log_prob = np.asarray(energy, dtype=np.float64), np.asarray(log_prob, dtype=np.float64)
     return np.zeros_like(energy) if np.isnan(log_prob).all() else -energy - log_prob
 
 
 def guard(energy: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Energies and log q (n,), float64, such that what has no finite one of either weighs nothing (u = inf, log q = 0).
+    """Energies and log q (n,), float64, and how many are not finite in one of them: these weigh nothing.
 
-    And the number of these.
+    That is, they get u = inf and log q = 0.
     """
     fine = energy.isfinite() & log_prob.isfinite()
     return torch.where(fine, energy.double(), math.inf), torch.where(fine, log_prob.double(), 0.0), int((~fine).sum())
@@ -46,7 +46,7 @@ def normalized_weights(log_weights: np.ndarray) -> np.ndarray:
 def effective_sample_size(log_weights: np.ndarray) -> float:
     """Relative effective sample size (Σw)² / (n Σw²), in (0, 1] (Kish).
 
-    >>> effective_sample_size([7.0, 7.0, 7.0, -np.inf])
+    >>> round(effective_sample_size([7.0, 7.0, 7.0, -np.inf]), 6)
     0.75
     """
     weights = normalized_weights(log_weights)
