@@ -1,8 +1,8 @@
 """From high temperature to low without data: reverse KL where nothing is separated, then draw, weight, clip, resample, retrain.
 
-For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a stage
-can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path gradients (arXiv 2403.15881).
-Energies are reduced, u = U / kT.
+For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a
+stage can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path
+gradients (arXiv 2403.15881). Energies are reduced, u = U / kT.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
+from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, guard
 from boltznce.errors import UserError
 
 __all__ = [
@@ -48,8 +48,14 @@ def temperature_ladder(
 ) -> list[tuple[float, float]]:
     """(drawn at, weighted to) of each stage: ``n_steps`` of one ratio from hot to cold.
 
-    So many more stages stay at the first temperature, at the last, and at each one between.
+    So many more stages stay at the first temperature, at the last, and at each one between. No steps, no stages: then
+    hot must be cold. Raises UserError for a ladder that does not go down.
+
+    >>> temperature_ladder(1200.0, 300.0, 2)
+    [(1200.0, 600.0), (600.0, 300.0), (300.0, 300.0)]
     """
+    if n_steps == 0 and hot == cold:
+        return []
     if not hot > cold > 0 or n_steps < 1 or min(repeat_first, repeat_between, repeat_last) < 0:
         raise UserError(f"A temperature ladder goes down in one step or more: got {n_steps} from {hot} to {cold}.")
     between = [hot * (cold / hot) ** (k / n_steps) for k in range(1, n_steps) for _ in range(1 + repeat_between)]
@@ -83,10 +89,11 @@ def forward_kl(log_q: Tensor) -> dict[str, Tensor]:
 def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0) -> dict[str, Tensor]:
     """The loss whose gradient makes d = log p - log q the same for all points (n,), wherever these come from.
 
-    Its gradient is -mean(φ ∇ log q), with φ(d) = d + ``covering`` (exp(d) - 1) less its mean, d counted from the median and cut at
-    ±``clip``: for ``covering=0`` half that of the log-variance divergence (Richter et al. 2020, arXiv 2010.10436), with Huber's cut
-    against points of extreme energy. What q has too little of counts more the larger ``covering``. It needs no derivative of the
-    energy, and no weights, and it is free of noise where q is right: reverse KL's is as rough as the energy, forward KL's never ends.
+    Its gradient is -mean(φ ∇ log q), with φ(d) = d + ``covering`` (exp(d) - 1) less its mean, d counted from the median
+    and cut at ±``clip``: for ``covering=0`` half that of the log-variance divergence (Richter et al. 2020, arXiv
+    2010.10436), with Huber's cut against points of extreme energy. What q has too little of counts more the larger
+    ``covering``. It needs no derivative of the energy, and no weights, and it is free of noise where q is right:
+    reverse KL's is as rough as the energy, forward KL's never ends.
 
     Points outside the generator's domain, where log q is -inf, are left out. Also returned: the variance of the cut d.
     """
@@ -101,16 +108,19 @@ def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 
     return {"loss": -(pull * log_q).sum(), "variance": variance, "outside": 1 - inside.float().mean()}
 
 
-def path_kl(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT) -> dict[str, Tensor]:
+def path_kl(
+    log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT
+) -> dict[str, Tensor]:
     """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for a generator's own draws (n,).
 
-    log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On such a path, with
-    d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights] with h(w) = w² f''(w): 1 for the
-    reverse KL and w for the forward KL, which needs no data therefore. Every draw's part vanishes where q is right, and a draw tells
-    of its error in all directions, where to `log_variance` it tells one number.
+    log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On
+    such a path, with d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights]
+    with h(w) = w² f''(w): 1 for the reverse KL and w for the forward KL, which needs no data therefore. Every draw's
+    part vanishes where q is right, and a draw tells of its error in all directions, where to `log_variance` it tells
+    one number.
 
-    The weights w = exp(d) are relative to the median and cut at exp(``clip``); u is softened above ``cut``. Also returned: the variance
-    of d, cut at ±``clip``.
+    The weights w = exp(d) are relative to the median and cut at exp(``clip``); u is softened above ``cut``. Also
+    returned: the variance of d, cut at ±``clip``.
     """
     u = soften(u.double(), cut)
     d = (-u - log_q).detach()
@@ -146,8 +156,9 @@ def fill_buffer(
 ) -> tuple[WeightedSamples, BufferRecord]:
     """Draw, weight by exp(-u - log q) at the next temperature, clip the top share ``clip`` of the weights.
 
-    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by batch (batch k takes
-    its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished one is loaded.
+    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by
+    batch (batch k takes its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished
+    one is loaded.
 
     Warns if the effective sample size has collapsed, with what to do.
     """
@@ -185,14 +196,14 @@ def _draw_weighted(
     """``n`` draws with energies, log q and weights, in ``folder``. What is not finite gets the weight zero."""
     if not (folder / "meta.yaml").exists():
         writer = WeightedSamplesWriter(folder, meta={"n": n, "batch_size": batch_size})
-        with tqdm(total=n, initial=writer.n_written, desc=folder.name, unit="sample", mininterval=5.0, leave=False) as bar:
+        with tqdm(
+            total=n, initial=writer.n_written, desc=folder.name, unit="sample", mininterval=5.0, leave=False
+        ) as bar:
             while writer.n_written < n:
                 start = writer.n_written
                 x, log_q = draw(min(batch_size, n - start), generator_of(start // batch_size))
-                u = energy(x).double()
-                fine = u.isfinite() & log_q.isfinite()
-                u, log_q = torch.where(fine, u, math.inf), torch.where(fine, log_q.double(), 0.0)
-                writer.append(*(a.cpu().numpy() for a in (x, u, log_q, -u - log_q)))
+                u, log_q, _ = guard(energy(x), log_q)
+                writer.append(*(a.cpu().numpy() for a in (x, u, log_q)))
                 bar.update(len(u))
         writer.finish()
     return WeightedSamples.load(folder, verify=False)

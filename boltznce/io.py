@@ -10,7 +10,16 @@ from pathlib import Path
 
 from boltznce.errors import UserError
 
-__all__ = ["atomic_file", "atomic_folder", "file_digest", "full_disk_is_a_user_error", "require_free_space"]
+__all__ = ["atomic_file", "atomic_folder", "check_format", "file_digest", "full_disk_is_a_user_error", "require_free_space"]
+
+DATA_FORMAT = 1  # of datasets and of weighted samples, as their meta.yaml says it; those that say nothing have it
+RUN_FORMAT = 2  # of run folders, as their run.json says it; those that say nothing have 1
+
+
+def check_format(found: int | None, known: int, what: Path | str) -> None:
+    """Raise UserError if ``what`` was written in a format that is newer than the known one; None is format 1."""
+    if (found or 1) > known:
+        raise UserError(f"{what} has format {found}, this version knows up to {known}: update boltznce to read it.")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from boltznce.annealing import fill_buffer, forget_buffer, forward_kl, log_variance, path_kl, reverse_kl, soften, temperature_ladder
+from boltznce.annealing import (
+    fill_buffer,
+    forget_buffer,
+    forward_kl,
+    log_variance,
+    path_kl,
+    reverse_kl,
+    soften,
+    temperature_ladder,
+)
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.spline_flow import SplineFlow
@@ -23,19 +32,25 @@ def test_published_ladder():
     assert temperature_ladder(30, 1, 7)[-1] == (1, 1)
     assert temperature_ladder(4, 1, 2, repeat_last=0, repeat_first=2) == [(4, 4), (4, 4), (4, 2), (2, 1)]
     assert temperature_ladder(4, 1, 2, repeat_between=1) == [(4, 2), (2, 2), (2, 1), (1, 1)]
-    with pytest.raises(UserError, match="goes down"):
-        temperature_ladder(300, 1200, 9)
+    assert temperature_ladder(300, 300, 0) == []
+    for hot, cold, n_steps in ((300, 1200, 9), (1200, 300, 0), (300, 300, 1)):
+        with pytest.raises(UserError, match="goes down"):
+            temperature_ladder(hot, cold, n_steps)
 
 
 def test_softened_energies():
-    u = torch.tensor([-5.0, 0.0, 1e8, 1e8 + math.e - 1, 1e30, math.inf, math.nan], dtype=torch.float64, requires_grad=True)
+    u = torch.tensor(
+        [-5.0, 0.0, 1e8, 1e8 + math.e - 1, 1e30, math.inf, math.nan], dtype=torch.float64, requires_grad=True
+    )
     soft = soften(u)
     capped = 1e8 + math.log(1e20)
     torch.testing.assert_close(
         soft, torch.tensor([-5.0, 0.0, 1e8, 1e8 + 1, capped, capped, capped], dtype=torch.float64), rtol=1e-12, atol=0
     )
     soft.sum().backward()
-    torch.testing.assert_close(u.grad[:4], torch.tensor([1.0, 1.0, 1.0, 1 / math.e], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        u.grad[:4], torch.tensor([1.0, 1.0, 1.0, 1 / math.e], dtype=torch.float64), rtol=1e-6, atol=0
+    )
     assert (u.grad[4:] == 0).all()
 
 
@@ -70,7 +85,10 @@ def test_log_variance_of_gaussians():
     assert 0 < cut_s < of_s
     narrow, covering = (gradients(0.0, 0.8, clip=math.inf, covering=covering)[1][1] for covering in (0.0, 1.0))
     assert covering < narrow < 0  # too narrow: the tails that are missing count more
-    for elsewhere in (3 * noise, noise.square()):  # nothing is left where the densities agree, wherever the points come from
+    for elsewhere in (
+        3 * noise,
+        noise.square(),
+    ):  # nothing is left where the densities agree, wherever the points come from
         parts, right = gradients(0.0, 1.0, x=elsewhere, covering=1.0)
         assert max(abs(gradient) for gradient in right) < 1e-12
         assert parts["variance"] < 1e-20
@@ -86,7 +104,11 @@ def test_path_kl_of_gaussians(covering):
         x = mean + scale * noise
         log_q = -0.5 * ((x - m) / s).square() - math.log(s)
         parts = path_kl(log_q, u(x), covering=covering, **settings)
-        return log_q.detach() + 0.5 * x.detach().square(), torch.stack(torch.autograd.grad(parts["loss"], (mean, scale))), parts
+        return (
+            log_q.detach() + 0.5 * x.detach().square(),
+            torch.stack(torch.autograd.grad(parts["loss"], (mean, scale))),
+            parts,
+        )
 
     m, s = 0.3, 1.2
     minus_log_w, found, parts = gradients(m, s, clip=math.inf)
@@ -225,7 +247,11 @@ def test_double_well_is_annealed_with_both_wells_in_their_proportion(tmp_path, o
     records = []
     for k, (at, to) in enumerate(temperature_ladder(hot, 1.0, 2)):
         drawn, record = fill(
-            tmp_path / f"{k}", draw=flow.sample, energy=lambda x, to=to: double_well(x) / to, temperatures=(at, to), n_draws=8000
+            tmp_path / f"{k}",
+            draw=flow.sample,
+            energy=lambda x, to=to: double_well(x) / to,
+            temperatures=(at, to),
+            n_draws=8000,
         )
         records.append(record)
         if objective == "forward_kl":

@@ -7,12 +7,13 @@ from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
     free_energy_difference,
     free_energy_profile,
-    in_state,
     stratum_log_weights,
 )
 from boltznce.errors import UserError
+from boltznce.states import in_interval
 
 N_REPEATS = 200
+STATE = (0.0, 2.0)
 
 
 def consistent_with(coverage: int, n: int = N_REPEATS, confidence: float = 0.95) -> bool:
@@ -23,13 +24,6 @@ def consistent_with(coverage: int, n: int = N_REPEATS, confidence: float = 0.95)
 def two_states(generator: np.random.Generator, n: int, share: float) -> np.ndarray:
     """Angles, a ``share`` of them around 1 rad (in the state), the others around -1.5."""
     return np.where(generator.random(n) < share, 1.0, -1.5) + 0.2 * generator.uniform(-1.0, 1.0, size=n)
-
-
-def test_in_state():
-    np.testing.assert_array_equal(in_state([-0.1, 0.0, 1.0, 2.0, 2.1, 1.0 - 2 * np.pi]), [False, False, True, False, False, True])
-    np.testing.assert_array_equal(in_state([3.1, -3.1, -2.0], state=(3.0, 3.5)), [True, True, False])
-    with pytest.raises(UserError, match="interval"):
-        in_state([0.0], state=(2.0, 0.0))
 
 
 def test_value_by_hand():
@@ -46,7 +40,7 @@ def test_interval_covers_the_truth_with_importance_weights():
     for seed in range(N_REPEATS):
         generator = np.random.default_rng(seed)
         angle = two_states(generator, 1000, 0.5)
-        log_weights = np.log(np.where(in_state(angle), 0.2, 0.8)) + 0.5 * generator.normal(size=1000)
+        log_weights = np.log(np.where(in_interval(angle, STATE), 0.2, 0.8)) + 0.5 * generator.normal(size=1000)
         result = free_energy_difference(angle, log_weights, n_bootstrap=400, seed=seed)
         hits += result.interval[0] < np.log(4.0) < result.interval[1]
         errors.append(result.value - np.log(4.0))
@@ -98,7 +92,7 @@ def ebm_with_an_error(generator: np.random.Generator, n: int, spread: float = 0.
     in the rest, so that EBM weights are wrong by -1 - spread^2 / 2 + ..., and an added constant.
     """
     angle = two_states(generator, n, 0.5)
-    inside = in_state(angle)
+    inside = in_interval(angle, STATE)
     exact_log_weights = np.log(np.where(inside, 0.25, 0.75)) + 0.5 * generator.normal(size=n)
     exact_log_prob = generator.normal(size=n)
     error = np.where(inside, 1.0 + spread * generator.normal(size=n), 0.5 * spread * generator.normal(size=n)) + 17.0
@@ -146,7 +140,7 @@ def test_correction_says_when_it_is_not_reliable():
     assert "effective samples" in wide.message or "Pareto" in wide.message
     few = choose_subset(angle, log_weights, 4, generator)
     assert not corrected_free_energy_difference(angle, log_weights, few, ebm[few], exact[few]).reliable
-    inside_only = subset[in_state(angle)[subset]]
+    inside_only = subset[in_interval(angle, STATE)[subset]]
     one_sided = corrected_free_energy_difference(angle, log_weights, inside_only, ebm[inside_only], exact[inside_only])
     assert np.isnan(one_sided.value)
     assert one_sided.interval is None
@@ -163,9 +157,9 @@ def test_a_subset_is_spread_over_the_states():
     log_weights = generator.normal(size=5000)
     uniform = choose_subset(angle, log_weights, 200, generator)
     assert len(np.unique(uniform)) == 200
-    assert in_state(angle)[uniform].sum() == 100
+    assert in_interval(angle, STATE)[uniform].sum() == 100
     weighted = choose_subset(angle, log_weights, 200, generator, drawn_by="weights")
-    assert in_state(angle)[weighted].sum() == 100
+    assert in_interval(angle, STATE)[weighted].sum() == 100
     assert log_weights[weighted].mean() > log_weights[uniform].mean() + 0.5
     with pytest.raises(UserError, match="uniform or weights"):
         choose_subset(angle, log_weights, 200, generator, drawn_by="hope")
@@ -205,14 +199,6 @@ def test_profile_has_gaps_where_nothing_was_seen(kappa):
     assert (profile.std_error[near] > 0.0).all()
 
 
-def test_half_lines_are_states_of_coordinates_that_are_no_angles():
-    x = np.array([-9.0, -0.5, 0.5, 7.0])
-    np.testing.assert_array_equal(in_state(x, (0.0, np.inf)), [False, False, True, True])
-    np.testing.assert_array_equal(in_state(x, (-np.inf, -1.0)), [True, False, False, False])
-    with pytest.raises(UserError, match="interval"):
-        in_state(x, (-np.inf, np.inf))
-
-
 def test_profile_between_limits_is_a_histogram():
     x = np.random.default_rng(0).normal(size=50_000)
     log_weights = 0.5 * x  # of a normal distribution around 0.5
@@ -220,7 +206,9 @@ def test_profile_between_limits_is_a_histogram():
     assert profile.centres[0] == pytest.approx(-2.0 + 5.0 / 80)
     expected = (profile.centres - 0.5) ** 2 / 2
     assert np.abs(profile.free_energy - expected).max() < 0.1
-    outside = free_energy_profile(np.append(x, 100.0), np.append(log_weights, 0.0), n_bins=40, n_bootstrap=50, limits=(-2.0, 3.0))
+    outside = free_energy_profile(
+        np.append(x, 100.0), np.append(log_weights, 0.0), n_bins=40, n_bootstrap=50, limits=(-2.0, 3.0)
+    )
     np.testing.assert_allclose(outside.free_energy, profile.free_energy)
     with pytest.raises(UserError, match="kappa"):
         free_energy_profile(x, None, limits=(-2.0, 3.0), kappa=10.0)
@@ -233,7 +221,9 @@ def test_repeated_draws_of_an_ebm_without_error_are_reliable():
     exact = generator.normal(size=len(np.unique(subset)))
     ebm = exact + generator.normal(scale=0.05, size=len(exact))
     place = np.searchsorted(np.unique(subset), subset)
-    found = corrected_free_energy_difference(angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100)
+    found = corrected_free_energy_difference(
+        angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100
+    )
     assert found.reliable, found.message
 
 

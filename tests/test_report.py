@@ -25,7 +25,13 @@ def results():
         "free_energy": {
             "reference": {"value": 1.5, "std_error": 0.06, "interval": (1.38, 1.62)},
             "ebm": difference,
-            "corrected": {"value": 2.25, "std_error": 9.0, "interval": (1.111, 99.0), "reliable": False, "message": "too few"},
+            "corrected": {
+                "value": 2.25,
+                "std_error": 9.0,
+                "interval": (1.111, 99.0),
+                "reliable": False,
+                "message": "too few",
+            },
             "exact": free_energy_difference(np.full(5, -1.0)),
         },
         "ess": {"EBM": {"ess": np.float64(0.0123), "pareto_k": float("-inf"), "n": 500}},
@@ -33,7 +39,9 @@ def results():
             "E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0},
             "T-W2 (rad)": {"unweighted": SampledDistance(0.8, 0.01, 500), "weighted": SampledDistance(0.3, 0.01, 500)},
         },
-        "held_out": {"flow at 300": HeldOutLikelihood(nll=-183.25, std_error=0.125, n=900, n_outside=3, share_outside=0.002)},
+        "held_out": {
+            "flow at 300": HeldOutLikelihood(nll=-183.25, std_error=0.125, n=900, n_outside=3, share_outside=0.002)
+        },
         "excluded": {"cis peptide bond": {"n": 12, "by_count": 0.03, "by_weight": 0.0005, "data": 0.0}},
         "modes": {"exact": [0.5, 0.5, 0.0], "flow": [0.4, 0.59, 0.01]},
         "energy_cut": {"cut": 20.0, "shares": {"MD": 0.0, "flow": 0.25}},
@@ -47,7 +55,9 @@ def results():
 def test_report(tmp_path, results):
     figure = plotting.plot_weights({"EBM": np.random.default_rng(0).normal(size=200)})
     path = write_report(tmp_path, results, {"weights": figure})
-    metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    metrics = json.loads(
+        (tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     assert metrics["ess"]["EBM"] == {"ess": 0.0123, "pareto_k": None, "n": 500}
     assert metrics["free_energy"]["exact"]["value"] is None
     assert metrics["free_energy"]["corrected"]["interval"] == [1.111, 99.0]
@@ -91,7 +101,8 @@ def test_peptides_say_in_words_what_is_not_known(tmp_path):
     generator = np.random.default_rng(0)
     angle = generator.uniform(-np.pi, np.pi, size=2000)
     fine, few, none = (
-        free_energy_difference(a, n_bootstrap=50) for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
+        free_energy_difference(a, n_bootstrap=50)
+        for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
     )
     peptides = {
         "AC": peptide(fine, fine),
@@ -99,7 +110,11 @@ def test_peptides_say_in_words_what_is_not_known(tmp_path):
         "SV": peptide(fine, none, weighted=float("nan"), missing="no weighted sample below the cut"),
     }
     text = write_report(tmp_path, {"peptides": peptides}, {}).read_text()
-    table = {line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[0:1] == "|"}
+    table = {
+        line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()
+        if line[0:1] == "|"
+    }
     interval = f"{fine.value:.2f} [{fine.interval[0]:.2f}, {fine.interval[1]:.2f}]"
     assert table["AC"][6:9] == [interval, interval, "–"]
     assert table["CA"][6] == f"{few.value:.2f} not reliable"
@@ -137,16 +152,29 @@ def figures():
     exact = generator.normal(size=30)
     steps = np.arange(300)
     yield plotting.plot_ramachandran({"MD": (angles, None), "weighted": (angles, log_weights)}), 3
-    yield plotting.plot_ramachandran({str(t): (angles, None) for t in range(7)}, angle_names=("φ2", "ψ2"), zero_of="6"), 9
+    yield (
+        plotting.plot_ramachandran({str(t): (angles, None) for t in range(7)}, angle_names=("φ2", "ψ2"), zero_of="6"),
+        9,
+    )
     yield plotting.plot_plane({"draws": (angles, None)}, ((-4.0, 4.0), (-4.0, 4.0))), 2
     yield plotting.plot_marginals({"MD": (angles, None), "flow, weighted": (angles, log_weights)}), 2
-    yield plotting.plot_ladder([4.0, 2.0, 1.0, 1.0], {"own": [0.9, 0.8, 0.7, 0.8], "weighted": [np.nan, 0.5, 0.6, 0.8]}, ""), 1
+    yield (
+        plotting.plot_ladder(
+            [4.0, 2.0, 1.0, 1.0], {"own": [0.9, 0.8, 0.7, 0.8], "weighted": [np.nan, 0.5, 0.6, 0.8]}, ""
+        ),
+        1,
+    )
     yield plotting.plot_ladder([2.0, 1.0], {"own": [1e-4, 2e-3], "weighted": [np.nan, 1e-5]}, ""), 1
-    yield plotting.plot_energy_histograms({"MD": (log_weights, None), "flow": (np.append(log_weights, np.inf), None)}), 1
+    yield (
+        plotting.plot_energy_histograms({"MD": (log_weights, None), "flow": (np.append(log_weights, np.inf), None)}),
+        1,
+    )
     yield plotting.plot_profiles({"EBM": free_energy_profile(angles[:, 0], log_weights, n_bins=20, n_bootstrap=20)}), 1
     yield plotting.plot_likelihood_agreement(exact + 1.0, exact, exact > 0.0), 1
     yield (
-        plotting.plot_learning_curves({"flow/train": (steps, np.exp(-steps / 50)), "ebm/train": (steps, np.where(steps % 2, 1.0, np.nan))}),
+        plotting.plot_learning_curves(
+            {"flow/train": (steps, np.exp(-steps / 50)), "ebm/train": (steps, np.where(steps % 2, 1.0, np.nan))}
+        ),
         2,
     )
     yield plotting.plot_weights({"EBM": log_weights, "equal": np.zeros(300)}), 1

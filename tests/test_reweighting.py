@@ -1,9 +1,16 @@
 import mdtraj
 import numpy as np
 import pytest
+import torch
 
 from boltznce.analysis.pareto import fit_generalized_pareto, pareto_k, tail_share
-from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, normalized_weights
+from boltznce.analysis.reweighting import (
+    WeightedSamples,
+    WeightedSamplesWriter,
+    guard,
+    log_importance_weights,
+    normalized_weights,
+)
 from boltznce.errors import UserError
 
 
@@ -14,11 +21,16 @@ def make_samples(n: int = 40, n_atoms: int = 3, seed: int = 0) -> WeightedSample
     for index in range(n_atoms):
         topology.add_atom(f"C{index}", mdtraj.element.carbon, residue)
     positions = generator.normal(size=(n, n_atoms, 3)).astype(np.float32)
-    return WeightedSamples(positions, generator.normal(size=n), generator.normal(size=n), topology=topology, meta={"seed": np.int64(3)})
+    return WeightedSamples(
+        positions, generator.normal(size=n), generator.normal(size=n), topology=topology, meta={"seed": np.int64(3)}
+    )
 
 
 def same(a: WeightedSamples, b: WeightedSamples) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("positions", "energy", "log_prob", "log_weights"))
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("positions", "energy", "log_prob", "log_weights")
+    )
 
 
 def test_log_weights_are_minus_energy_minus_log_prob():
@@ -103,13 +115,22 @@ def test_clip_and_remove_top():
         samples.clip(1.0)
 
 
-def test_select_and_merge():
+def test_select():
     samples = make_samples()
     mask = samples.energy > 0.0
     assert len(samples[mask]) == mask.sum()
-    assert same(WeightedSamples.merge([samples[:15], samples[15:]]), samples)
-    with pytest.raises(UserError, match="merge"):
-        WeightedSamples.merge([samples, make_samples(n_atoms=4)])
+
+
+def test_what_is_not_finite_weighs_nothing():
+    energy, log_prob = torch.tensor([1.0, torch.nan, 2.0, torch.inf]), torch.tensor([0.5, 0.0, -torch.inf, 0.0])
+    energy, log_prob, n = guard(energy, log_prob)
+    assert (energy.dtype, log_prob.dtype, n) == (torch.float64, torch.float64, 3)
+    np.testing.assert_array_equal(log_importance_weights(energy, log_prob), [-1.5, -np.inf, -np.inf, -np.inf])
+
+
+def test_repr_is_one_line():
+    assert repr(make_samples(400)).startswith("WeightedSamples: 400 of 3 atoms, ESS ")
+    assert "no weight" in repr(WeightedSamples(np.zeros((2, 1, 3)), [np.inf, np.inf], [0.0, 0.0]))
 
 
 def test_resampling_follows_the_weights():
@@ -137,7 +158,19 @@ def test_round_trip(tmp_path, format):
 
 
 def append(writer: WeightedSamplesWriter, part: WeightedSamples) -> None:
-    writer.append(part.positions, part.energy, part.log_prob, part.log_weights)
+    writer.append(part.positions, part.energy, part.log_prob)
+
+
+def test_samples_of_a_newer_version_are_refused(tmp_path):
+    make_samples().save(tmp_path / "out")
+    meta = tmp_path / "out" / "meta.yaml"
+    text = meta.read_text()
+    assert text.startswith("format: 1\n")
+    meta.write_text(text.replace("format: 1\n", ""))
+    assert len(WeightedSamples.load(tmp_path / "out")) == 40
+    meta.write_text(text.replace("format: 1\n", "format: 2\n"))
+    with pytest.raises(UserError, match="format 2"):
+        WeightedSamples.load(tmp_path / "out")
 
 
 def test_writer_goes_on_after_an_interrupted_write(tmp_path):

@@ -1,1 +1,1 @@
-"""What weighted samples say: free energies with uncertainties, quality of the weights, distances, figures. Arrays in, arrays out."""
+"""What weighted samples say: free energies with uncertainties, quality of the weights, distances, figures."""

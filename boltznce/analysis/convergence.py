@@ -10,14 +10,15 @@ _FEWEST_BLOCKS = 6
 
 
 def error_constant(inside: np.ndarray) -> float:
-    """c, where n frames of this simulation give ΔF = -log(P(state) / P(rest)) to c / √n kT, correlation in time and all.
+    """c, where n frames of this simulation give ΔF = -log(P(state) / P(rest)) to c / √n kT, correlation and all.
 
     Args:
         inside: (n_walkers, n_frames) bool, whether each frame is in the state, in order of time.
 
-    Blocks of some lengths are compared with the whole: c is the median over the lengths L of √L times the root mean square deviation of the
-    blocks of one walker. Half a frame is added to either side, so that a block that has seen one side alone counts as off by a finite
-    amount. Raises UserError for fewer than two frames a walker or a simulation that has seen only one side.
+    Blocks of some lengths are compared with the whole: c is the median over the lengths L of √L times the root mean
+    square deviation of the blocks of one walker. Half a frame is added to either side, so that a block that has seen
+    one side alone counts as off by a finite amount. Raises UserError for fewer than two frames a walker or a simulation
+    that has seen only one side.
     """
     inside = np.atleast_2d(np.asarray(inside, dtype=bool))
     n_walkers, n_frames = inside.shape

@@ -20,7 +20,9 @@ def fit_generalized_pareto(excess: np.ndarray) -> float:
     first_quartile = x[int(n / 4 + 0.5) - 1]
     theta = 1.0 / x[-1] + (1.0 - np.sqrt(n_grid / (np.arange(1, n_grid + 1) - 0.5))) / (3.0 * first_quartile)
     k = np.log1p(-theta[:, None] * x).mean(axis=1)
-    rate = np.divide(-theta, k, out=np.full(n_grid, 1.0 / x.mean()), where=k != 0.0)  # theta = 0 is the exponential distribution
+    rate = np.divide(
+        -theta, k, out=np.full(n_grid, 1.0 / x.mean()), where=k != 0.0
+    )  # theta = 0 is the exponential distribution
     log_likelihood = n * (np.log(rate) - k - 1.0)
     posterior = np.exp(log_likelihood - log_likelihood.max())
     theta_mean = (theta * posterior).sum() / posterior.sum()
@@ -29,43 +31,38 @@ def fit_generalized_pareto(excess: np.ndarray) -> float:
 
 
 def pareto_k(log_weights: np.ndarray) -> float:
-    """Pareto-k of unnormalized ``log_weights`` (n,), from the largest min(0.2 n, 3 sqrt(n)) of them (PSIS, Vehtari et al. 2024).
+    """Pareto-k of unnormalized ``log_weights`` (n,), from the largest min(0.2 n, 3 √n) of them.
 
-    Above 0.7 means over weights cannot be trusted. ``-inf`` for weights without a tail (all the largest equal);
+    PSIS, Vehtari et al. 2024. Above 0.7 means over weights cannot be trusted. ``-inf`` for weights without a tail (all the largest equal);
     ``nan`` where fewer than five weights make the tail, too few to tell.
+
+    >>> uniform = (np.arange(10_000) + 0.5) / 10_000
+    >>> round(pareto_k(-0.9 * np.log(uniform)), 1), pareto_k(np.zeros(1000))  # a tail w^(-1/0.9), and none
+    (0.9, -inf)
     """
-    log_weights = np.asarray(log_weights, dtype=np.float64)
-    if _tail_size(len(log_weights)) < _FEWEST_TAIL_POINTS:
+    excess = _excess(log_weights)
+    if excess is None or 0 < len(excess) < _FEWEST_TAIL_POINTS:
         return float("nan")
-    cutoff, tail = _tail(log_weights)
-    if len(tail) == 0:
-        return float("-inf")
-    if len(tail) < _FEWEST_TAIL_POINTS:
-        return float("nan")
-    excess = np.exp(tail - tail[-1]) - np.exp(cutoff - tail[-1])
-    return fit_generalized_pareto(np.maximum(excess, _SMALLEST_EXCESS))
+    return fit_generalized_pareto(np.maximum(excess, _SMALLEST_EXCESS)) if len(excess) else float("-inf")
 
 
 def tail_share(log_weights: np.ndarray) -> float:
-    """Share of the sum of weights (n,) that stands above the threshold of the tail that `pareto_k` is fitted to; nan if they are too few.
+    """Share of the sum of weights (n,) above the threshold of the tail that `pareto_k` is fitted to; nan if too few.
 
-    How heavy a tail is matters as far as it carries something: k knows no scale, and is as large for weights that are nearly equal.
+    How heavy a tail is matters as far as it carries something: k knows no scale, and is as large for weights that are
+    nearly equal.
     """
+    excess = _excess(log_weights)
+    return float("nan") if excess is None else float(excess.sum() / np.exp(log_weights - np.max(log_weights)).sum())
+
+
+def _excess(log_weights: np.ndarray) -> np.ndarray | None:
+    """What the weights of the tail have above its threshold, the largest being one; None where the tail is too short."""
     log_weights = np.asarray(log_weights, dtype=np.float64)
-    if _tail_size(len(log_weights)) < _FEWEST_TAIL_POINTS:
-        return float("nan")
-    cutoff, tail = _tail(log_weights)
-    highest = log_weights.max()
-    excess = np.exp(tail - highest) - np.exp(cutoff - highest)
-    return float(excess.sum() / np.exp(log_weights - highest).sum())
-
-
-def _tail_size(n: int) -> int:
-    return int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))
-
-
-def _tail(log_weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """The threshold, and the log weights above it, in order."""
-    first = len(log_weights) - _tail_size(len(log_weights)) - 1
-    largest = np.sort(np.partition(log_weights, first)[first:])
-    return largest[0], largest[largest > largest[0]]
+    n = len(log_weights)
+    n_tail = int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))
+    if n_tail < _FEWEST_TAIL_POINTS:
+        return None
+    largest = np.sort(np.partition(log_weights, n - n_tail - 1)[n - n_tail - 1 :])
+    tail = largest[largest > largest[0]]
+    return np.exp(tail - largest[-1]) - np.exp(largest[0] - largest[-1])

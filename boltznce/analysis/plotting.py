@@ -50,7 +50,13 @@ _ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
 _ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
 
 # colour and size (points²) of each element's ball; others are grey
-_ELEMENTS = {"H": ("#d9d9d9", 10), "C": ("#5a5a5a", 36), "N": ("#3b5bdb", 36), "O": ("#d6336c", 36), "S": ("#e8b400", 50)}
+_ELEMENTS = {
+    "H": ("#d9d9d9", 10),
+    "C": ("#5a5a5a", 36),
+    "N": ("#3b5bdb", 36),
+    "O": ("#d6336c", 36),
+    "S": ("#e8b400", 50),
+}
 
 AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
 Box = tuple[tuple[float, float], tuple[float, float]]
@@ -65,7 +71,8 @@ def plot_ramachandran(
 ) -> Figure:
     """Free energy -log p(φ, ψ) in kT, panels on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
 
-    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are equal densities.
+    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
+    equal densities.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of)
@@ -77,17 +84,23 @@ def plot_ramachandran(
 
 
 def plot_conformers(
-    panels: Mapping[str, np.ndarray], elements: Sequence[str], bonds: Sequence[tuple[int, int]], core: Sequence[int] | None = None
+    panels: Mapping[str, np.ndarray],
+    elements: Sequence[str],
+    bonds: Sequence[tuple[int, int]],
+    core: Sequence[int] | None = None,
 ) -> Figure:
     """Balls and sticks of conformers, superposed on their ``core`` atoms (default: all but hydrogens), seen from where the first is widest.
 
-    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols (n_atoms,).
+    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols
+    (n_atoms,).
     """
     core = [k for k, element in enumerate(elements) if element != "H"] if core is None else list(core)
     template = np.asarray(next(iter(panels.values()))[0], dtype=np.float64)
     template = template - template[core].mean(axis=0)
     axes = np.linalg.svd(template[core], full_matrices=True)[2]
-    template = template @ (axes * np.sign(np.linalg.det(axes))).T  # longest axis along x, shortest towards the eye; no mirror image
+    template = (
+        template @ (axes * np.sign(np.linalg.det(axes))).T
+    )  # longest axis along x, shortest towards the eye; no mirror image
     reach = 1.05 * np.abs(template).max()
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(2.6 * len(panels), 2.6), layout="constrained")
@@ -121,18 +134,23 @@ def plot_plane(
     The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
     ``aspect``: ``auto`` where the two coordinates have no common unit.
     """
-    figure, axes = _plot_surfaces(panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of, aspect)
+    figure, axes = _plot_surfaces(
+        panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of, aspect
+    )
     _label_grid(axes, *axes_names)
     return figure
 
 
 def plot_densities(
-    rows: Mapping[str, Mapping[str, np.ndarray]], boxes: Mapping[str, Box], notes: Mapping[tuple[str, str], str] | None = None
+    rows: Mapping[str, Mapping[str, np.ndarray]],
+    boxes: Mapping[str, Box],
+    notes: Mapping[tuple[str, str], str] | None = None,
 ) -> Figure:
     """Densities in the plane, rows = systems, columns = the true density and what was learned, on one linear colour scale a row.
 
-    ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest value is the
-    darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below the panel.
+    ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest
+    value is the darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below
+    the panel.
     """
     notes = notes or {}
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
@@ -150,7 +168,14 @@ def plot_densities(
                     ax.set_title(title)
                 ax.set_xlabel(notes.get((system, title), ""), fontsize=7.5, labelpad=2)
                 if title in columns:
-                    ax.imshow(columns[title].T, cmap=_DENSITY_MAP, vmin=0.0, vmax=highest, origin="lower", extent=(*box[0], *box[1]))
+                    ax.imshow(
+                        columns[title].T,
+                        cmap=_DENSITY_MAP,
+                        vmin=0.0,
+                        vmax=highest,
+                        origin="lower",
+                        extent=(*box[0], *box[1]),
+                    )
                 else:
                     ax.set_axis_off()
             row[0].set_ylabel(system.replace("_", " "))
@@ -162,14 +187,17 @@ def plot_energy_histograms(
 ) -> Figure:
     """Densities of reduced energies; ``panels``: label -> (energies (n,) in kT, log weights or None), the first (the MD) as a filled curve.
 
-    The default range holds the first set whole and the others up to their median plus the width of the first; the share beyond
-    it is in the legend.
+    The default range holds the first set whole and the others up to their median plus the width of the first; the share
+    beyond it is in the legend.
     """
     first = np.asarray(next(iter(panels.values()))[0])
     if energy_range is None:
         width = np.ptp(np.quantile(first, [0.001, 0.999])) or 1.0  # a flat energy has none
         medians = [np.median(energies) for energies, _ in panels.values()]
-        energy_range = (float(np.quantile(first, 0.001) - 0.1 * width), float(max(np.quantile(first, 0.999), *medians) + 0.8 * width))
+        energy_range = (
+            float(np.quantile(first, 0.001) - 0.1 * width),
+            float(max(np.quantile(first, 0.999), *medians) + 0.8 * width),
+        )
     edges = np.linspace(*energy_range, n_bins + 1)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
@@ -199,18 +227,27 @@ def plot_profiles(
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
 
-    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps, and the
-    legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in kT, if a curve reaches it.
+    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps
+    stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of
+    the axis in kT, if a curve reaches it.
     """
     curves = ({} if reference is None else {reference_name: reference}) | dict(profiles)
     shown: list[np.ndarray] = []  # upper ends of each curve where it is known
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
         if state is not None:
-            ax.axvspan(*(np.clip(state, *limits) if limits else state), color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
+            ax.axvspan(
+                *(np.clip(state, *limits) if limits else state),
+                color=_STATE_COLOUR,
+                alpha=0.25,
+                linewidth=0,
+                label="state",
+            )
         for position, (label, profile) in enumerate(curves.items()):
             is_reference = reference is not None and position == 0
-            colour = _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
+            colour = (
+                _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
+            )
             known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
             values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
             ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
@@ -232,7 +269,11 @@ def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.nda
     """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state, with the identity line."""
     ebm, exact = np.asarray(ebm, dtype=np.float64), np.asarray(exact, dtype=np.float64)
     shifted = ebm - (ebm - exact).mean()
-    groups = {"samples": np.ones(len(ebm), dtype=bool)} if inside is None else {"rest": ~np.asarray(inside), "state": np.asarray(inside)}
+    groups = (
+        {"samples": np.ones(len(ebm), dtype=bool)}
+        if inside is None
+        else {"rest": ~np.asarray(inside), "state": np.asarray(inside)}
+    )
     both = np.concatenate([shifted, exact])
     margin = 0.05 * np.ptp(both)
     limits = (both.min() - margin, both.max() + margin)
@@ -242,22 +283,36 @@ def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.nda
         ax.plot(limits, limits, color=_REFERENCE_COLOUR, linewidth=0.8, zorder=1)
         for colour, (label, mask) in zip(_COLOURS, groups.items(), strict=False):
             ax.scatter(
-                exact[mask], shifted[mask], s=12, color=colour, alpha=0.7, linewidth=0, label=f"{label} (n = {mask.sum()})", zorder=2
+                exact[mask],
+                shifted[mask],
+                s=12,
+                color=colour,
+                alpha=0.7,
+                linewidth=0,
+                label=f"{label} (n = {mask.sum()})",
+                zorder=2,
             )
         ax.set(xlabel="exact log q", ylabel="EBM log q + constant", xlim=limits, ylim=limits, aspect="equal")
         spread = (ebm - exact).std(ddof=1)
         ax.text(
-            0.97, 0.03, f"std {spread:.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}", transform=ax.transAxes, ha="right", va="bottom"
+            0.97,
+            0.03,
+            f"std {spread:.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}",
+            transform=ax.transAxes,
+            ha="right",
+            va="bottom",
         )
         ax.legend(loc="upper left", handletextpad=0.2)
     return figure
 
 
-def plot_learning_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step") -> Figure:
+def plot_learning_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step"
+) -> Figure:
     """Columns of a training log; ``curves``: label -> (steps, values), NaN values left out, one panel for each name before a ``/``.
 
-    ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are positive and span
-    more than a factor of five. Training (noisy) is drawn faint with its running median.
+    ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are
+    positive and span more than a factor of five. Training (noisy) is drawn faint with its running median.
     """
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for label, (steps, values) in curves.items():
@@ -300,7 +355,9 @@ def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
         for colour, (label, values) in zip(_COLOURS, logs.items(), strict=False):
             k = pareto_k(sets[label])
             note = f"{label}: ESS {effective_sample_size(sets[label]):.2%}, Pareto-k {k:.2f}"
-            ax.stairs(np.histogram(values, bins=edges)[0] / len(sets[label]), edges, color=colour, label=note, linewidth=1.5)
+            ax.stairs(
+                np.histogram(values, bins=edges)[0] / len(sets[label]), edges, color=colour, label=note, linewidth=1.5
+            )
         ax.axvline(0.0, color=_REFERENCE_COLOUR, linewidth=0.8)
         ax.set(xlabel="log(weight / mean weight)", ylabel="share of samples", yscale="log", xlim=(edges[0], edges[-1]))
         _legend_above(ax, columns=1)
@@ -317,8 +374,19 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
         for ax, kind in zip(axes, kinds, strict=True):
             for colour, backend in zip(_COLOURS, backends, strict=False):
                 here = [row for row in rows if (row["kind"], row["backend"]) == (kind, backend)]
-                n, median, low, high = (np.array([row[key] for row in here]) for key in ("n_atoms", "median", "low", "high"))
-                ax.errorbar(n, median, (median - low, high - median), color=colour, marker="o", markersize=4, capsize=2, label=backend)
+                n, median, low, high = (
+                    np.array([row[key] for row in here]) for key in ("n_atoms", "median", "low", "high")
+                )
+                ax.errorbar(
+                    n,
+                    median,
+                    (median - low, high - median),
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=backend,
+                )
             atoms = sorted({row["n_atoms"] for row in rows})
             ax.set(xscale="log", yscale="log", xlabel="atoms", title=f"{kind}, batch {here[0]['batch_size']}")
             ax.set_xticks(atoms, [str(n) for n in atoms])
@@ -331,14 +399,17 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
-    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
+    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a
+    tenth.
     """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _single_axes()
         steps = np.arange(len(temperatures))
         for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
             ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
-        ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
+        ax.set(
+            xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02)
+        )
         everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])
         if np.nanmedian(everything) < 0.1:
             ax.set_ylim(0.5 * np.nanmin(everything), 1.0)
@@ -348,7 +419,9 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
     return figure
 
 
-def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence[str] = ("φ", "ψ"), n_bins: int = 72) -> Figure:
+def plot_marginals(
+    panels: Mapping[str, AnglesAndWeights], angle_names: Sequence[str] = ("φ", "ψ"), n_bins: int = 72
+) -> Figure:
     """Probability densities of angles (n, k), an axis for each angle, logarithmic so that rare states show.
 
     ``panels``: label -> (angles (n, k), log weights or None), "MD" as a filled curve. Empty bins are gaps.
@@ -366,7 +439,13 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
                 if label == "MD":
                     ax.stairs(density, edges, fill=True, color="0.75", label=label)
                 else:
-                    ax.plot(centres, np.where(density > 0.0, density, np.nan), color=next(colours), linewidth=1.3, label=label)
+                    ax.plot(
+                        centres,
+                        np.where(density > 0.0, density, np.nan),
+                        color=next(colours),
+                        linewidth=1.3,
+                        label=label,
+                    )
             ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
             ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
         axes[0].set_ylabel("probability density (1/rad)")
@@ -376,7 +455,11 @@ def plot_marginals(panels: Mapping[str, AnglesAndWeights], angle_names: Sequence
 
 
 def _plot_surfaces(
-    panels: Mapping[str, AnglesAndWeights], edges: tuple[np.ndarray, np.ndarray], highest: float, zero_of: str | None, aspect: str = "equal"
+    panels: Mapping[str, AnglesAndWeights],
+    edges: tuple[np.ndarray, np.ndarray],
+    highest: float,
+    zero_of: str | None,
+    aspect: str = "equal",
 ) -> tuple[Figure, np.ndarray]:
     """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and the axes (rows, columns) with the empty ones off."""
     surfaces = {}
@@ -398,7 +481,9 @@ def _plot_surfaces(
                 spine.set_visible(True)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
-        figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9, aspect=20 * n_rows, pad=0.01)
+        figure.colorbar(
+            mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9, aspect=20 * n_rows, pad=0.01
+        )
     return figure, axes
 
 
@@ -425,7 +510,14 @@ def _single_axes() -> tuple[Figure, Axes]:
 
 
 def _legend_above(ax: Axes, columns: int = 3) -> None:
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2, handlelength=1.5)
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.5,
+    )
 
 
 def _running_median(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

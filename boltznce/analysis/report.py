@@ -1,32 +1,28 @@
 """What a run leaves for its reader: ``metrics.json``, ``figures/*.png``, ``report.md`` and a short table for the terminal.
 
-``results`` is a nested dict; a section that is not there is left out of the report. Dataclasses may stand in it as they are.
+``results`` is a nested dict; a section that is not there is left out of the report. Dataclasses may stand in it as they
+are.
 
 ==============  ==============================================================================================
 key             value
 ==============  ==============================================================================================
-system          name
-method          name
-budget          name
-settings        {setting: value}
-counts          {what: number}, such as samples drawn, kept, mirrored, with a cis peptide bond
-state           the state of the free energies in words, such as "0 < φ < 2 rad"
-free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT, the
-                fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the *total*
-                one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``; left out
-                it counts as true.
-ess             {which weights: {ess, pareto_k, n}}, ess relative
-distances       {name: {unweighted, weighted, floor}}, each a number, or {mean, std} as SampledDistance has; "missing": why one is NaN
-held_out        {whose: the fields of HeldOutLikelihood}
-excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
-energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}}
-likelihood      the fields of LikelihoodAgreement
-density         the fields of DensityErrors
-modes           {whose: [population of each mode]}, the exact ones first
-timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
-peptides        {name: {right_graph, kept (shares of the draws), ess: {ess, pareto_k, n}, free_energy: {reference, weighted}, error,
-                distances, agreement, md: {speed_up}}} of molecules that a model was never trained on; both ΔF have the fields of
-                FreeEnergyDifference
+system          name method          name budget          name settings        {setting: value} counts          {what:
+number}, such as samples drawn, kept, mirrored, with a cis peptide bond state           the state of the free energies
+in words, such as "0 < φ < 2 rad" free_energy     {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value,
+std_error, interval, ...}} in kT, the
+                fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the
+                *total* one); any other key is a row of that name. ``reliable=False`` hides the interval and shows
+                ``message``; left out it counts as true.
+ess             {which weights: {ess, pareto_k, n}}, ess relative distances       {name: {unweighted, weighted, floor}},
+each a number, or {mean, std} as SampledDistance has; "missing": why one is NaN held_out        {whose: the fields of
+HeldOutLikelihood} excluded        {conformers that are left out: {n, by_count, by_weight, data}}, shares; data: of the
+reference data, by weight energy_cut      {"cut": kT, "shares": {whose energies: share above the cut}} likelihood
+the fields of LikelihoodAgreement density         the fields of DensityErrors modes           {whose: [population of
+each mode]}, the exact ones first timing          {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
+peptides        {name: {right_graph, kept (shares of the draws), ess: {ess, pareto_k, n}, free_energy: {reference,
+weighted}, error,
+                distances, agreement, md: {speed_up}}} of molecules that a model was never trained on; both ΔF have the
+                fields of FreeEnergyDifference
 average         {the same names, and "abs_error": mean over the peptides}
 notes           [sentence, ...]
 ==============  ==============================================================================================
@@ -67,7 +63,10 @@ _CAPTIONS = {
 
 
 def write_report(
-    folder: str | Path, results: Mapping[str, Any], figures: Mapping[str, Figure], captions: Mapping[str, str] | None = None
+    folder: str | Path,
+    results: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    captions: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``metrics.json``, ``figures/<name>.png`` and ``report.md`` into ``folder``, each whole or not at all; return the last."""
     folder = Path(folder)
@@ -78,7 +77,10 @@ def write_report(
         with atomic_file(folder / "figures" / f"{name}.png") as path:
             figure.savefig(path, format="png", dpi=200)
     with atomic_file(folder / "report.md") as path:
-        path.write_text(_report(_plain(results, keep_infinities=True), list(figures), _CAPTIONS | dict(captions or {})), encoding="utf-8")
+        path.write_text(
+            _report(_plain(results, keep_infinities=True), list(figures), _CAPTIONS | dict(captions or {})),
+            encoding="utf-8",
+        )
     return folder / "report.md"
 
 
@@ -91,7 +93,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
         if rows:
             widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
             lines.append("")
-            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            lines += [
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            ]
     return "\n".join(lines)
 
 
@@ -155,14 +159,20 @@ def _report(results: dict[str, Any], figures: list[str], captions: Mapping[str, 
     )
     section("Populations of the modes", _mode_rows(results))
     section("Energies above the cut", _energy_cut_rows(results))
-    section("EBM against exact likelihood", _likelihood_rows(results), "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.")
+    section(
+        "EBM against exact likelihood",
+        _likelihood_rows(results),
+        "Spread of (EBM − exact) log-likelihood, up to the EBM's constant.",
+    )
     section("Time", _timing_rows(results))
     section("Counts", _key_value_rows(results.get("counts"), "what", "number"))
     if results.get("notes"):
         parts.extend(["## Notes", "\n".join(f"- {note}" for note in results["notes"])])
     if figures:
         parts.append("## Figures")
-        parts.extend(f"![{name}](figures/{name}.png)\n\n*{captions.get(name, name.replace('_', ' '))}*" for name in figures)
+        parts.extend(
+            f"![{name}](figures/{name}.png)\n\n*{captions.get(name, name.replace('_', ' '))}*" for name in figures
+        )
     section("Settings", _key_value_rows(results.get("settings"), "setting", "value"))
     return "\n\n".join(parts) + "\n"
 
@@ -183,7 +193,15 @@ def _free_energy_rows(results: dict[str, Any]) -> list[list[str]]:
         seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""
         label = _FREE_ENERGY_ROWS.get(key, key)
         rows.append(
-            [label, _number(value, ".2f"), _number(row.get("std_error"), ".2f"), interval, kind if interval != "–" else "", off, seen]
+            [
+                label,
+                _number(value, ".2f"),
+                _number(row.get("std_error"), ".2f"),
+                interval,
+                kind if interval != "–" else "",
+                off,
+                seen,
+            ]
         )
     header = ["weights", "ΔF (kT)", "std. error", "95% interval", "kind", "− reference", "samples state / rest"]
     return [header, *rows] if rows else []
@@ -195,10 +213,23 @@ def _peptide_rows(results: dict[str, Any]) -> list[list[str]]:
         return []
 
     def distance(row: dict[str, Any]) -> str:
-        unweighted, weighted, floor = (_number(_mean(row.get(key)), ".2f") for key in ("unweighted", "weighted", "floor"))
+        unweighted, weighted, floor = (
+            _number(_mean(row.get(key)), ".2f") for key in ("unweighted", "weighted", "floor")
+        )
         return f"{unweighted} → {weighted} ({floor})"
 
-    header = ["peptide", "bonds right", "and chirality", "ESS", "Pareto-k", "ΔF weighted", "ΔF simulation", "error", "E-W2", "T-W2"]
+    header = [
+        "peptide",
+        "bonds right",
+        "and chirality",
+        "ESS",
+        "Pareto-k",
+        "ΔF weighted",
+        "ΔF simulation",
+        "error",
+        "E-W2",
+        "T-W2",
+    ]
     header += ["EBM − exact", "speed-up"]
     rows = []
     for name, row in peptides.items():
@@ -224,9 +255,17 @@ def _peptide_rows(results: dict[str, Any]) -> list[list[str]]:
         f"{_number(average.get(f'{kind}, unweighted'), '.2f')} → {_number(average.get(f'{kind}, weighted'), '.2f')}"
         for kind in ("E-W2 (kT)", "T-W2 (rad)")
     ]
-    shares = [_number(average.get("right_graph"), ".1%"), _number(average.get("kept"), ".1%"), _number(average.get("ess"), ".2%")]
+    shares = [
+        _number(average.get("right_graph"), ".1%"),
+        _number(average.get("kept"), ".1%"),
+        _number(average.get("ess"), ".2%"),
+    ]
     error, speed_up = _number(average.get("abs_error"), ".2f"), _number(average.get("speed_up"), ".3g")
-    return [header, *rows, ["average", *shares, "", "", "", "–" if error == "–" else f"{error} in size", *moved, "", speed_up]]
+    return [
+        header,
+        *rows,
+        ["average", *shares, "", "", "", "–" if error == "–" else f"{error} in size", *moved, "", speed_up],
+    ]
 
 
 def _free_energy_cell(row: dict[str, Any]) -> str:
@@ -275,7 +314,9 @@ def _distance_rows(results: dict[str, Any]) -> list[list[str]]:
         ratio = float("nan")
         if None not in (unweighted, weighted, floor) and unweighted > floor:
             ratio = (weighted - floor) / (unweighted - floor)
-        rows.append([name, *(_mean_and_std(row.get(key)) for key in ("unweighted", "weighted", "floor")), _number(ratio, ".2f")])
+        rows.append(
+            [name, *(_mean_and_std(row.get(key)) for key in ("unweighted", "weighted", "floor")), _number(ratio, ".2f")]
+        )
     return [["distance", "unweighted", "weighted", "floor", "excess ratio"], *rows] if rows else []
 
 
@@ -283,7 +324,15 @@ def _held_out_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, row in (results.get("held_out") or {}).items():
         nll = f"{_number(row.get('nll'), '.3f')} ± {_number(row.get('std_error'), '.3f')}"
-        rows.append([name, nll, _number(row.get("n"), "d"), _number(row.get("n_outside"), "d"), _number(row.get("share_outside"), ".3%")])
+        rows.append(
+            [
+                name,
+                nll,
+                _number(row.get("n"), "d"),
+                _number(row.get("n_outside"), "d"),
+                _number(row.get("share_outside"), ".3%"),
+            ]
+        )
     return [["whose", "NLL", "data points", "outside the domain", "their share by weight"], *rows] if rows else []
 
 
@@ -292,12 +341,20 @@ def _excluded_rows(results: dict[str, Any]) -> list[list[str]]:
         [name, _number(row.get("n"), "d"), *(_number(row.get(key), ".4%") for key in ("by_count", "by_weight", "data"))]
         for name, row in (results.get("excluded") or {}).items()
     ]
-    return [["conformers", "samples", "share by count", "share by weight", "share of the reference data"], *rows] if rows else []
+    return (
+        [["conformers", "samples", "share by count", "share by weight", "share of the reference data"], *rows]
+        if rows
+        else []
+    )
 
 
 def _density_rows(results: dict[str, Any]) -> list[list[str]]:
     table = results.get("density") or {}
-    names = {"forward_kl": "KL(true ‖ learned)", "reverse_kl": "KL(learned ‖ true)", "leaked_mass": "learned mass where there is none"}
+    names = {
+        "forward_kl": "KL(true ‖ learned)",
+        "reverse_kl": "KL(learned ‖ true)",
+        "leaked_mass": "learned mass where there is none",
+    }
     names["mode_weight_error"] = "mode-weight error"
     rows = [[name, _number(table.get(key), ".4f")] for key, name in names.items() if table.get(key) is not None]
     return [["what", "value"], *rows] if rows else []
@@ -308,7 +365,10 @@ def _mode_rows(results: dict[str, Any]) -> list[list[str]]:
     if not table:
         return []
     (name, exact), *others = table.items()
-    modes = [[str(k), _number(weight, ".4f"), *(_number(values[k], ".4f") for _, values in others)] for k, weight in enumerate(exact)]
+    modes = [
+        [str(k), _number(weight, ".4f"), *(_number(values[k], ".4f") for _, values in others)]
+        for k, weight in enumerate(exact)
+    ]
     errors = [[abs(a - b) for a, b in zip(values, exact, strict=True)] for _, values in others]
     relative = [[error / a for error, a in zip(row, exact, strict=True) if a > 0] for row in errors]
     shown = modes if len(modes) <= MOST_MODES else []
@@ -331,9 +391,16 @@ def _likelihood_rows(results: dict[str, Any]) -> list[list[str]]:
     if not table:
         return []
     spread = f"{_number(table.get('std'), '.2f')} ± {_number(table.get('std_error'), '.2f')}"
-    first = ["all", _number(table.get("n"), "d"), spread, _number(table.get("pearson_r"), ".3f"), _number(table.get("slope"), ".2f")]
+    first = [
+        "all",
+        _number(table.get("n"), "d"),
+        spread,
+        _number(table.get("pearson_r"), ".3f"),
+        _number(table.get("slope"), ".2f"),
+    ]
     states = [
-        [name, _number(row.get("n"), "d"), _number(row.get("std"), ".2f"), "", ""] for name, row in (table.get("per_state") or {}).items()
+        [name, _number(row.get("n"), "d"), _number(row.get("std"), ".2f"), "", ""]
+        for name, row in (table.get("per_state") or {}).items()
     ]
     return [["samples in", "n", "std of (EBM − exact) (kT)", "Pearson r", "slope"], first, *states]
 
@@ -341,7 +408,11 @@ def _likelihood_rows(results: dict[str, Any]) -> list[list[str]]:
 def _timing_rows(results: dict[str, Any]) -> list[list[str]]:
     table = results.get("timing") or {}
     ebm, exact = table.get("ebm_per_sample"), table.get("exact_per_sample")
-    rows = [[f"{name} likelihood, per sample", _seconds(value)] for name, value in (("EBM", ebm), ("exact", exact)) if value is not None]
+    rows = [
+        [f"{name} likelihood, per sample", _seconds(value)]
+        for name, value in (("EBM", ebm), ("exact", exact))
+        if value is not None
+    ]
     if ebm and exact:
         rows.append(["exact / EBM likelihood", f"{exact / ebm:.0f} times"])
     rows += [[stage, _seconds(seconds)] for stage, seconds in (table.get("stages") or {}).items()]

@@ -10,26 +10,39 @@ import mdtraj
 import numpy as np
 import yaml
 
+from boltznce.analysis.weights import log_importance_weights
 from boltznce.errors import UserError
-from boltznce.io import atomic_file, file_digest, full_disk_is_a_user_error
+from boltznce.io import DATA_FORMAT, atomic_file, check_format, file_digest, full_disk_is_a_user_error
 
-__all__ = ["FORMATS", "WeightedSamplesWriter", "read_samples"]
+__all__ = ["WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
 
-FORMATS = ("npy", "dcd", "xtc")
 _DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
 _CHUNK = 8192  # samples held in memory while a trajectory is written
-_ANGSTROM_PER_NM = 10.0
+# the writer of each format, and how many of its units make a nm
+_TRAJECTORIES = {"dcd": (mdtraj.formats.DCDTrajectoryFile, 10.0), "xtc": (mdtraj.formats.XTCTrajectoryFile, 1.0)}
+
+
+def check_trajectory_format(format: str) -> None:
+    """Raise UserError for a format of weighted samples that does not exist."""
+    if format not in ("npy", *_TRAJECTORIES):
+        raise UserError(
+            f"Unknown format {format!r} of weighted samples: choose one of npy, {', '.join(_TRAJECTORIES)}."
+        )
 
 
 class WeightedSamplesWriter:
-    """Append samples to ``folder`` while it is under construction (``.<name>.partial`` beside it); :meth:`finish` renames it.
+    """Append samples to ``folder`` while it is under construction (``.<name>.partial`` beside it); `finish` renames it.
 
-    After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last, uncommitted
-    append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
+    After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last,
+    uncommitted append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
     """
 
     def __init__(
-        self, folder: str | Path, topology: mdtraj.Topology | None = None, meta: dict[str, Any] | None = None, resume: bool = True
+        self,
+        folder: str | Path,
+        topology: mdtraj.Topology | None = None,
+        meta: dict[str, Any] | None = None,
+        resume: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.topology = topology
@@ -57,20 +70,19 @@ class WeightedSamplesWriter:
         positions: np.ndarray,
         energy: np.ndarray,
         log_prob: np.ndarray,
-        log_weights: np.ndarray,
+        log_weights: np.ndarray | None = None,
         counts: dict[str, int] | None = None,
     ) -> None:
-        """Add a chunk: (m, atoms, dim) nm and three (m,) arrays, and ``counts`` to be summed up. It counts once this has returned."""
-        chunk = {"positions": positions, "energy": energy, "log_prob": log_prob, "log_weights": log_weights}
-        arrays = {name: np.ascontiguousarray(values, dtype=_DTYPES[name]) for name, values in chunk.items()}
-        shape = list(arrays["positions"].shape[1:])
-        n = len(arrays["positions"])
-        if shape != (self._progress["shape"] or shape) or any(
-            values.shape != (n,) for name, values in arrays.items() if name != "positions"
-        ):
-            raise UserError(
-                f"Samples of one shape are needed in {self.folder}: got {[a.shape for a in arrays.values()]} after {self._progress}."
-            )
+        """Add a chunk: positions (m, atoms, dim) in nm, three arrays (m,), and ``counts`` to be summed up.
+
+        ``log_weights`` default to `log_importance_weights`. The chunk is safe once this has returned.
+        """
+        log_weights = log_importance_weights(energy, log_prob) if log_weights is None else log_weights
+        chunk = zip(_DTYPES.items(), (positions, energy, log_prob, log_weights), strict=True)
+        arrays = {name: np.ascontiguousarray(values, dtype=dtype) for (name, dtype), values in chunk}
+        (n, *shape), *others = shapes = [values.shape for values in arrays.values()]
+        if shape != (self._progress["shape"] or shape) or any(other != (n,) for other in others):
+            raise UserError(f"Samples of one shape are needed in {self.folder}: got {shapes} after {self._progress}.")
         with full_disk_is_a_user_error(self.folder):
             for name, values in arrays.items():
                 row_bytes = values.dtype.itemsize * int(np.prod(values.shape[1:]))
@@ -81,11 +93,10 @@ class WeightedSamplesWriter:
             path.write_text(json.dumps(self._progress))
 
     def finish(self, format: str = "npy") -> Path:
-        """Write topology, trajectory (``dcd`` or ``xtc``) and ``meta.yaml`` with digests; rename to the final name and return it."""
+        """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename, and return the folder."""
         if self.n_written == 0:
             raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
-        if format not in FORMATS:
-            raise UserError(f"Unknown format {format!r} of weighted samples: choose one of {', '.join(FORMATS)}.")
+        check_trajectory_format(format)
         with full_disk_is_a_user_error(self.folder):
             positions = np.load(self._partial / "positions.npy", mmap_mode="r")
             names = [f"{name}.npy" for name in _DTYPES]
@@ -98,21 +109,20 @@ class WeightedSamplesWriter:
             del positions
             digests = {name: file_digest(self._partial / name) for name in names}
             meta = self.meta | ({"counts": self.counts} if self.counts else {})
-            contents = {"n_samples": self.n_written, "shape": self._progress["shape"], "digests": digests, "meta": meta}
+            contents = {"format": DATA_FORMAT, "n_samples": self.n_written, "shape": self._progress["shape"]}
+            contents |= {"digests": digests, "meta": meta}
             (self._partial / "meta.yaml").write_text(yaml.safe_dump(contents, sort_keys=False))
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self._partial, self.folder)
-            for leftover in (
-                self.folder / "progress.json",
-                *self.folder.glob(".progress.json.*.tmp"),
-            ):  # last: a kill before this loses nothing
-                leftover.unlink()
+            for leftover in ("progress.json", ".progress.json.*.tmp"):  # last: a kill before this loses nothing
+                for path in self.folder.glob(leftover):
+                    path.unlink()
         return self.folder
 
     def _continue(self) -> None:
         self._progress = json.loads((self._partial / "progress.json").read_text())
         if self._progress["meta"] != self.meta:
-            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with the settings it was begun with.")
+            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
 
     def _write_rows(self, path: Path, values: np.ndarray, offset: int) -> None:
         """Write ``values`` at byte ``offset`` of the data, cut the file behind them, and bring the header up to date.
@@ -131,21 +141,22 @@ class WeightedSamplesWriter:
 
 
 def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Contents of a folder of weighted samples: the four arrays (positions memory-mapped), ``topology`` (or None) and ``meta``.
+    """Contents of a folder of weighted samples: four arrays (positions memory-mapped), ``topology`` (or None), ``meta``.
 
-    Sizes are always checked, digests if ``verify``; :class:`UserError` names the file that does not fit.
+    Sizes are always checked, digests if ``verify``; UserError names the file that does not fit.
     """
     folder = Path(folder)
     remedy = "restore it from a copy, or delete the folder and draw the samples again"
     try:
         contents = yaml.safe_load((folder / "meta.yaml").read_text())
+        check_format(contents.get("format"), DATA_FORMAT, folder)
         n, shape, digests = contents["n_samples"], tuple(contents["shape"]), contents["digests"]
         result: dict[str, Any] = {"meta": contents["meta"], "topology": None}
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no weighted samples (there is no meta.yaml): give the folder that samples were saved to."
         ) from None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise UserError(f"{folder / 'meta.yaml'} is damaged: {remedy}.") from None
     shapes = {name: (n, *shape) if name == "positions" else (n,) for name in _DTYPES}
     for file_name, digest in digests.items():
@@ -178,12 +189,8 @@ def _write_topology(path: Path, positions: np.ndarray, topology: mdtraj.Topology
 
 def _write_trajectory(path: Path, positions: np.ndarray) -> None:
     if positions.shape[2] != 3:
-        raise UserError(
-            f"A {path.suffix[1:]} trajectory holds three-dimensional positions, not {positions.shape[2]}-dimensional: use format=npy."
-        )
-    opener, scale = (
-        (mdtraj.formats.DCDTrajectoryFile, _ANGSTROM_PER_NM) if path.suffix == ".dcd" else (mdtraj.formats.XTCTrajectoryFile, 1.0)
-    )
+        raise UserError(f"A {path.suffix[1:]} trajectory holds three-dimensional positions: use format=npy.")
+    opener, scale = _TRAJECTORIES[path.suffix[1:]]
     with opener(str(path), "w") as trajectory:
         for start in range(0, len(positions), _CHUNK):
             trajectory.write(np.ascontiguousarray(positions[start : start + _CHUNK] * np.float32(scale)))
