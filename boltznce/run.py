@@ -8,11 +8,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.config import compose
+from boltznce.config import compose, locate
 from boltznce.errors import UserError
 from boltznce.logger import open_logger
-from boltznce.methods import find_method
-from boltznce.methods.drawing import Models, choose_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
@@ -21,9 +20,10 @@ __all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
 
 
 def train_run(path: Path | str, *overrides: str) -> "Run":
-    """Train a run in a folder, or finish the one that is there: ``train_run("outputs/a", "system=gaussians8", "budget=smoke")``.
+    """Train a run in a folder, or finish the one that is there.
 
-    ``overrides`` are those of the command line of ``scripts/train.py``. Raises UserError for settings that do not exist.
+    ``overrides`` are those of the command line of ``scripts/train.py``:
+    ``train_run("outputs/a", "system=gaussians8", "budget=smoke")``. Raises UserError for settings that do not exist.
     """
     train(start_folder(Path(path), compose("train", overrides)))
     return Run(path)
@@ -36,13 +36,13 @@ def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
 
 
 def train(folder: RunFolder) -> str:
-    """Run, or finish, all stages of the method that the folder's config names; returns a summary of the report for the terminal.
+    """Run, or finish, all stages of the method that the folder's config names; returns a summary for the terminal.
 
     The last stage, the report, is made anew of a finished run too: there may be data now to compare with.
     """
     config = folder.config
     set_threads(config.threads)
-    method = find_method(config.method.name)
+    method = locate(config.method._target_)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
     *_, last = method.STAGES
@@ -60,7 +60,13 @@ class Run:
         self.folder = RunFolder.open(Path(path))
         self.config = self.folder.config
         self._work = Workspace(self.folder, self.config, make_fabric(device))
-        find_method(self.config.method.name)
+        locate(self.config.method._target_)
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{name}{'' if self.folder.stage_done(name) else ' (begun)'}" for name in self.folder.stages)
+        return (
+            f"Run({self.path}, {self.config.method.name} of {self.config.system.name}, {self.config.budget}: {stages})"
+        )
 
     @property
     def path(self) -> Path:
@@ -69,28 +75,15 @@ class Run:
 
     @property
     def system(self) -> System:
-        """What the run samples, at its temperature."""
+        """What the run samples, at its temperature; of a run of many molecules their family."""
         return self._work.system
 
-    def system_of(self, system: System | str | None = None) -> System:
-        """The run's own system; of a run for many molecules the one that ``system`` names, seen in training or not.
+    def generator(self, system: System | str | None = None) -> Generator:
+        """What is drawn from, for BoltzNCE with ``flow`` and ``ebm``; ``system`` as for `sample`.
 
-        Raises UserError where it has to be named and is not, and for a system that the run is not for.
+        Raises UserError before any is trained.
         """
-        if getattr(self.system, "many", False):
-            return self.system.choose(system)
-        if system is not None:
-            name = system if isinstance(system, str) else system.name
-            raise UserError(
-                f"{self.path} is a run of {self.system.name} alone, not of {name}: leave system= out, "
-                "or choose a run of many molecules (system=dipeptides)."
-            )
-        return self.system
-
-    @property
-    def models(self) -> Models:
-        """The trained models as far as the run has come, for BoltzNCE ``models.flow`` and ``models.ebm``. Raises UserError before any."""
-        return self._work.models
+        return self._work.models.of(self.system.choose(system))
 
     @property
     def metrics(self) -> dict:
@@ -115,35 +108,40 @@ class Run:
         """``n`` fresh samples with weights -u - log q; ``meta["counts"]`` tells how many were drawn for them.
 
         Args:
-            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased weights) or "none";
-                "auto" is the method's own: "ebm" of BoltzNCE, "exact" of TA-BG, whose flow has nothing but that.
-            system: what to sample, where the run is of many molecules: one of these, or one that it never saw, by its sequence ("KS") or as
-                `load_system` makes it.
+            likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased
+                weights) or "none"; "auto" is the method's own: "ebm" of BoltzNCE, "exact" of TA-BG, whose flow has
+                nothing but that.
+            system: what to sample, where the run is of many molecules: one of these, or one that it never saw, by its
+                sequence ("KS") or as `load_system` makes it.
             seed: the same seed gives the same samples.
-            folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can be repeated.
+            folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can
+                be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
-        Raises UserError where the run has no generator, no likelihood of that kind, or not yet, and for a system that it is not for.
+        Raises UserError where the run has no generator, no likelihood of that kind, or not yet, and for a system that
+        it is not for.
         """
-        if system is None:
-            models = self.models
-        else:
-            models = find_method(self.config.method.name).load_models(self.path, self.config, self.system_of(system), self._work.device)
-        likelihood = choose_likelihood(models, likelihood)
-        settings = {"batch_size": min(batch_size or models.batch_size(likelihood), n), "n_probes": n_probes}
+        generator = self.generator(system)
+        likelihood = choose_likelihood(generator, likelihood)
+        settings = {"batch_size": min(batch_size or generator.batch_size(likelihood), n), "n_probes": n_probes}
 
-        def generator_of(k: int) -> torch.Generator:
-            return self._work.generator(f"user {seed}", k)
+        def numbers(k: int) -> torch.Generator:
+            return self._work.generator(f"user {seed}", index=k)
 
         if folder is not None:
-            return draw_to_folder(models, Path(folder), n, likelihood, generator_of, meta={"seed": seed}, format=format, **settings)
-        batches = list(draw_batches(models, n, likelihood, generator_of, **settings))
-        arrays = (torch.cat([getattr(b, name) for b in batches]).cpu().numpy() for name in ("positions", "energy", "log_prob"))
+            settings |= {"meta": {"seed": seed}, "format": format}
+            return draw_to_folder(generator, Path(folder), n, likelihood, numbers, **settings)
+        batches = list(draw_batches(generator, n, likelihood, numbers, **settings))
+        arrays = (
+            torch.cat([batch.positions for batch in batches]),
+            torch.cat([batch.energy for batch in batches]),
+            torch.cat([batch.log_prob for batch in batches]),
+        )
         counts = Counter()
         for batch in batches:
             counts.update(batch.counts)
         meta = {"likelihood": likelihood, "seed": seed, "counts": dict(counts)}
-        return WeightedSamples(*arrays, topology=getattr(models.system, "topology", None), meta=meta)
+        return WeightedSamples(*(a.cpu().numpy() for a in arrays), topology=generator.system.topology, meta=meta)
 
 
 def load_run(path: Path | str, device: str = "auto") -> Run:

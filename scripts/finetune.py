@@ -1,4 +1,4 @@
-"""A run for many molecules fitted to one of them. `python scripts/finetune.py run=outputs/... peptide=KS`"""
+"""A run of many molecules fitted to one of them. `python scripts/finetune.py run=outputs/... peptide=KS`"""
 
 from omegaconf import DictConfig
 

@@ -1,7 +1,7 @@
 """What an EBM learns of a known density: trained on exact draws of a system in the plane, compared with it on a grid.
 
-No flow comes between, so that nothing but the objective (NCE, score matching, or both) is on trial. Stages: ebm -> report. A sweep over
-systems, objectives and seeds ends with a figure and a table of all its runs.
+No flow comes between, so that nothing but the objective (NCE, score matching, or both) is on trial. Stages: ebm ->
+report. A sweep over systems, objectives and seeds ends with a figure and a table of all its runs.
 """
 
 import json
@@ -20,7 +20,7 @@ from boltznce.analysis.report import markdown_table, write_report
 from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
-from boltznce.methods.models import load_trained, make_ebm
+from boltznce.methods.models import load_trained, make, weights_path
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.toy import PlaneSystem
 
@@ -39,28 +39,33 @@ COLUMNS = {
 def train_ebm(work: Workspace) -> dict:
     """Fit the EBM to draws of the system itself, new ones at every step."""
     section, system = work.config.ebm, work.system
-    if not isinstance(system, PlaneSystem):
-        raise UserError(f"method=density compares with a density that is known: {system.name} has none, choose a system in the plane.")
-    ebm = make_ebm(work.config, system).to(work.device)
-    ebm.calibrate(system.sample(CALIBRATION, work.generator("calibration")), work.generator("noise"))
+    if not system.exact:
+        raise UserError(
+            f"method=density compares with a density that is known: {system.name} has none, choose a system in the plane."
+        )
+    model = make(work.config, system, "ebm").to(work.device)
+    model.calibrate(system, system.sample(CALIBRATION, work.generator("calibration")), work.generator("noise"))
     held_out = system.sample(section.n_validation, work.generator("validation"))
 
-    def loss(ebm: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return ebm.loss(system.sample(section.batch_size, generator), generator)
+    def loss(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return model.of(system).loss(system.sample(section.batch_size, generator), generator)
 
-    def validate(ebm: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        return {key: value.detach() for key, value in ebm.loss(held_out, generator).items()}
+    def validate(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        return {key: value.detach() for key, value in model.of(system).loss(held_out, generator).items()}
 
-    return work.fit("ebm", ebm, loss, validate)
+    return work.fit("ebm", model, loss, validate)
 
 
 def report(work: Workspace) -> dict:
-    """Compare the learned density with the true one on a grid, both normalized on it; ``density.npz`` has their logarithms."""
+    """Compare the learned density with the true one on a grid, both normalized on it.
+
+    ``density.npz`` has their logarithms.
+    """
     config, system, folder = work.config, work.system, work.folder.path
     n = config.evaluation.grid
-    ebm = load_trained(make_ebm(config, system), folder / "checkpoints" / "ebm.safetensors").to(work.device)
+    model = load_trained(make(config, system, "ebm"), weights_path(folder, "ebm")).to(work.device)
     x = system.grid(n)
-    log_q = ebm.log_prob_in_batches(x.float().to(work.device)).cpu().numpy()
+    log_q = model.of(system).log_prob_in_batches(x.float().to(work.device)).cpu().numpy()
     log_p = system.log_prob(x).numpy()
     errors = density_errors(log_p, log_q, system.mode(x).numpy(), system.support(x).numpy())
     with atomic_file(folder / "density.npz") as path, open(path, "wb") as handle:
@@ -92,7 +97,11 @@ def load_models(folder: Path, config: DictConfig, system: PlaneSystem, device: t
 def summary(work: Workspace) -> str:
     """The run's errors in one line."""
     metrics = json.loads((work.folder.path / "metrics.json").read_text())
-    numbers = ", ".join(f"{title} {metrics['density'][key]:.4f}" for key, title in COLUMNS.items() if metrics["density"][key] is not None)
+    numbers = ", ".join(
+        f"{title} {metrics['density'][key]:.4f}"
+        for key, title in COLUMNS.items()
+        if metrics["density"][key] is not None
+    )
     return f"{metrics['system']} · {metrics['objective']} · seed {metrics['seed']}: {numbers}"
 
 
@@ -124,7 +133,10 @@ def draw_sweep(folder: Path) -> str:
         here = [run for run in runs if run["metrics"]["system"] == name]
         rows[name], boxes[name] = {}, here[0]["box"]
         for objective, title in TITLES.items():
-            same = sorted((run for run in here if run["metrics"]["objective"] == objective), key=lambda run: run["metrics"]["seed"])
+            same = sorted(
+                (run for run in here if run["metrics"]["objective"] == objective),
+                key=lambda run: run["metrics"]["seed"],
+            )
             if same:
                 log_p, log_q = same[0]["log_p"], same[0]["log_q"]
                 rows[name] |= _densities(log_p, log_q, len(log_p), title)
@@ -132,7 +144,10 @@ def draw_sweep(folder: Path) -> str:
                 notes[name, title] = _note(table[-1])
     text = markdown_table(
         [["system", "objective", "seeds", *COLUMNS.values()]]
-        + [[row["system"], row["objective"], str(row["seeds"]), *(_mean_and_std(row[key]) for key in COLUMNS)] for row in table]
+        + [
+            [row["system"], row["objective"], str(row["seeds"]), *(_mean_and_std(row[key]) for key in COLUMNS)]
+            for row in table
+        ]
     )
     with atomic_file(folder / "table.json") as path:
         path.write_text(json.dumps(table, indent=2) + "\n")
@@ -145,12 +160,19 @@ def draw_sweep(folder: Path) -> str:
 
 def _load(folder: Path) -> dict:
     system = build(OmegaConf.load(folder / "config.yaml").system)
-    return {"metrics": json.loads((folder / "metrics.json").read_text()), "box": system.box, **np.load(folder / "density.npz")}
+    return {
+        "metrics": json.loads((folder / "metrics.json").read_text()),
+        "box": system.box,
+        **np.load(folder / "density.npz"),
+    }
 
 
 def _densities(log_p: np.ndarray, log_q: np.ndarray, n: int, title: str) -> dict[str, np.ndarray]:
     """Probabilities of the cells, each normalized on the grid."""
-    return {name: np.exp(log - np.logaddexp.reduce(log, axis=None)).reshape(n, n) for name, log in (("true", log_p), (title, log_q))}
+    return {
+        name: np.exp(log - np.logaddexp.reduce(log, axis=None)).reshape(n, n)
+        for name, log in (("true", log_p), (title, log_q))
+    }
 
 
 def _over_seeds(runs: list[dict]) -> dict[str, dict[str, float] | None]:

@@ -1,4 +1,7 @@
-"""Drawing from trained models of any method: samples with energies and the likelihood that was asked for, in batches to disk."""
+"""Drawing from trained models of any method.
+
+Samples with energies and the likelihood that was asked for, in batches to disk.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,10 @@ BARREN_BATCHES = 20  # so many on end without a sample to keep, and drawing give
 
 @dataclass(frozen=True)
 class Batch:
-    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64; counts to be summed up."""
+    """The kept samples of one batch: positions (m, n, dim) in nm, reduced energy and log q (m,), float64.
+
+    Counts to be summed up.
+    """
 
     positions: Tensor
     energy: Tensor
@@ -66,7 +72,10 @@ class Models(Protocol):
 
 
 def choose_likelihood(models: Generator, likelihood: str) -> str:
-    """``likelihood``, or the generator's own for "auto". Raises UserError for one that does not exist or that this run cannot give."""
+    """``likelihood``, or the generator's own for "auto".
+
+    Raises UserError for one that does not exist or that this run cannot give.
+    """
     if likelihood == "auto":
         likelihood = models.default_likelihood
     if likelihood not in LIKELIHOODS:
@@ -91,7 +100,8 @@ def draw_batches(
 ) -> Iterator[Batch]:
     """Batches until ``n`` samples are kept, the last one cut; batch k takes its random numbers from ``generator_of(k)``.
 
-    ``n_done`` and ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be kept.
+    ``n_done`` and ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be
+    kept.
     """
     barren = 0
     while n_done < n:
@@ -119,7 +129,10 @@ def draw_to_folder(
     meta: dict | None = None,
     format: str = "npy",
 ) -> WeightedSamples:
-    """Draw until ``n`` samples are kept, and save them to ``folder``. A killed call goes on where it was, a finished one is loaded."""
+    """Draw until ``n`` samples are kept, and save them to ``folder``.
+
+    A killed call goes on where it was, a finished one is loaded.
+    """
     likelihood = choose_likelihood(models, likelihood)
     batch_size = batch_size or models.batch_size(likelihood)
     if not (folder / "meta.yaml").exists():

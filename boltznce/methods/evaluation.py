@@ -1,4 +1,7 @@
-"""The stage before the report: fresh weighted samples of every member to test, exact likelihoods of some, and what they cost."""
+"""The stage before the report.
+
+Fresh weighted samples of every member to test, exact likelihoods of some, and what they cost.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -26,15 +29,20 @@ SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are draw
 def evaluate(work: Workspace) -> dict:
     """Draw fresh weighted samples of every member to test; where the weights are an EBM's, give two subsets exact likelihoods.
 
-    The subset drawn uniformly (as many in the state as in the rest) measures how far EBM and exact likelihood are apart; that drawn by
-    weight, with repeats, corrects the free energy.
+    The subset drawn uniformly (as many in the state as in the rest) measures how far EBM and exact likelihood are
+    apart; that drawn by weight, with repeats, corrects the free energy.
     """
     tests = work.system.members("test")
-    return {"seconds": {member.name: _evaluate(work, member) for member in tqdm(tests, desc="evaluation", unit="system")}}
+    return {
+        "seconds": {member.name: _evaluate(work, member) for member in tqdm(tests, desc="evaluation", unit="system")}
+    }
 
 
 def _evaluate(work: Workspace, member: System) -> dict[str, float]:
-    """Leaves ``samples/weighted`` and ``samples/exact_*`` of one member; returns seconds a sample of each kind of work."""
+    """Leaves ``samples/weighted`` and ``samples/exact_*`` of one member.
+
+    Returns seconds a sample of each kind of work.
+    """
     section, generator = work.config.evaluation, work.models.of(member)
     likelihood, draws = generator.default_likelihood, work.samples("weighted", member)
     samples = draw_to_folder(
@@ -75,7 +83,10 @@ def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray
 
 
 def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
-    """Save samples with exact log-likelihoods, batch by batch (a killed call goes on); returns the seconds they took in all."""
+    """Save samples with exact log-likelihoods, batch by batch (a killed call goes on).
+
+    Returns the seconds they took in all.
+    """
     if not (folder / "meta.yaml").exists():
         size = generator.batch_size("exact")
         meta = {"likelihood": "exact", "n": len(subset)}
@@ -90,9 +101,7 @@ def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset
     return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
 
 
-def _subset(
-    system: System, samples: WeightedSamples, n: int, rng: np.random.Generator, drawn_by: str
-) -> np.ndarray:
+def _subset(system: System, samples: WeightedSamples, n: int, rng: np.random.Generator, drawn_by: str) -> np.ndarray:
     """Indices of samples to be given exact likelihoods, in order where there are no repeats."""
     if not n or system.state is None:
         return np.empty(0, dtype=np.int64)
@@ -102,7 +111,10 @@ def _subset(
 
 
 def _seconds_per_draw(generator: Generator, likelihood: str, numbers: torch.Generator) -> float:
-    """CPU seconds a kept sample of one batch, as it is drawn: all threads together (wall clock where there is a GPU)."""
+    """CPU seconds a kept sample of one batch, as it is drawn.
+
+    All threads together (wall clock where there is a GPU).
+    """
     clock = time.process_time if numbers.device.type == "cpu" else time.perf_counter
     n = generator.batch_size(likelihood)
     generator.draw(min(8, n), likelihood, numbers)

@@ -1,4 +1,7 @@
-"""What a report of one system is made from: its draws, data and exact likelihoods, loaded, filtered and weighed once."""
+"""What a report of one system is made from.
+
+Its draws, data and exact likelihoods, loaded, filtered and weighed once.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +105,10 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks of time; None of any other data."""
+        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks of time.
+
+        None of any other data.
+        """
         if self.system.state is None or self.data is None or not self.data.is_time_series:
             return None
         values, state = self.coordinate(self.data.frames.positions), self.system.state.interval

@@ -15,23 +15,30 @@ from boltznce.run_folder import RunFolder
 __all__ = ["start_finetuning"]
 
 
-def start_finetuning(parent: Path | str, peptide: str, settings: DictConfig, folder: Path | str | None = None) -> RunFolder:
+def start_finetuning(
+    parent: Path | str, peptide: str, settings: DictConfig, folder: Path | str | None = None
+) -> RunFolder:
     """The folder of a fine-tuning, ``finetuned/<peptide>`` of the parent run unless told otherwise; to be handed to `boltznce.run.train`.
 
-    Its config is the parent's, of the one peptide, with the sections of ``settings`` (see configs/finetune.yaml) in place of the parent's.
+    Its config is the parent's, of the one peptide, with the sections of ``settings`` (see configs/finetune.yaml) in
+    place of the parent's.
 
-    Raises UserError for a parent whose flow is not trained, or has the scales of one molecule alone, and for a peptide that cannot
-    be built.
+    Raises UserError for a parent whose flow is not trained, or has the scales of one molecule alone, and for a peptide
+    that cannot be built.
     """
     run = RunFolder.open(Path(parent))
     config, starts = run.config, {name: weights_path(run.path, name) for name in ("flow", "ebm")}
     if "scales" not in config.get("flow", {}) or config.flow.scales != "conformers":
-        raise UserError(f"{parent} is no run whose flow serves many molecules (flow.scales=conformers): there is nothing to fine-tune.")
+        raise UserError(
+            f"{parent} is no run whose flow serves many molecules (flow.scales=conformers): there is nothing to fine-tune."
+        )
     if not starts["flow"].exists():
         raise UserError(f"{parent} has no trained flow yet: finish it with scripts/train.py resume={parent}.")
     has_ebm = "ebm" in config and starts["ebm"].exists()
     if not has_ebm and not settings.finetune.flow_steps:
-        raise UserError(f"{parent} has no EBM to fine-tune: set finetune.flow_steps, which trains its flow on a simulation.")
+        raise UserError(
+            f"{parent} has no EBM to fine-tune: set finetune.flow_steps, which trains its flow on a simulation."
+        )
     family = build(config.system)
     family.choose(peptide)
     steps, lr = settings.finetune, settings.finetune.lr
@@ -41,8 +48,12 @@ def start_finetuning(parent: Path | str, peptide: str, settings: DictConfig, fol
         config.data.split = steps.split
         config.data.simulation = OmegaConf.merge(family.simulation, config.data.simulation, steps.simulation)
         config.data.simulation.pop("test", None)
-        config.flow = OmegaConf.merge(config.flow, {"start": str(starts["flow"].absolute()), "fit": {"steps": steps.flow_steps, "lr": lr}})
+        config.flow = OmegaConf.merge(
+            config.flow, {"start": str(starts["flow"].absolute()), "fit": {"steps": steps.flow_steps, "lr": lr}}
+        )
         if has_ebm:
-            config.ebm = OmegaConf.merge(config.ebm, {"start": str(starts["ebm"].absolute()), "fit": {"steps": steps.ebm_steps, "lr": lr}})
+            config.ebm = OmegaConf.merge(
+                config.ebm, {"start": str(starts["ebm"].absolute()), "fit": {"steps": steps.ebm_steps, "lr": lr}}
+            )
             config.samples = OmegaConf.merge(config.samples, settings.samples)
     return RunFolder.create(Path(folder or run.path / "finetuned" / peptide), config, config.system.name)

@@ -11,9 +11,10 @@ from boltznce.analysis.plotting import plot_profiles
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
+from boltznce.states import State
 from boltznce.systems.base import System
 
-__all__ = ["reference_difference", "reference_profile", "state_in_words", "write_free_energy"]
+__all__ = ["reference_difference", "reference_profile", "write_free_energy"]
 
 
 def write_free_energy(
@@ -29,43 +30,42 @@ def write_free_energy(
 ) -> str:
     """Write ``metrics.json``, ``report.md``, ``figures/profile.png`` and ``profile.json`` to ``output``; return the table.
 
-    ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where neither says which.
+    ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where
+    neither says which.
     """
-    own_coordinate, own_state = system.state or (None, None)
-    coordinate, state = coordinate or own_coordinate, state or own_state
-    if coordinate is None or state is None:
-        raise UserError(f"{system.name} names no state: give coordinate= (a dihedral such as phi) and state=[low,high] in radians.")
+    own = system.state or (None, None)
+    coordinate, interval = coordinate or own[0], state or own[1]
+    if coordinate is None or interval is None:
+        raise UserError(
+            f"{system.name} names no state: give coordinate= (a dihedral such as phi) and state=[low,high] in radians."
+        )
+    state = State.of((coordinate, interval))
     samples = WeightedSamples.load(samples_folder)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
     limits = system.coordinate_range(coordinate)
     profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
-    reference = system.reference() if (coordinate, state) == (own_coordinate, own_state) else None
-    options = {"state": state, "n_bootstrap": n_bootstrap, "seed": seed}
+    reference = system.reference() if state == own else None
+    options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}
     free_energy = {
-        samples.meta.get("likelihood", "weighted") + " weights": free_energy_difference(angle, samples.log_weights, **options),
+        samples.meta.get("likelihood", "weighted") + " weights": free_energy_difference(
+            angle, samples.log_weights, **options
+        ),
         "unweighted": free_energy_difference(angle, None, **options),
     }
     if reference is not None:
         free_energy["reference"] = reference_difference(reference)
     results = {
         "system": system.name,
-        "state": state_in_words(coordinate, state),
+        "state": state.in_words(),
         "free_energy": free_energy,
         "ess": {"weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)}},
     }
-    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state, angle_name=coordinate, limits=limits)
+    options = {"angle_name": coordinate, "limits": limits}
+    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state.interval, **options)
     write_report(output, results, {"profile": figure})
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
     (output / "profile.json").write_text(json.dumps(columns, indent=1) + "\n")
     return f"{summary_table(results)}\n\nReport: {output / 'report.md'}"
-
-
-def state_in_words(coordinate: str, state: tuple[float, float]) -> str:
-    """For titles: an interval of an angle, or a half line."""
-    low, high = state
-    if np.isinf(high):
-        return f"{coordinate} > {low:g}"
-    return f"{coordinate} < {high:g}" if np.isinf(low) else f"{low:g} < {coordinate} < {high:g} rad"
 
 
 def reference_difference(reference: dict) -> dict:
@@ -78,4 +78,6 @@ def reference_profile(reference: dict | None) -> FreeEnergyProfile | None:
     """The profile of a shipped reference; None without one."""
     if reference is None:
         return None
-    return FreeEnergyProfile(*(np.array(reference["profile"][key], dtype=np.float64) for key in ("phi", "f", "std_error")))
+    return FreeEnergyProfile(
+        *(np.array(reference["profile"][key], dtype=np.float64) for key in ("phi", "f", "std_error"))
+    )

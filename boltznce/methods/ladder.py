@@ -1,4 +1,7 @@
-"""What a run of spline flows at several temperatures adds: draws at each of them, and sections on the ladder and on exact densities."""
+"""What a run of spline flows at several temperatures adds.
+
+Draws at each of them, and sections on the ladder and on exact densities.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +12,8 @@ from omegaconf import OmegaConf
 
 from boltznce.analysis import plotting
 from boltznce.analysis.metrics import held_out_likelihood, torsion_kl_of_halves
-from boltznce.analysis.reweighting import WeightedSamples, normalized_weights
+from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.analysis.weights import normalized_weights
 from boltznce.data.dataset import Dataset
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate
@@ -74,7 +78,9 @@ def marginals(f: Findings) -> Part:
     figures = {}
     for view in f.views:
         if view.periodic:
-            points = {label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()}
+            points = {
+                label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()
+            }
             figures[view.figure.replace("ramachandran", "marginals")] = plotting.plot_marginals(points, view.symbols)
     return Part({}, figures)
 
@@ -146,7 +152,10 @@ def temperatures(f: Findings) -> Part:
 
 
 def _first_half(frames: Dataset) -> np.ndarray:
-    """Mask of one of two independent halves: half of the repeats, or the first half of the time where there is one repeat."""
+    """Mask of one of two independent halves.
+
+    Half of the repeats, or the first half of the time where there is one repeat.
+    """
     repeats = np.unique(frames.repeat)
     if len(repeats) > 1:
         return np.isin(frames.repeat, repeats[: len(repeats) // 2])
@@ -180,7 +189,9 @@ def _settings(work: Workspace) -> dict[str, str]:
     for stage in ("hot", "flow", "annealing"):
         record = work.folder.stages.get(stage)
         if record:
-            steps = sum(step["steps"] for step in record["steps"]) if isinstance(record["steps"], list) else record["steps"]
+            steps = (
+                sum(step["steps"] for step in record["steps"]) if isinstance(record["steps"], list) else record["steps"]
+            )
             settings[f"{stage}, training"] = f"{steps} steps of {config[stage].batch_size}"
     return settings | {"temperatures": ", ".join(f"{t:.4g}" for t in work.models.flows.values())}
 

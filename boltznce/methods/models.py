@@ -1,8 +1,8 @@
 """Interpolant flows and their energy-based models: made from the config, loaded from a run, bound to a molecule, drawn from.
 
-One network serves one molecule or many. What is a molecule's own beside it are its scales, the prior's covariance and the means and
-spreads of the network's inputs: measured on the molecule's own frames (``scales: frames``), or on rough conformers of its structure
-(``scales: conformers``), which a molecule that was never seen has too.
+One network serves one molecule or many. What is a molecule's own beside it are its scales, the prior's covariance and
+the means and spreads of the network's inputs: measured on the molecule's own frames (``scales: frames``), or on rough
+conformers of its structure (``scales: conformers``), which a molecule that was never seen has too.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from boltznce.analysis.reweighting import guard
+from boltznce.analysis.weights import guard
 from boltznce.checkpoint import load_weights
 from boltznce.config import build
 from boltznce.ebm import EnergyBasedModel
@@ -32,7 +32,16 @@ from boltznce.systems.bond_graph import BondGraph
 from boltznce.systems.conformers import random_conformers
 from boltznce.systems.symmetry import mend_chirality
 
-__all__ = ["FlowGenerator", "FlowModels", "Model", "load_models", "load_trained", "make", "solver_settings", "weights_path"]
+__all__ = [
+    "FlowGenerator",
+    "FlowModels",
+    "Model",
+    "load_models",
+    "load_trained",
+    "make",
+    "solver_settings",
+    "weights_path",
+]
 
 MODELS = {"flow": InterpolantFlow, "ebm": EnergyBasedModel}
 N_CONFORMERS = 1024  # rough ones, on which a molecule's scales are measured
@@ -112,19 +121,29 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
     if section.scales not in MOLECULE_SCALES:
         raise UserError(f"Unknown {name}.scales={section.scales}: choose one of {', '.join(MOLECULE_SCALES)}.")
     if section.scales == "frames" and len(members) > 1:
-        raise UserError(f"{name}.scales=frames are those of one molecule, and {system.name} has more: set {name}.scales=conformers.")
+        raise UserError(
+            f"{name}.scales=frames are those of one molecule, and {system.name} has more: set {name}.scales=conformers."
+        )
     n_features = None if first.features is None else first.features.shape[1]
     offered = {"dim": first.dim, "n_features": n_features}
     if len(members) == 1:
         offered |= {"n_atoms": first.n_atoms, "bonds": first.bonds}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = load_published_vector_field(published) if published else build(section.network, kind=nn.Module, offered=offered)
-    bind = getattr(network, "bind", None)  # a network may have weights that are made from what the atoms are; most have none
+        network = (
+            load_published_vector_field(published)
+            if published
+            else build(section.network, kind=nn.Module, offered=offered)
+        )
+    bind = getattr(
+        network, "bind", None
+    )  # a network may have weights that are made from what the atoms are; most have none
     if bind is None:
         compile_forward(network, config.compile)
     elif first.features is None or len(first.features.unique(dim=0)) < first.n_atoms:
-        raise UserError(f"{type(network).__name__} wants all atoms of a molecule told apart: set system.encoding=numbered.")
+        raise UserError(
+            f"{type(network).__name__} wants all atoms of a molecule told apart: set system.encoding=numbered."
+        )
     if section.padded and (bind is not None or settings.get("whiten") or section.scales == "frames"):
         raise UserError(
             f"Padded batches need a network with masks, an isotropic prior and scales=conformers: set {name}.padded=false, "
@@ -146,7 +165,9 @@ def load_trained(module: nn.Module, path: Path) -> nn.Module:
     try:
         module.load_state_dict(load_weights(path)[0])
     except RuntimeError as error:
-        raise UserError(f"The weights in {path} are those of another network or of an older version: train anew.") from error
+        raise UserError(
+            f"The weights in {path} are those of another network or of an older version: train anew."
+        ) from error
     return module.eval()
 
 
@@ -180,7 +201,10 @@ class FlowGenerator:
 
     @property
     def mirrors(self) -> bool:
-        """Whether the flow makes mirror images of a molecule as often as the molecule: its density is then that of both together."""
+        """Whether the flow makes mirror images of a molecule as often as the molecule.
+
+        Its density is then that of both together.
+        """
         return bool(self.system.stereocentres) and self.flow.parity_equivariant
 
     @property
@@ -234,8 +258,9 @@ class FlowGenerator:
     def mend(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
         """Draws (n, atoms, dim) as the molecule: atoms in the topology's order, right bonds and chirality, mirrored where that mends it.
 
-        Returns those that can be had so, which of the given ones they are, (n,) bool, and counts. Reordering exchanges atoms that
-        the network takes for equal, so it changes no density; where it tells them apart, conformers that need it are dropped.
+        Returns those that can be had so, which of the given ones they are, (n,) bool, and counts. Reordering exchanges
+        atoms that the network takes for equal, so it changes no density; where it tells them apart, conformers that
+        need it are dropped.
         """
         if self._bond_graph is None:
             return x, torch.ones(len(x), dtype=torch.bool, device=x.device), {}
@@ -281,6 +306,10 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
     """The trained models of the run in ``folder``. Raises UserError if there is no flow yet."""
     paths = {name: weights_path(folder, name) for name in MODELS if name in config}
     if not paths["flow"].exists():
-        raise UserError(f"The run in {folder} has no trained flow yet: finish it with scripts/train.py resume={folder}.")
-    found = {name: load_trained(make(config, system, name), path).to(device) for name, path in paths.items() if path.exists()}
+        raise UserError(
+            f"The run in {folder} has no trained flow yet: finish it with scripts/train.py resume={folder}."
+        )
+    found = {
+        name: load_trained(make(config, system, name), path).to(device) for name, path in paths.items() if path.exists()
+    }
     return FlowModels(config, found["flow"], found.get("ebm"))

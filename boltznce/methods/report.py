@@ -1,4 +1,7 @@
-"""The last stage: the sections of every system that was tested, what concerns the whole run, and one report of it all."""
+"""The last stage.
+
+The sections of every system that was tested, what concerns the whole run, and one report of it all.
+"""
 
 import csv
 import json
@@ -96,8 +99,13 @@ def merged(into: dict[str, Any], *parts: Mapping[str, Any]) -> dict[str, Any]:
     return into
 
 
-def learning_curves(folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Training and validation losses of logs, name of the log -> {its column: title}. Logs that are not there are left out."""
+def learning_curves(
+    folder: Path, wanted: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Training and validation losses of logs, name of the log -> {its column: title}.
+
+    Logs that are not there are left out.
+    """
     curves = {}
     for name, losses in wanted.items():
         if not (folder / f"{name}.csv").exists():
@@ -147,7 +155,9 @@ def _average(rows: Mapping[str, Mapping]) -> dict[str, float]:
         return distance.mean if isinstance(distance, SampledDistance) else distance
 
     all_rows = list(rows.values())
-    names = [name for name in all_rows[0].get("distances", {}) if all(name in row.get("distances", {}) for row in all_rows)]
+    names = [
+        name for name in all_rows[0].get("distances", {}) if all(name in row.get("distances", {}) for row in all_rows)
+    ]
     return {
         "right_graph": mean([row["made"]["right_graph"] for row in all_rows]),
         "kept": mean([row["made"]["kept"] for row in all_rows]),

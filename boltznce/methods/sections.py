@@ -1,4 +1,7 @@
-"""Sections of a report of one system: each a pure function of `Findings` that returns rows of ``metrics.json``, figures and notes."""
+"""Sections of a report of one system.
+
+Each a pure function of `Findings` that returns rows of ``metrics.json``, figures and notes.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,10 +18,10 @@ from boltznce.analysis.free_energy import (
     free_energy_profile,
     stratum_log_weights,
 )
-from boltznce.analysis.metrics import energy_w2, energy_w2_floor, likelihood_agreement, share_above, w2_floor
+from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agreement, share_above
 from boltznce.analysis.pareto import pareto_k
-from boltznce.analysis.reweighting import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.analysis.tica import tica_projection
+from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.data.dataset import Dataset
 from boltznce.errors import UserError
 from boltznce.methods.findings import Findings
@@ -198,7 +201,7 @@ def distances(f: Findings) -> Part:
         found[view.distance] = {
             "unweighted": view.w2(ours, theirs, **subsets),
             "weighted": view.w2(ours, theirs, f.samples.weights, **subsets),
-            "floor": w2_floor(view.w2, theirs, **subsets),
+            "floor": between_halves(view.w2, theirs, **subsets),
         }
     shares = {
         f.data_name: share_above(energies, f.cut),
@@ -217,7 +220,7 @@ def _energy_distances(f: Findings) -> dict:
         else:
             found[kind] = np.nan
             empty.append(kind)
-    found["floor"] = energy_w2_floor(data, cut=cut)
+    found["floor"] = between_halves(energy_w2, data, cut=cut)
     if empty:
         lowest = energy.min() if "unweighted" in empty else energy[f.samples.weights > 0].min()
         found["missing"] = (
@@ -279,7 +282,10 @@ def _energies(part) -> np.ndarray:
 
 
 def conformers_left_out(f: Findings) -> Part:
-    """Shares of the draws that are the molecule; of what figures leave out by count and by weight, and of the data by weight."""
+    """Shares of the draws that are the molecule.
+
+    Of what figures leave out by count and by weight, and of the data by weight.
+    """
     counts, shares = f.drawn.meta["counts"], f.drawn.weights
     rows = {
         why: {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(shares[mask].sum())}
@@ -291,7 +297,12 @@ def conformers_left_out(f: Findings) -> Part:
             rows[why]["data"] = float(of_data[mask].sum())
     results, drawn = {"excluded": rows, "drawn": counts["drawn"]}, counts["drawn"]
     if "right_graph" in counts:
-        named = {"right_graph": "right_graph", "kept": "right_chirality", "reordered": "reordered", "mirrored": "mirrored"}
+        named = {
+            "right_graph": "right_graph",
+            "kept": "right_chirality",
+            "reordered": "reordered",
+            "mirrored": "mirrored",
+        }
         results["made"] = {name: counts[key] / drawn for name, key in named.items()}
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",) if rows else ()
     return Part(results, {}, notes + f.notes)

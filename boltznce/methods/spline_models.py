@@ -1,4 +1,7 @@
-"""The generator of TA-BG and of its baselines: a spline flow, from the config's section ``generator``; loading trained ones, drawing."""
+"""The generator of TA-BG and of its baselines: a spline flow, from the config's section ``generator``.
+
+Loading trained ones, drawing.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from boltznce.analysis.reweighting import guard
+from boltznce.analysis.weights import guard
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.internal import InternalCoordinates

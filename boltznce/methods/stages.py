@@ -1,6 +1,7 @@
 """The stages that methods share: data, a flow trained on them, its draws, an EBM trained on these; over the members of a system.
 
-A single system is its own only member, with every role. Each stage leaves its result in the run's folder, and a killed one goes on.
+A single system is its own only member, with every role. Each stage leaves its result in the run's folder, and a killed
+one goes on.
 """
 
 import logging
@@ -82,7 +83,10 @@ def train_flow(work: Workspace) -> dict:
 
 
 def draw_training_samples(work: Workspace) -> dict:
-    """What the EBM is trained and validated on: draws of every member to train on, with likelihoods where it regresses onto them."""
+    """What the EBM is trained and validated on.
+
+    Draws of every member to train on, with likelihoods where it regresses onto them.
+    """
     section, counts = work.config.samples, {}
     for name, n in (("train", section.n_train), ("validation", section.n_validation)):
         for member in work.system.members("train"):
@@ -100,10 +104,15 @@ def draw_training_samples(work: Workspace) -> dict:
 
 
 def train_ebm(work: Workspace) -> dict:
-    """Fit the EBM to the flow's draws: score matching and NCE, and regression of E(x, 0) onto their likelihoods if asked for."""
+    """Fit the EBM to the flow's draws.
+
+    Score matching and NCE, and regression of E(x, 0) onto their likelihoods if asked for.
+    """
     section, model = work.config.ebm, _begun(work, "ebm")
     if section.padded and section.regression_weight:
-        raise UserError("The regression needs batches of one molecule: set ebm.padded=false or ebm.regression_weight=0.")
+        raise UserError(
+            "The regression needs batches of one molecule: set ebm.padded=false or ebm.regression_weight=0."
+        )
     if not section.fit.steps:
         return _as_it_begins(work, "ebm", model)
     train, validation = (
@@ -169,7 +178,10 @@ def _as_it_begins(work: Workspace, name: str, model: nn.Module) -> dict:
 
 
 def _frames_to_train_on(work: Workspace) -> tuple[dict, dict, dict, list[str]]:
-    """Balanced frames of each member: to train on, held out, of members to validate with; and whose state was never seen."""
+    """Balanced frames of each member: to train on, held out, of members to validate with.
+
+    And whose state was never seen.
+    """
     section, system = work.config.flow, work.system
     train, held_out, unseen, unbalanced = {}, {}, {}, []
     for member in system.members("train"):
@@ -181,7 +193,10 @@ def _frames_to_train_on(work: Workspace) -> tuple[dict, dict, dict, list[str]]:
         held_out[member] = _balanced(section, member, second, section.n_validation, rng).to(work.device)
     for member in system.members("validation"):
         if member not in train:
-            frames, rng = work.frames(member).split(**work.config.data.split)[0], work.numpy_generator("balance", member)
+            frames, rng = (
+                work.frames(member).split(**work.config.data.split)[0],
+                work.numpy_generator("balance", member),
+            )
             unseen[member] = _balanced(section, member, frames, section.n_validation, rng).to(work.device)
     if unbalanced:
         log.warning("The data of %s never are in the state: trained on as they are.", ", ".join(unbalanced))
@@ -196,7 +211,10 @@ def _has_state(section: DictConfig, member: System, frames: Dataset) -> bool:
 
 
 def _balanced(section: DictConfig, member: System, frames: Dataset, n: int, rng: np.random.Generator) -> Tensor:
-    """``n`` frames (n, atoms, dim) in which the rare state is as frequent as ``section.balance`` says (null: as it is)."""
+    """``n`` frames (n, atoms, dim) in which the rare state is as frequent as ``section.balance`` says (null.
+
+    As it is).
+    """
     if not section.balance or member.state is None or not _has_state(section, member, frames):
         index = boltzmann_indices(frames.log_weights, n, rng)
     else:

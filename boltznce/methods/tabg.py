@@ -1,7 +1,8 @@
 """TA-BG (arXiv 2501.19077): a spline flow on internal coordinates, trained on the energy alone at high temperature, then annealed.
 
-Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on. With a ladder of
-no steps (``annealing.n_steps=0``) it is the paper's baseline: reverse KL at the system's own temperature, which loses modes.
+Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
+With a ladder of no steps (``annealing.n_steps=0``) it is the paper's baseline: reverse KL at the system's own
+temperature, which loses modes.
 """
 
 import json
@@ -42,8 +43,9 @@ __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 def train_hot(work: Workspace) -> dict:
     """An untrained flow at the highest temperature, where no modes are separated.
 
-    ``hot.objective`` says how: the paper's ``reverse_kl``, ``log_variance``, or ``path_kl``. A flow whose first draws all clash, as those
-    of larger molecules do, gets no useful gradient from their energies, cut or not; log-variance ranks the draws, and gets out.
+    ``hot.objective`` says how: the paper's ``reverse_kl``, ``log_variance``, or ``path_kl``. A flow whose first draws
+    all clash, as those of larger molecules do, gets no useful gradient from their energies, cut or not; log-variance
+    ranks the draws, and gets out.
     """
     section = work.config.hot
     _chosen(OBJECTIVES, "annealing", work.config.annealing)  # a wrong one is told before any long work
@@ -55,9 +57,9 @@ def train_hot(work: Workspace) -> dict:
 def anneal(work: Workspace) -> dict:
     """Down the ladder: each stage draws from the flow so far, weights to the next temperature, and trains.
 
-    ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights; ``log_variance``
-    on fresh draws in every step, or ``path_kl``, by the energy's gradient at these. A finished stage is
-    ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
+    ``annealing.objective`` says on what: the paper's ``forward_kl`` on those draws, resampled by their clipped weights;
+    ``log_variance`` on fresh draws in every step, or ``path_kl``, by the energy's gradient at these. A finished stage
+    is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
     objective = _chosen(OBJECTIVES, "annealing", section)
@@ -114,7 +116,10 @@ def _reverse_kl_loss(section: DictConfig, system: System) -> Loss:
 
 
 def _log_variance_loss(section: DictConfig, system: System) -> Loss:
-    """On the flow's own draws in each step: on draws made before, it would move to where none of them are and nothing holds it."""
+    """On the flow's own draws in each step.
+
+    On draws made before, it would move to where none of them are and nothing holds it.
+    """
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, log_q = flow.sample_with_fixed_log_prob(section.batch_size, generator)

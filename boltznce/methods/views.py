@@ -34,9 +34,7 @@ class View(Protocol):
     def points(self, positions: np.ndarray) -> np.ndarray:
         """(n, 2) of positions (n, atoms, dim)."""
 
-    def w2(
-        self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options
-    ) -> SampledDistance:
+    def w2(self, points1: np.ndarray, points2: np.ndarray, w1: np.ndarray | None = None, **options) -> SampledDistance:
         """Wasserstein-2 distance of two sets of points, the first one weighted."""
 
     def draw(self, panels: Mapping[str, PointsAndWeights], **options) -> Figure:
@@ -83,7 +81,10 @@ class PlaneView:
 
 
 def views_of(system: System) -> list[View]:
-    """The plane for a particle in it; of a molecule every residue that has a φ and a ψ, from the N-terminus. May be empty."""
+    """The plane for a particle in it; of a molecule every residue that has a φ and a ψ, from the N-terminus.
+
+    May be empty.
+    """
     if system.box is not None:
         return [PlaneView(system)]
     numbers = range(1, 1 + len(system.dihedrals))

@@ -41,8 +41,8 @@ def make_fabric(device: str, precision: str = "32-true") -> "Fabric":
 class Workspace:
     """Handed from stage to stage.
 
-    What is made for one member of the system (its frames, draws, random numbers) goes by ``what``, in words, and the member's
-    label, which is empty where the system is its only member.
+    What is made for one member of the system (its frames, draws, random numbers) goes by ``what``, in words, and the
+    member's label, which is empty where the system is its only member.
     """
 
     folder: RunFolder
@@ -57,7 +57,10 @@ class Workspace:
 
     @cached_property
     def models(self) -> Models:
-        """The trained models as far as the run has come. Raises UserError where there is nothing to draw from, or nothing yet."""
+        """The trained models as far as the run has come.
+
+        Raises UserError where there is nothing to draw from, or nothing yet.
+        """
         method = locate(self.config.method._target_)
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
@@ -71,16 +74,26 @@ class Workspace:
         return load_data(self.system, member, Path(self.config.data.folder))
 
     def unseen_frames(self, member: System) -> Dataset:
-        """Those that no flow of this run was trained on: the test part of what it was trained on, all of any other member's."""
+        """Those that no flow of this run was trained on.
+
+        The test part of what it was trained on, all of any other member's.
+        """
         frames, trained = self.frames(member), self.folder.stages.get("flow", {}).get("steps", 0)
-        return frames.split(**self.config.data.split)[2] if trained and member in self.system.members("train") else frames
+        return (
+            frames.split(**self.config.data.split)[2] if trained and member in self.system.members("train") else frames
+        )
 
     def samples(self, what: str, member: System) -> Path:
         """The folder of a member's samples."""
         return self.folder.path / "samples" / what / self.system.label(member)
 
-    def fit(self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any) -> dict:
-        """Train ``module`` by the settings of ``config.<name>.fit``, or by those given; returns what the run's record keeps of it."""
+    def fit(
+        self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any
+    ) -> dict:
+        """Train ``module`` by the settings of ``config.<name>.fit``, or by those given.
+
+        Returns what the run's record keeps of it.
+        """
         result = fit(
             module,
             loss,
