@@ -1,4 +1,4 @@
-"""What a batch of unlike molecules is besides positions: atom features, which atoms are real, and which molecule each row is."""
+"""What a batch of unlike molecules is besides positions: features, which atoms are real, which molecule each row is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ __all__ = ["Molecules"]
 class Molecules:
     """A padded batch; positions (batch, n, dim) beside it are zero on padded atoms.
 
-    features: (batch, n, F), zero on padded atoms. mask: (batch, n) bool, true for real atoms. index: (batch,) int64, equal for rows that
-    are the same molecule: only these are paired by optimal transport.
+    features: (batch, n, F), zero on padded atoms. mask: (batch, n) bool, true for real atoms. index: (batch,) int64,
+    equal for rows that are the same molecule: only these are paired by optimal transport.
     """
 
     features: Tensor
@@ -25,29 +25,20 @@ class Molecules:
 
     @classmethod
     def stack(cls, features: Sequence[Tensor], index: Sequence[int], n_atoms: int | None = None) -> "Molecules":
-        """A row for each of ``index``, places in the list of all molecules' ``features`` (n_k, F), padded to ``n_atoms`` or the largest."""
+        """A row for each of ``index``, places in the list of ``features`` (n_k, F), padded to ``n_atoms``."""
         sizes = [len(features[k]) for k in index]
         n_atoms = n_atoms or max(sizes)
         if max(sizes) > n_atoms:
             raise UserError(f"A molecule of {max(sizes)} atoms cannot be padded to {n_atoms}: raise n_atoms.")
         known = {k: pad(features[k], n_atoms) for k in set(index)}
         mask = torch.arange(n_atoms) < torch.tensor(sizes).unsqueeze(-1)
-        return cls(torch.stack([known[k] for k in index]), mask.to(known[index[0]].device), torch.tensor(index).to(known[index[0]].device))
+        stacked = torch.stack([known[k] for k in index])
+        return cls(stacked, mask.to(stacked.device), torch.tensor(index, device=stacked.device))
 
     @property
     def n_atoms(self) -> Tensor:
         """Real atoms (batch,)."""
         return self.mask.sum(dim=1)
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def __getitem__(self, rows: slice | Tensor) -> "Molecules":
-        return Molecules(self.features[rows], self.mask[rows], self.index[rows])
-
-    def repeat(self, n: int) -> "Molecules":
-        """The whole batch n times over."""
-        return Molecules(self.features.repeat(n, 1, 1), self.mask.repeat(n, 1), self.index.repeat(n))
 
     def to(self, device: torch.device | str) -> "Molecules":
         """The same on another device."""

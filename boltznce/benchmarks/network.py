@@ -97,7 +97,7 @@ def _calls(network: nn.Module, is_energy: bool, largest: int, generator: torch.G
 
     def step(x: torch.Tensor, molecules: Molecules) -> None:
         network.zero_grad()
-        loss = model.loss(x, generator, molecules)
+        loss = model.on(molecules).loss(x, generator)
         (loss["loss"] if is_energy else loss).backward()
 
     return dict(zip(KINDS, (forward, step), strict=True))

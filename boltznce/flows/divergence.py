@@ -1,8 +1,9 @@
 """Divergence of a velocity field: exactly by forward-mode derivatives along a basis, or estimated with random probes.
 
-Along signs in an orthonormal basis U a probe is unbiased for any U, and its variance is 2 Σ_{i≠j} S_ij², S the symmetric part of
-UᵀJU: it vanishes in S's own eigenbasis. Near the data a flow compresses what is stiff, so the eigenvectors of the molecule's stiffness
-come close: on alanine dipeptide they leave less than half the variance of Cartesian signs, for a few eigendecompositions a path.
+Along signs in an orthonormal basis U a probe is unbiased for any U, and its variance is 2 Σ_{i≠j} S_ij², S the
+symmetric part of UᵀJU: it vanishes in S's own eigenbasis. Near the data a flow compresses what is stiff, so the
+eigenvectors of the molecule's stiffness come close: on alanine dipeptide they leave less than half the variance of
+Cartesian signs, for a few eigendecompositions a path.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,7 @@ Field = Callable[[Tensor], Tensor]
 
 
 def exact_divergence(field: Field, x: Tensor, basis: Tensor, directions_at_once: int = 64) -> tuple[Tensor, Tensor]:
-    """Velocity (batch, n, dim) and its trace of the Jacobian (batch,) over the orthonormal ``basis`` (d, n, dim), or (d, batch, n, dim).
-
-    A molecule with a smaller space than others of its batch has zeros in place of the directions that it lacks.
-    """
+    """Velocity (batch, n, dim) and its trace of the Jacobian (batch,) over the orthonormal ``basis`` (d, n, dim)."""
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
         tangent = direction.expand_as(x)
@@ -34,7 +32,7 @@ def exact_divergence(field: Field, x: Tensor, basis: Tensor, directions_at_once:
 
 
 def hutchinson_divergence(field: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """Velocity and the mean of εᵀ(∂v/∂x)ε over ``probes`` (m, batch, n, dim): unbiased for the divergence if E[ε εᵀ] = 1."""
+    """Velocity and the mean of εᵀ(∂v/∂x)ε over ``probes`` (m, batch, n, dim): unbiased if E[ε εᵀ] = 1."""
 
     def along(probe: Tensor) -> tuple[Tensor, Tensor]:
         v, jv = torch.func.jvp(field, (x,), (probe,))
@@ -52,12 +50,11 @@ def rademacher(shape: tuple[int, ...], generator: torch.Generator | None, like: 
 
 
 class Probes:
-    """Random probes (m, batch, n, dim) for the points of a path: E[ε εᵀ] = 1 on the space that ``basis`` (d, n, dim) spans.
+    """Random probes (m, batch, n, dim) for points of a path: E[ε εᵀ] = 1 on the space that ``basis`` (d, n, dim) spans.
 
-    A basis of its own for each molecule of the batch is (d, batch, n, dim), with zeros for directions that a molecule lacks.
-
-    They are signs along ``basis``, or, where ``gradients(x)`` (batch, K, n, dim) is given, along the eigenvectors of Σ_k ∇z_k ∇z_kᵀ on
-    that space, recomputed at every ``refresh``-th point. With ``fixed`` all points get the probes of the first.
+    They are signs along ``basis``, or, where ``gradients(x)`` (batch, K, n, dim) is given, along the eigenvectors of
+    Σ_k ∇z_k ∇z_kᵀ on that space, recomputed at every ``refresh``-th point. With ``fixed`` all points get the probes of
+    the first.
     """
 
     def __init__(
@@ -70,9 +67,9 @@ class Probes:
         fixed: bool = False,
         refresh: int = 8,
     ) -> None:
-        self.n_probes, self.generator, self.gradients, self.fixed, self.refresh = n_probes, generator, gradients, fixed, refresh
-        self.shape = basis.shape[-2:]
-        self.basis = basis.flatten(1) if basis.dim() == 3 else basis.flatten(2).transpose(0, 1)
+        self.n_probes, self.generator, self.gradients = n_probes, generator, gradients
+        self.fixed, self.refresh = fixed, refresh
+        self.shape, self.basis = basis.shape[1:], basis.flatten(1)
         self.axes, self.n_calls, self.probes = self.basis, 0, None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ class Probes:
         if self.probes is None or not self.fixed:
             if self.gradients is not None and self.n_calls % self.refresh == 0:
                 self.axes = self._eigenvectors(x)
-            signs = rademacher((self.n_probes, len(x), self.basis.shape[-2]), self.generator, x)
+            signs = rademacher((self.n_probes, len(x), len(self.basis)), self.generator, x)
             along = signs @ self.axes if self.axes.dim() == 2 else torch.einsum("mbk,bkj->mbj", signs, self.axes)
             self.probes = along.unflatten(-1, self.shape)
             self.n_calls += 1

@@ -1,4 +1,4 @@
-"""Schedules of stochastic interpolants x_t = α(t) x_0 + σ(t) x_1 and the conversions between velocity, score and endpoint.
+"""Schedules of stochastic interpolants x_t = α(t) x_0 + σ(t) x_1 and the velocity of an endpoint.
 
 t = 0 is data, t = 1 is the prior (BoltzNCE, arXiv 2507.00846, section 2; Albergo et al. 2023, arXiv 2303.08797).
 """
@@ -52,20 +52,6 @@ class Interpolant(ABC):
         t = _as_column(t)
         rate = self.d_sigma(t) / self.sigma(t)
         return rate * x + (self.d_alpha(t) - self.alpha(t) * rate) * x0
-
-    def endpoint_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Expected data point E[x_0 | x_t = x] of a velocity; finite at every t."""
-        t = _as_column(t)
-        return (self.d_sigma(t) * x - self.sigma(t) * v) / self.wronskian(t)
-
-    def noise_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Expected prior point E[x_1 | x_t = x] of a velocity; equal to -σ times the score."""
-        t = _as_column(t)
-        return (self.alpha(t) * v - self.d_alpha(t) * x) / self.wronskian(t)
-
-    def score_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """∇ log p_t(x) = -(α v - α' x) / (σ (α σ' - α' σ)); singular at t = 0."""
-        return -self.noise_from_velocity(x, v, t) / self.sigma(_as_column(t))
 
     def endpoint_error_factor(self, t: Tensor) -> Tensor:
         """|α' σ - α σ'| / σ: an error of the endpoint times this is the error of the velocity."""

@@ -3,13 +3,13 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["GaussianPrior", "masked_subspace_basis", "mean_free", "subspace_basis"]
+__all__ = ["GaussianPrior", "mean_free", "subspace_basis"]
 
 
 def mean_free(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``x`` (..., n, dim) with the mean over its particles removed; with ``mask`` (..., n) that of the real ones, the others zero."""
+    """``x`` (..., n, dim) less its mean over particles; with ``mask`` (..., n) over the real ones, the others zero."""
     if mask is None:
         return x - x.mean(dim=-2, keepdim=True)
     real = mask.to(x).unsqueeze(-1)
@@ -17,7 +17,7 @@ def mean_free(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def subspace_basis(n: int, dim: int, centred: bool) -> Tensor:
-    """Orthonormal basis (d, n, dim), float64, of the space on which the density lives: d = dim (n - 1) if ``centred``, else dim n."""
+    """Orthonormal basis (d, n, dim), float64, of the space of a density: d = dim (n - 1) if ``centred``, else dim n."""
     if not centred:
         return torch.eye(n * dim, dtype=torch.float64).reshape(-1, n, dim)
     # Helmert vectors: row k contrasts particle k with the mean of those before it
@@ -28,49 +28,36 @@ def subspace_basis(n: int, dim: int, centred: bool) -> Tensor:
     return torch.einsum("kn,de->kdne", rows, torch.eye(dim, dtype=torch.float64)).reshape(-1, n, dim)
 
 
-def masked_subspace_basis(mask: Tensor, dim: int, centred: bool) -> Tensor:
-    """`subspace_basis` of the real atoms of each row of ``mask`` (batch, n): (d, batch, n, dim), d the largest, zero beyond a row's own."""
-    sizes = mask.sum(dim=1).tolist()
-    bases = {size: subspace_basis(size, dim, centred).to(mask.device) for size in set(sizes)}
-    result = torch.zeros(max(map(len, bases.values())), *mask.shape, dim, dtype=torch.float64, device=mask.device)
-    for row, size in enumerate(sizes):
-        result[: len(bases[size]), row, mask[row]] = bases[size]
-    return result
+class GaussianPrior(nn.Module):
+    """Standard normal in scaled units on R^(n·dim), or where ``centred`` on its mean-free subspace.
 
-
-class GaussianPrior:
-    """Standard normal in scaled units on R^(n·dim), or on its mean-free subspace of dimension d = dim (n - 1).
-
-    Every method takes a ``mask`` (batch, n) for padded molecules: each then has the prior of its own real atoms, and zeros elsewhere.
+    ``mask`` (batch, n): padded molecules; each row has the prior of its own real atoms, and zeros elsewhere.
     """
 
-    def __init__(self, n: int, dim: int, centred: bool) -> None:
+    def __init__(self, n: int, dim: int, centred: bool, mask: Tensor | None = None) -> None:
+        super().__init__()
         self.n, self.dim, self.centred = n, dim, centred
-        self.dimension = dim * (n - 1) if centred else dim * n
+        self.register_buffer("mask", mask, persistent=False)
 
-    def project(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    @property
+    def dimensions(self) -> int | Tensor:
+        """d, one number, or of padded molecules one a row: (batch,)."""
+        return self.dim * ((self.n if self.mask is None else self.mask.sum(dim=1)) - int(self.centred))
+
+    def project(self, x: Tensor) -> Tensor:
         """``x`` (batch, n, dim) projected on the space of the prior."""
         if self.centred:
-            return mean_free(x, mask)
-        return x if mask is None else x * mask.to(x).unsqueeze(-1)
+            return mean_free(x, self.mask)
+        return x if self.mask is None else x * self.mask.to(x).unsqueeze(-1)
 
-    def noise_like(self, x: Tensor, generator: torch.Generator | None, mask: Tensor | None = None) -> Tensor:
+    def noise_like(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Standard normal noise of the shape, dtype and device of ``x``, projected."""
-        return self.project(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device), mask)
+        return self.project(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
 
-    def sample(
-        self, n_samples: int, generator: torch.Generator | None, *, mask: Tensor | None = None, device=None, dtype=torch.float32
-    ) -> Tensor:
+    def sample(self, n_samples: int, generator: torch.Generator | None, *, device=None, dtype=torch.float32) -> Tensor:
         """(n_samples, n, dim)."""
-        n = self.n if mask is None else mask.shape[1]
-        return self.noise_like(torch.empty(n_samples, n, self.dim, device=device, dtype=dtype), generator, mask)
+        return self.noise_like(torch.empty(n_samples, self.n, self.dim, device=device, dtype=dtype), generator)
 
-    def dimensions(self, mask: Tensor | None = None) -> int | Tensor:
-        """d, one number or, with ``mask``, one a row: (batch,)."""
-        if mask is None:
-            return self.dimension
-        return self.dim * (mask.sum(dim=1) - int(self.centred))
-
-    def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor) -> Tensor:
         """Normalized log-density (batch,), float64, on the prior's own space."""
-        return -0.5 * x.double().square().sum(dim=(-2, -1)) - 0.5 * self.dimensions(mask) * math.log(2 * math.pi)
+        return -0.5 * x.double().square().sum(dim=(-2, -1)) - 0.5 * self.dimensions * math.log(2 * math.pi)
