@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +43,7 @@ def train(folder: RunFolder) -> str:
     """
     config = folder.config
     set_threads(config.threads)
-    method = locate(config.method._target_)
+    method = locate(config.method._target_, ModuleType)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
     *_, last = method.STAGES
@@ -60,7 +61,7 @@ class Run:
         self.folder = RunFolder.open(Path(path))
         self.config = self.folder.config
         self._work = Workspace(self.folder, self.config, make_fabric(device))
-        locate(self.config.method._target_)
+        locate(self.config.method._target_, ModuleType)
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{name}{'' if self.folder.stage_done(name) else ' (begun)'}" for name in self.folder.stages)

@@ -34,7 +34,7 @@ def evaluate(work: Workspace) -> dict:
     """
     tests = work.system.members("test")
     return {
-        "seconds": {member.name: _evaluate(work, member) for member in tqdm(tests, desc="evaluation", unit="system")}
+        "per_sample": {member.name: _evaluate(work, member) for member in tqdm(tests, desc="evaluation", unit="system")}
     }
 
 

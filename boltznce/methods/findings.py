@@ -3,6 +3,7 @@
 Its draws, data and exact likelihoods, loaded, filtered and weighed once.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,7 +161,7 @@ def gather(work: Workspace, member: System) -> Findings:
         _exact_subset(work.samples("exact_uniform", member)),
         _exact_subset(work.samples("exact_weights", member)),
         system.reference(),
-        work.folder.stages["evaluation"]["seconds"][member.name],
+        work.folder.stages["evaluation"]["per_sample"][member.name],
         work.config.evaluation,
         work.config.seed,
         generator.notes,
@@ -176,7 +177,7 @@ def _exact_subset(folder: Path) -> ExactSubset | None:
 
 def _data(work: Workspace, member: System, system: System) -> Data | None:
     """Frames that the flow was not trained on, exact draws where they can be had, or None where there is nothing."""
-    n = work.config.evaluation.n_reference
+    n = work.config.evaluation.n_reference or sys.maxsize
     if work.frames_exist(member):
         whole, frames = work.frames(member), work.unseen_frames(member)
         if whole.meta.get("settings", {}).get("temperature", system.temperature) != system.temperature:

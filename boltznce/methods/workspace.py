@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Workspace:
 
         Raises UserError where there is nothing to draw from, or nothing yet.
         """
-        method = locate(self.config.method._target_)
+        method = locate(self.config.method._target_, ModuleType)
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
     def frames_exist(self, member: System) -> bool:
