@@ -1,59 +1,86 @@
 """What the scripts share: Hydra's command line, a default budget, and a user's mistake told in one sentence."""
 
+import contextlib
+import itertools
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from boltznce.config import compose, config_dir, fit_budget, offer_sequences
+from boltznce.config import available, compose, config_dir, explain, normalize, quoted, unquoted
 from boltznce.errors import UserError
 
 __all__ = ["launch"]
 
+MULTIRUN = ("-m", "--multirun")
+SETTINGS = (HydraException, MissingMandatoryValue, InterpolationToMissingValueError)
+FOLDERS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 def launch(config_name: str, main: Callable[[DictConfig], None], home: str | None = None) -> None:
-    """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``; a `UserError` ends with its message and status 2.
+    """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``.
 
+    A mistake in the settings, a folder that cannot be made and a `UserError` end with one sentence and status 2.
     ``home`` names an override such as ``resume`` or ``run`` whose value is a run folder: log files then go there.
     """
-    overrides = sys.argv[1:]
-    try:
-        given = _values(overrides)
-        if config_name == "train" and not {"budget", "experiment"} & given.keys():
-            overrides = [*overrides, f"budget={'paper' if torch.cuda.is_available() else 'cpu'}"]
-        if config_name == "train":
-            overrides = fit_budget(overrides)
-        if home in given and "hydra.run.dir" not in given:
-            if not Path(given[home]).is_dir():
-                raise UserError(f"There is no run folder {given[home]}: give {home}= the folder of a run that train.py has started.")
-            overrides = [*overrides, f"hydra.run.dir='{given[home]}'"]
-        offer_sequences(overrides)
-        if not any(word.startswith("-") for word in overrides):
-            compose(config_name, overrides)  # mistakes in the settings, told before anything starts
-    except UserError as error:
-        sys.exit(_tell(error))
-    sys.argv[1:] = overrides
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a trace of its own
 
-    def guarded(config: DictConfig) -> None:
-        try:
+    def told(config: DictConfig) -> None:
+        with _mistakes_told():
             main(config)
-        except UserError as error:
-            logging.getLogger("boltznce").debug("", exc_info=True)
-            sys.exit(_tell(error))
 
-    guarded.__module__ = main.__module__
-    hydra.main(version_base=None, config_path=str(config_dir()), config_name=config_name)(guarded)()
-
-
-def _values(overrides: Sequence[str]) -> dict[str, str]:
-    """The overrides ``key=value`` of the command line."""
-    return dict(word.split("=", 1) for word in overrides if "=" in word and not word.startswith("-"))
+    told.__module__ = main.__module__
+    with _mistakes_told():
+        sys.argv[1:] = _prepared(config_name, sys.argv[1:], home)
+        hydra.main(version_base=None, config_path=str(config_dir()), config_name=config_name)(told)()
 
 
-def _tell(error: UserError) -> int:
-    print(f"Error: {error}", file=sys.stderr)
-    return 2
+@contextlib.contextmanager
+def _mistakes_told() -> Iterator[None]:
+    try:
+        yield
+    except (UserError, *SETTINGS, *FOLDERS) as error:
+        logging.getLogger("boltznce").debug("", exc_info=True)
+        if isinstance(error, SETTINGS):
+            error = explain(error, sys.argv[1:])
+        elif isinstance(error, FOLDERS):
+            error = f"{error.filename}: {error.strerror}. Choose another folder, with data_dir= or hydra.run.dir=."
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> list[str]:
+    """The command line for Hydra; raises UserError or Hydra's own for a sweep that has a mistake in any member."""
+    default_budget = "paper" if torch.cuda.is_available() else "cpu"
+    words = normalize(overrides, default_budget if config_name == "train" else None)
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if home in given and "hydra.run.dir" not in given:
+        folder = unquoted(given[home])
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"There is no run folder {folder}: give {home}= the folder of a run that train.py has started."
+            )
+        words.append(f"hydra.run.dir={quoted(folder)}")
+    if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
+        for member in _members([word for word in words if word not in MULTIRUN]):
+            compose(config_name, member)
+    return words
+
+
+def _members(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """A sweep's members, as far as they differ in a choice of configs: of other values the first."""
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        each = [override.input_line]
+        if override.is_discrete_sweep():
+            each = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        choices.append(each if available(override.key_or_group) else each[:1])
+    return itertools.product(*choices)

@@ -1,25 +1,41 @@
-"""Names to settings to objects: where the configs are, what they offer, and how a system comes out of one."""
+"""Names to settings to objects: where the configs are, what they offer, and what comes out of one."""
 
 import importlib
 import inspect
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from torch import nn
 
 from boltznce.errors import UserError
 from boltznce.systems.base import System
+from boltznce.systems.family import PeptideFamily
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
 
-__all__ = ["available", "build", "compose", "config_dir", "explain", "fit_budget", "load_system", "offer_sequences"]
+__all__ = [
+    "available",
+    "build",
+    "compose",
+    "config_dir",
+    "explain",
+    "load_system",
+    "locate",
+    "normalize",
+    "quoted",
+    "unquoted",
+]
 
-
-FAMILY_METHODS = {"tbg": "tbg", "boltznce": "boltznce_transfer"}  # what a method is called where the system is a family of molecules
+PATHS = ("resume", "run", "output")  # overrides that are the path of one folder
+SYSTEMS = (System, PeptideFamily)
 
 
 def config_dir() -> Path:
@@ -30,172 +46,215 @@ def config_dir() -> Path:
 
 
 def available(group: str = "") -> list[str]:
-    """Names of the configs in a group such as ``system``; those at the top by default."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    """Names of the configs in a group such as ``system``; those at the top by default.
 
-
-def load_system(name: str | Path, /, **overrides: Any) -> System:
-    """A system by its name in ``configs/system``, by the path of such a YAML file, or a peptide by its sequence; keywords replace settings.
-
-    ``AK`` is a peptide with charged ends, ``ACE-AAA-NME`` a capped one (see `boltznce.systems.peptides.build_peptide`). Both have the
-    settings of ``configs/system/sequence/default.yaml``: amber14 with OBC1 implicit solvent at 310 K.
-
-    Raises UserError for a name that does not exist, a sequence that cannot be built and settings that the system does not have.
+    >>> available("budget"), "tabg/aldp" in available("experiment")
+    (['cpu', 'long', 'paper', 'smoke'], True)
     """
-    shipped = config_dir() / "system" / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return build(OmegaConf.load(path), **overrides)
-    if looks_like_sequence(str(name)):
-        return build(_sequence_config(str(name)), **overrides)
-    raise UserError(
-        f"Unknown system {str(name)!r}: choose one of {', '.join(available('system'))}, "
-        "or give the path of a system's YAML file or the sequence of a peptide, as AK or ACE-AAA-NME."
+    folder = config_dir() / group
+    names = [folder.glob("*.yaml"), folder.glob("*/*.yaml")]
+    return next(
+        filter(None, (sorted(p.relative_to(folder).with_suffix("").as_posix() for p in paths) for paths in names)), []
     )
 
 
-def offer_sequences(overrides: Sequence[str]) -> None:
-    """Make ``system=AK`` a choice of Hydra's, as if it had a file in ``configs/system``; raises UserError for what cannot be built."""
-    for word in overrides:
-        key, _, names = word.partition("=")
-        for name in names.split(",") if key == "system" else ():
-            if looks_like_sequence(name) and name not in available("system"):
-                ConfigStore.instance().store(group="system", name=name, node=_sequence_config(name))
+def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily:
+    """A system by its name in ``configs/system``, by the path of such a YAML file, or a peptide by its sequence.
+
+    ``AK`` is a peptide with charged ends, ``ACE-AAA-NME`` a capped one (see `boltznce.systems.peptides.build_peptide`).
+    Both have the settings of ``configs/system/sequence/default.yaml``: amber14 with OBC1 implicit solvent at 310 K.
+    Keywords replace settings:
+
+    >>> load_system("gaussians8", std=0.2).temperature
+    1.0
+    >>> load_system("AK").n_atoms
+    33
+
+    Raises UserError for names and settings that do not exist, and for a sequence that cannot be built.
+    """
+    settings = _own_system(str(name)) if str(name) not in available("system") else None
+    if settings is None:
+        path = config_dir() / "system" / f"{name}.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"Unknown system {str(name)!r}: choose one of {', '.join(available('system'))}, "
+                "or give the path of a system's YAML file or the sequence of a peptide, as AK or ACE-AAA-NME."
+            )
+        settings = OmegaConf.load(path)
+    settings.pop("defaults", None)  # its kind, which the settings of a training depend on
+    return build(settings, SYSTEMS, **overrides)
 
 
-def _sequence_config(sequence: str) -> DictConfig:
+def _own_system(name: str) -> DictConfig | None:
+    """Settings of a system that is not in ``configs``: those of a file, or of a peptide by its sequence; else None.
+
+    Raises UserError for a sequence that cannot be built.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return OmegaConf.load(path)
+    if not looks_like_sequence(name):
+        return None
     try:
-        parse_sequence(sequence)
+        parse_sequence(name)
     except UserError as error:
-        raise UserError(f"Unknown system {sequence!r}: {error} Systems that have a name are {', '.join(available('system'))}.") from None
-    config = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
-    config.structure = sequence
-    return config
+        systems = ", ".join(available("system"))
+        raise UserError(f"Unknown system {name!r}: {error} Systems that have a name are {systems}.") from None
+    settings = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
+    settings.structure = name
+    return settings
 
 
-def fit_budget(overrides: Sequence[str]) -> list[str]:
-    """Overrides of ``train`` with the budget that fits method and system: ``budget=cpu`` may become ``budget=plane/cpu``.
+def locate(path: str, kind: type | tuple[type, ...]) -> Any:
+    """What a Python path such as ``boltznce.networks.gvp.GVPEnergy`` names, imported but not called.
 
-    A folder ``configs/budget/<method>`` has the budgets of a method, its ``plane`` those for systems in the plane; ``configs/budget``
-    itself has those of BoltzNCE, ``configs/budget/plane`` for the plane; ``configs/budget/transfer`` those for families of molecules, for
-    which ``method=boltznce`` becomes ``boltznce_transfer``. Where a folder has one of the system's name, as
-    ``configs/budget/tabg/hexapeptide``, its files come first. An experiment without a budget on the command line keeps its own.
+    It must be a subclass of ``kind``, or, where that is ``ModuleType``, the module of a method, which has ``STAGES``.
 
-    Raises UserError for a method that is not for the system.
+    >>> locate("subprocess.getoutput", nn.Module)
+    Traceback (most recent call last):
+    boltznce.errors.UserError: _target_=subprocess.getoutput is not a Module, and nothing else is made from a config.
+
+    Raises UserError for anything else, and for what does not exist.
     """
-    overrides = _fit_method(overrides)
-    folder = _budget_folder(overrides)
-    if folder is None:
-        return list(overrides)
-    given = [word.partition("=")[0] for word in overrides]
-    words = list(overrides) if "budget" in given or "experiment" in given else [*overrides, "budget=cpu"]
-    for i, word in enumerate(words):
-        key, _, names = word.partition("=")
-        if key == "budget":
-            folders = [f"{folder}/{_chosen('system', overrides)}", folder]
-            words[i] = "budget=" + ",".join(_fitting(name, folders) for name in names.split(","))
-    return words
+    module, _, name = path.rpartition(".")
+    try:
+        found = importlib.import_module(path) if kind is ModuleType else getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_={path} cannot be imported: {error}.") from error
+    fits = "STAGES" in vars(found) if kind is ModuleType else isinstance(found, type) and issubclass(found, kind)
+    if not fits:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        what = (
+            "module of a method, with STAGES" if kind is ModuleType else " or a ".join(each.__name__ for each in kinds)
+        )
+        raise UserError(f"_target_={path} is not a {what}, and nothing else is made from a config.")
+    return found
 
 
-def _fitting(name: str, folders: Sequence[str]) -> str:
-    """The budget called ``name`` of the first folder that has one."""
-    fitting = (f"{folder}/{name}" for folder in folders if (config_dir() / "budget" / folder / f"{name}.yaml").is_file())
-    return next(fitting, name)
+def build(
+    settings: Mapping[str, Any] | DictConfig,
+    kind: type | tuple[type, ...] | None = None,
+    offered: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Any:
+    """Call ``_target_``, a class of ``kind``, with its other keys as keywords; its own errors come through unwrapped.
 
+    Of ``offered`` (n_atoms, dim, n_features, bonds of a network) it gets those that it asks for and ``settings`` lack.
+    ``kind`` is by default that of a system, a family or a network.
 
-def _fit_method(overrides: Sequence[str]) -> list[str]:
-    """The overrides with the method's form for many molecules where the system is a family of them."""
-    words = list(overrides)
-    method, system = _chosen("method", overrides) or "boltznce", _chosen("system", overrides) or ""
-    if not _is_family(system):
-        if method in FAMILY_METHODS.values():
-            raise UserError(f"method={method} is for many molecules: set system=dipeptides, or choose another method.")
-        return words
-    if method not in {*FAMILY_METHODS, *FAMILY_METHODS.values()}:
-        raise UserError(f"system={system} are many molecules, and method={method} is for one: choose {' or '.join(FAMILY_METHODS)}.")
-    words = [word for word in words if not word.startswith("method=")]
-    given = len(words) < len(overrides) or "experiment" not in [word.partition("=")[0] for word in words]
-    return [*words, f"method={FAMILY_METHODS.get(method, method)}"] if given else words
+    >>> build({"_target_": "boltznce.networks.mlp.MLPEnergy", "width": 8}, offered={"dim": 2, "colour": "red"}).dim
+    2
 
-
-def _budget_folder(overrides: Sequence[str]) -> str | None:
-    method = _chosen("method", overrides) or ""
-    if _is_family(_chosen("system", overrides) or ""):
-        return "transfer"
-    systems = (_chosen("system", overrides) or "").split(",")
-    in_plane = all(_dimension(system) == 2 for system in systems)
-    folder = config_dir() / "budget"
-    if method and (folder / method).is_dir():
-        return f"{method}/plane" if in_plane and (folder / method / "plane").is_dir() else method
-    return "plane" if in_plane else None
-
-
-def _chosen(group: str, overrides: Sequence[str]) -> str | None:
-    """What the command line, or else the experiment that it names, chooses for a config group."""
-    given = dict(word.split("=", 1) for word in overrides if "=" in word and not word.startswith("-"))
-    experiment = config_dir() / "experiment" / f"{given.get('experiment')}.yaml"
-    if group in given or not experiment.is_file():
-        return given.get(group)
-    choices = [entry for entry in OmegaConf.load(experiment).get("defaults", []) if not isinstance(entry, str)]
-    return next((entry[f"override /{group}"] for entry in choices if f"override /{group}" in entry), None)
-
-
-def _is_family(system: str) -> bool:
-    path = config_dir() / "system" / f"{system}.yaml"
-    return path.is_file() and getattr(_target(OmegaConf.load(path)._target_), "many", False)
-
-
-def _dimension(system: str) -> int | None:
-    path = config_dir() / "system" / f"{system}.yaml"
-    return getattr(_target(OmegaConf.load(path)._target_), "dim", None) if path.is_file() else None
-
-
-def _target(path: str) -> Any:
-    module, _, attribute = path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def build(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
-    """Call the config's ``_target_`` with its other keys as keywords; its own errors come through unwrapped.
-
-    Raises UserError for keywords that the target does not have or that are missing.
+    Raises UserError for another kind of target, and for keywords that it does not have or that are missing.
     """
-    settings = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
-    settings.update(overrides)
+    if OmegaConf.is_config(settings):
+        settings = OmegaConf.to_container(settings, resolve=True)
+    settings = {**settings, **overrides}
     target = settings.pop("_target_", None)
     if target is None:
         raise UserError("A config of something to be built needs the key _target_, the Python path of its class.")
-    factory = _target(target)
+    factory = locate(target, kind or (*SYSTEMS, nn.Module))
     signature = inspect.signature(factory)
+    settings = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | settings
     try:
         signature.bind(**settings)
     except TypeError as error:
-        raise UserError(f"{factory.__name__} cannot be built: {error}; its settings are {', '.join(signature.parameters)}.") from error
+        names = ", ".join(signature.parameters)
+        raise UserError(f"{factory.__name__} cannot be built: {error}; its settings are {names}.") from error
     return factory(**settings)
+
+
+def normalize(overrides: Sequence[str], default_budget: str | None = None) -> list[str]:
+    """Overrides whose values Hydra reads as they are meant.
+
+    Paths of run folders are quoted, and so are sequences, which may be spelled like numbers (``NAN``, ``INF``); a
+    system's file or sequence becomes a choice of Hydra's, as if it were in ``configs/system``. ``budget=`` is set to
+    the default where neither it nor an experiment, which has one, is given.
+
+    >>> normalize(["system=NAN,aldp", "resume=outputs/seed=1,threads=1"], default_budget="cpu")
+    ["system='NAN',aldp", "resume='outputs/seed=1,threads=1'", 'budget=cpu']
+
+    Raises UserError for a sequence that cannot be built.
+    """
+    words = [_normalized(word) for word in overrides]
+    if default_budget and not {"budget", "experiment"} & {word.partition("=")[0] for word in words}:
+        words.append(f"budget={default_budget}")
+    return words
+
+
+def _normalized(word: str) -> str:
+    key, _, value = word.partition("=")
+    if key in PATHS:
+        return f"{key}={quoted(unquoted(value))}"
+    if key == "peptide" and looks_like_sequence(value):
+        return f"{key}={quoted(value)}"
+    if key == "system" and not value.endswith(")"):  # choice(...), glob(...)
+        names = [value] if Path(value).is_file() else re.findall(r"'[^']*'|\"[^\"]*\"|[^,]+", value)
+        return f"{key}={','.join(map(_offered, names))}"
+    return word
+
+
+def _offered(word: str) -> str:
+    """The name of a system as Hydra reads it, a choice of Hydra's from now on."""
+    name = unquoted(word)
+    settings = _own_system(name) if name not in available("system") else None
+    if settings is None:
+        return word
+    if not looks_like_sequence(name):
+        path = Path(name).expanduser().resolve()
+        name = f"{path.stem}-{zlib.crc32(str(path).encode()):08x}"  # may have the name of another one
+    ConfigStore.instance().store(group="system", name=name, node=settings)
+    return quoted(name)
+
+
+def quoted(value: str) -> str:
+    """A value for Hydra that is nothing but this text."""
+    return "'" + value.replace("'", r"\'") + "'"
+
+
+def unquoted(value: str) -> str:
+    """The text of a value that may stand in quotes."""
+    in_quotes = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return value[1:-1].replace("\\" + value[0], value[0]) if in_quotes else value
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose ``configs/<config_name>.yaml`` with overrides as on the command line.
 
+    >>> compose("train", ["system=gaussians8", "seed=7"]).flow.model.coupling
+    'independent'
+
     Raises UserError, listing what exists, for a choice or a key that does not.
     """
-    offer_sequences(overrides)
-    if config_name == "train":
-        overrides = fit_budget(overrides)
+    words = normalize(overrides)
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(config_dir())):
-            return hydra.compose(config_name, overrides=list(overrides))
+            return hydra.compose(config_name, overrides=words)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+        raise explain(error, words) from error
 
 
-def explain(error: HydraException | OmegaConfBaseException) -> UserError:
+def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[str] = ()) -> UserError:
     """Hydra's complaint about a config as one sentence that says what exists."""
+    text = str(error).strip().splitlines()[0]
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+        if group.startswith("size/"):
+            return _no_size(*group.split("/")[1:], choice, overrides)
         names = ", ".join(available(group)) or "none"
         sequence = ", or the sequence of a peptide, as AK or ACE-AAA-NME" if group == "system" else ""
         return UserError(f"Unknown {group or 'config'} {choice!r}: choose one of {names}{sequence}.")
     if isinstance(error, OverrideParseException):
-        return UserError(f"The override {error.override!r} cannot be read: write key=value, with quotes around special characters.")
-    return UserError(f"{str(error).strip().splitlines()[0]} Check its spelling: --cfg job prints every setting there is.")
+        return UserError(f"{error.override!r} cannot be read: write key=value, with quotes around special characters.")
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        key = text.rpartition(" ")[2]
+        return UserError(f"{key}= is missing: add {key}=... to the command line.")
+    return UserError(f"{text} Check its spelling: --cfg job prints every setting there is.")
+
+
+def _no_size(method: str, kind: str, budget: str, overrides: Sequence[str]) -> UserError:
+    system = next((word for word in overrides if word.startswith("system=")), "the system")
+    sizes = ", ".join(name for name in available(f"size/{method}") if not name.endswith("/default")) or "none"
+    return UserError(
+        f"method={method} has no size for {system} (a {kind}) with budget={budget}: configs/size/{method} has {sizes}."
+    )

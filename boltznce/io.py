@@ -10,7 +10,14 @@ from pathlib import Path
 
 from boltznce.errors import UserError
 
-__all__ = ["atomic_file", "atomic_folder", "check_format", "file_digest", "full_disk_is_a_user_error", "require_free_space"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "check_format",
+    "file_digest",
+    "full_disk_is_a_user_error",
+    "require_free_space",
+]
 
 DATA_FORMAT = 1  # of datasets and of weighted samples, as their meta.yaml says it; those that say nothing have it
 RUN_FORMAT = 2  # of run folders, as their run.json says it; those that say nothing have 1
@@ -30,7 +37,8 @@ def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"No disk space left while writing {path}: free some space, or choose another data_dir or hydra.run.dir."
+                f"No disk space left while writing {path}: "
+                "free some space, or choose another data_dir or hydra.run.dir."
             ) from error
         raise
 
@@ -43,7 +51,8 @@ def require_free_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise UserError(
-            f"Not enough disk space for {folder}: {n_bytes / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
+            f"Not enough disk space for {folder}: "
+            f"{n_bytes / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
             "Free some space, or choose another data_dir or hydra.run.dir."
         )
 
@@ -64,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill; rename it to ``path`` (replacing it) once the block has ended well."""
+    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path`` once the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
