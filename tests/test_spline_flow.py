@@ -143,7 +143,7 @@ def test_float32_at_the_edges_of_bins_and_interval(inverse, scale):
 def test_untrained_flow_is_its_prior(architecture):
     flow = small(Cube(4, 5), architecture=architecture).double()
     y = torch.rand(64, 9, dtype=torch.float64)
-    z, log_det = flow._through(y, None)
+    z, log_det = flow._through(y)
     torch.testing.assert_close(z, y, atol=1e-14, rtol=0)
     torch.testing.assert_close(log_det, torch.zeros_like(log_det), atol=1e-12, rtol=0)
     normal = torch.distributions.Normal(*torch.tensor([0.5, 0.1], dtype=torch.float64))
@@ -162,20 +162,18 @@ def test_prior_samples_have_the_priors_moments():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [None, 450.0])
-def test_flow_inverts_and_its_log_det_is_autograds(architecture, temperature):
-    reference = None if temperature is None else 300.0
-    flow = shaken(small(Cube(4, 5), architecture=architecture, reference_temperature=reference)).double()
+def test_flow_inverts_and_its_log_det_is_autograds(architecture):
+    flow = shaken(small(Cube(4, 5), architecture=architecture)).double()
     y = torch.rand(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    z, log_det = flow._through(y, temperature)
-    again, log_back = flow._through(z, temperature, inverse=True)
+    z, log_det = flow._through(y)
+    again, log_back = flow._through(z, inverse=True)
     difference = again - y
     difference[:, 4:] -= difference[:, 4:].round()
     assert difference.abs().max() < 1e-8
     assert (z - y).abs().max() > 0.05
     torch.testing.assert_close(log_back, -log_det, atol=1e-8, rtol=0)
     for point, expected in zip(y[:4], log_det[:4], strict=True):
-        jacobian = torch.autograd.functional.jacobian(lambda p: flow._through(p[None], temperature)[0][0], point)
+        jacobian = torch.autograd.functional.jacobian(lambda p: flow._through(p[None])[0][0], point)
         torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, expected, atol=1e-9, rtol=0)
 
 
@@ -187,33 +185,31 @@ def test_sample_and_log_prob_agree(architecture):
     assert log_q.dtype == torch.float64
 
 
-@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical", "reference_temperature": 300.0}, {"prior_std": None}])
+@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical"}, {"prior_std": None}])
 def test_fixed_log_prob_of_a_draw_has_the_gradient_of_log_prob(settings):
     flow = shaken(small(Cube(3, 4), **settings), 0.5).double()
-    temperature = 400.0 if "reference_temperature" in settings else None
-    x, log_q = flow.sample_with_fixed_log_prob(64, torch.Generator().manual_seed(1), temperature)
-    drawn = flow.sample(64, torch.Generator().manual_seed(1), temperature=temperature)
+    x, log_q = flow.sample_with_fixed_log_prob(64, torch.Generator().manual_seed(1))
+    drawn = flow.sample(64, torch.Generator().manual_seed(1))
     torch.testing.assert_close((x, log_q.detach()), drawn, rtol=1e-12, atol=1e-12)
     assert not x.requires_grad
     pull = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    gradients = [torch.autograd.grad((pull * of).sum(), list(flow.parameters())) for of in (log_q, flow.log_prob(x, temperature))]
+    gradients = [torch.autograd.grad((pull * of).sum(), list(flow.parameters())) for of in (log_q, flow.log_prob(x))]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical", "reference_temperature": 300.0}, {"prior_std": None}])
+@pytest.mark.parametrize("settings", [{}, {"architecture": "hierarchical"}, {"prior_std": None}])
 def test_path_log_prob_of_a_draw_has_the_gradient_through_the_positions_alone(settings):
     flow = shaken(small(Cube(3, 4), **settings), 0.5).double()
-    temperature = 400.0 if "reference_temperature" in settings else None
     weights = list(flow.parameters())
-    x, log_q = flow.sample_with_path_log_prob(64, torch.Generator().manual_seed(1), temperature)
-    again, both = flow.sample_with_log_prob(64, torch.Generator().manual_seed(1), temperature)
+    x, log_q = flow.sample_with_path_log_prob(64, torch.Generator().manual_seed(1))
+    again, both = flow.sample_with_log_prob(64, torch.Generator().manual_seed(1))
     torch.testing.assert_close((x, log_q), (again, both), rtol=1e-12, atol=1e-10)
     pull = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     of_points = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     found = torch.autograd.grad((pull * log_q).sum() + (of_points * x).sum(), weights)
     whole = torch.autograd.grad((pull * both).sum() + (of_points * again).sum(), weights)
-    at_fixed_points = torch.autograd.grad((pull * flow.log_prob(x.detach(), temperature)).sum(), weights)
+    at_fixed_points = torch.autograd.grad((pull * flow.log_prob(x.detach())).sum(), weights)
     for path, total, fixed in zip(found, whole, at_fixed_points, strict=True):
         torch.testing.assert_close(path, total - fixed, rtol=1e-8, atol=1e-8)
 
@@ -257,7 +253,7 @@ def test_nothing_happens_at_the_cut_of_a_circle():
         below[:, k], above[:, k] = 1 - 1e-12, 1e-12
         with torch.no_grad():
             torch.testing.assert_close(flow.log_prob(below.unsqueeze(1)), flow.log_prob(above.unsqueeze(1)), atol=1e-5, rtol=0)
-            gap = flow._through(below, None)[0] - flow._through(above, None)[0]
+            gap = flow._through(below)[0] - flow._through(above)[0]
         gap[:, 2:] -= gap[:, 2:].round()
         assert gap.abs().max() < 1e-6
 
@@ -290,14 +286,7 @@ def test_gradients_are_finite_at_corners_in_float32():
     assert all((p.grad != 0).any() for coupling in flow.couplings for p in coupling.layers[-1].parameters())
 
 
-def test_temperature_is_asked_for_where_it_is_needed():
-    with pytest.raises(UserError, match="conditioned on temperature"):
-        small(Cube(2, 2), reference_temperature=300.0).sample(4)
-    with pytest.raises(UserError, match="not conditioned"):
-        small(Cube(2, 2)).sample(4, temperature=300.0)
-    flow = shaken(small(Cube(2, 2), reference_temperature=300.0))
-    x = torch.rand(5, 1, 4)
-    assert (flow.log_prob(x, 300.0) != flow.log_prob(x, 600.0)).all()
+def test_bad_settings_are_one_sentence():
     for wrong in ({"architecture": "diagonal"}, {"activation": "step"}):
         with pytest.raises(UserError, match="choose one of"):
             small(Cube(2, 2), **wrong)

@@ -1,8 +1,8 @@
-"""Which data point is paired with which prior point: independent, minibatch optimal transport, Kabsch alignment, or both.
+"""Which data point is paired with which prior point: at random, by optimal transport, by Kabsch alignment, or both.
 
-Rows that are unlike molecules, told apart by ``index`` (batch,), are never exchanged; padded atoms, all zeros, change no distance.
-None of them changes the prior's marginal: samples are reordered or data are rotated (Tong et al. 2024, arXiv 2302.00482;
-Klein et al. 2023, arXiv 2306.15030).
+Rows that are unlike molecules, told apart by ``index`` (batch,), are never exchanged; padded atoms, all zeros, change
+no distance. None of them changes the prior's marginal: samples are reordered or data are rotated (Tong et al. 2024,
+arXiv 2302.00482; Klein et al. 2023, arXiv 2306.15030).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def independent(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Te
 
 
 def optimal_transport(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Reorder ``x0`` so that the sum of squared distances to ``x1`` (both (batch, n, dim), mean-free) is the least (exact assignment)."""
+    """Reorder ``x0`` to the least sum of squared distances to ``x1``, both (batch, n, dim), by exact assignment."""
     if index is not None:
         x0 = x0.clone()
         for molecule in index.unique():

@@ -1,8 +1,8 @@
-"""log q of a flow's own draws, with the gradient that it has at these fixed points, or with the one along their path alone.
+"""log q of a flow's own draws, with the gradient that it has at these fixed points, or with that along their path alone.
 
-A draw goes through the couplings from z to x, and a gradient of log q(x), in the weights at fixed x as well as in x at fixed weights, goes
-through their inverses: that is from z to x too. So what the draw has computed in each coupling serves the gradient, and no second
-pass through the networks is needed.
+A draw goes through the couplings from z to x, and a gradient of log q(x), in the weights at fixed x as well as in x at
+fixed weights, goes through their inverses: that is from z to x too. So what the draw has computed in each coupling
+serves the gradient, and no second pass through the networks is needed.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ __all__ = ["log_prob_of_draws", "path_log_prob_of_draws"]
 
 
 def log_prob_of_draws(
-    couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor
+    couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Points (d, n) that the couplings make of z (d, n), and log q (n,), float64, of these, differentiable once in the couplings' weights.
+    """Points (d, n) that the couplings make of z (d, n), and their log q (n,), float64, differentiable once in weights.
 
     Args:
         couplings: as `SplineCoupling`, in the order of drawing.
         log_prior, of_prior: log-density of z (n,) and its gradient (d, n).
     """
     weights = [weight for coupling in couplings for weight in coupling.parameters()]
-    return _LogProbOfDraws.apply(couplings, z, context, log_prior, of_prior, *weights)
+    return _LogProbOfDraws.apply(couplings, z, log_prior, of_prior, *weights)
 
 
 class _LogProbOfDraws(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor, *weights: Tensor
+        ctx, couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.of_prior, ctx.passed = of_prior, []
         y, log_q = z, log_prior
         for coupling in couplings:
             given = y.detach().requires_grad_()
             with torch.enable_grad():
-                parameters = coupling.parameters_of(given, context)
+                parameters = coupling.parameters_of(given)
             y, log_slope, pullback = coupling.with_pullback(y, parameters)
             log_q = log_q - log_slope
             ctx.passed.append((coupling, given, parameters, pullback))
@@ -47,7 +47,7 @@ class _LogProbOfDraws(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _: Tensor, of_log_q: Tensor):
-        """From z to x: the gradient of each coupling's input in the inverse pass, of its conditioner's input, and of its weights."""
+        """From z to x: gradients of each coupling's input in the inverse pass, its conditioner's input, its weights."""
         of_log = of_log_q.to(ctx.of_prior.dtype)
         of_y, of_weights = ctx.of_prior * of_log, []
         for coupling, given, parameters, pullback in ctx.passed:
@@ -57,16 +57,16 @@ class _LogProbOfDraws(torch.autograd.Function):
             of_y = (of_y + of_given).index_copy(0, coupling.transformed, of_transformed)
             of_weights += found
         ctx.passed = None
-        return None, None, None, None, None, *of_weights
+        return None, None, None, None, *of_weights
 
 
 def path_log_prob_of_draws(
-    couplings: Sequence[nn.Module], z: Tensor, context: Tensor | None, log_prior: Tensor, of_prior: Tensor
+    couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `log_prob_of_draws`, but points are differentiable in the weights, and log q only through the points."""
     y, log_q, score = z.requires_grad_(), log_prior, of_prior
     for coupling in couplings:
-        parameters = coupling.parameters_of(y, context)
+        parameters = coupling.parameters_of(y)
         _, log_slope, pullback = coupling.with_pullback(y.detach(), tuple(part.detach() for part in parameters))
         of_transformed = score[coupling.transformed]
         of_transformed, *of_parameters = pullback(of_transformed, torch.ones_like(of_transformed))

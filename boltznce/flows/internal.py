@@ -1,7 +1,7 @@
 """Cartesian <-> normalized internal coordinates of a molecule, with the log-determinant modulo rigid motion.
 
-Each atom is placed from three others by a bond, an angle and a torsion (natural extension reference frame, Parsons et al., J. Comput.
-Chem. 26, 1063, 2005). The Cartesian volume, integrated over translations and rotations, is |J| dq with
+Each atom is placed from three others by a bond, an angle and a torsion (natural extension reference frame, Parsons et
+al., J. Comput. Chem. 26, 1063, 2005). The Cartesian volume, integrated over translations and rotations, is |J| dq with
 |J| = b₂² · b₃² sin θ₃ · Π_{i≥4} b_i² sin θ_i (DESIGN.md, section 6).
 """
 
@@ -17,10 +17,10 @@ from boltznce.units import GAS_CONSTANT
 
 __all__ = ["InternalCoordinates", "dihedral", "extend"]
 
-PLANAR = 5 * math.pi / 6  # siblings further apart than this around a bond to a centre of three neighbours are in a plane with it
+PLANAR = 5 * math.pi / 6  # siblings further apart around a bond to a centre of three neighbours are in a plane with it
 STRAIGHT = 0.1  # rad; angles are kept this far from 0 and π, where torsions lose their meaning
 MARGIN = 1e-3  # rad; a torsion with a handedness is kept this far from 0 and π, so that no rounding changes its sign
-RANGE = 10.0  # standard deviations, half to each side: with a prior of 0.1 on [0, 1] the prior is the thermal distribution
+RANGE = 10.0  # standard deviations, half to each side: a prior of 0.1 on [0, 1] is then the thermal distribution
 DEFAULT_WIDTHS = {"bond": 0.07, "angle": 1.5}  # nm, rad: where the force field has no harmonic term
 
 Atoms = tuple[int, ...]
@@ -29,25 +29,27 @@ Atoms = tuple[int, ...]
 class InternalCoordinates(nn.Module):
     """The map between positions (batch, n_atoms, 3) in nm and the unit cube (batch, d), d = 3 n_atoms - 6.
 
-    The cube's coordinates are the n - 1 bonds, the n - 2 angles and the n - 3 torsions, from the root of the z-matrix outward. Bonds and
-    angles are ``(q - q_ref) / width + ½``, the width ten standard deviations of their harmonic term at ``temperature``. Torsions are
-    ``circular``, their period mapped to [0, 1], but for those that tell the atoms on one centre apart and stay near their reference: these
-    are bounded, as bonds and angles are.
+    The cube's coordinates are the n - 1 bonds, the n - 2 angles and the n - 3 torsions, from the root of the z-matrix
+    outward. Bonds and angles are ``(q - q_ref) / width + ½``, the width ten standard deviations of their harmonic term
+    at ``temperature``. Torsions are ``circular``, their period mapped to [0, 1], but for those that tell the atoms on
+    one centre apart and stay near their reference: these are bounded, as bonds and angles are.
 
     Args:
         positions: a minimized structure (n_atoms, 3) in nm, the centre of the cube.
         bonds: pairs of bonded atoms.
         core: atoms that may form the backbone, see `build_zmatrix`; default all with more than one neighbour.
-        bond_constants, angle_constants: harmonic force constants in kJ/mol/nm² and kJ/mol/rad², by their atoms in either direction.
+        bond_constants, angle_constants: harmonic constants in kJ/mol/nm² and kJ/mol/rad², by atoms in either direction.
         temperature: the highest at which the coordinates are used, in K.
         stereocentres: (centre, three neighbours).
-        fix_chirality: torsions that have a handedness, on centres of four neighbours, stay in the half of the circle in which they are in
-            ``positions``. So do stereocentres, and labels of equivalent atoms that only an inversion can exchange (as in CH2).
+        fix_chirality: torsions that have a handedness, on centres of four neighbours, stay in the half of the circle in
+            which they are in ``positions``. So do stereocentres, and labels of equivalent atoms that only an inversion
+            can exchange (as in CH2).
         methyl_groups: triples of equivalent hydrogens on one atom.
-        fix_methyls: the hydrogens of a methyl keep their order, and their mean torsion the third of the circle around that of
-            ``positions``: one of the six ways to label them.
+        fix_methyls: the hydrogens of a methyl keep their order, and their mean torsion the third of the circle around
+            that of ``positions``: one of the six ways to label them.
 
-    Raises UserError if the atoms are not all connected, and for a structure with an angle near 180°, beyond which no torsion is defined.
+    Raises UserError if the atoms are not all connected, and for a structure with an angle near 180°, beyond which no
+    torsion is defined.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class InternalCoordinates(nn.Module):
         bond, angle, torsion = (q.squeeze(0) for q in self._measure(positions.detach().double().cpu().unsqueeze(0)))
         for atoms, theta in zip(self.angle_atoms, angle.tolist(), strict=True):
             if theta > math.pi - STRAIGHT:
-                raise UserError(f"Internal coordinates do not work for atoms on a line, as {atoms} here: use a Cartesian generator.")
+                raise UserError(
+                    f"There are no internal coordinates of atoms on a line, as {atoms}: use a Cartesian flow."
+                )
         kt = GAS_CONSTANT * temperature
         bond_width = thermal_widths(self.bond_atoms, bond_constants or {}, kt, DEFAULT_WIDTHS["bond"])
         angle_width = thermal_widths(self.angle_atoms, angle_constants or {}, kt, DEFAULT_WIDTHS["angle"])
@@ -85,10 +89,12 @@ class InternalCoordinates(nn.Module):
         angle_width = torch.minimum(angle_width, 2 * torch.minimum(angle, math.pi - angle) - 2 * STRAIGHT)
         held = {k for group in methyls for k in group} if fix_methyls else set()
         free = {k for group in methyls for k in group} - held
-        centre, width, circular = torsion_domains(self.zmatrix, wrapped(self.differences @ torsion), degree, fix_chirality, held, free)
+        torsion_reference = wrapped(self.differences @ torsion)
+        centre, width, circular = torsion_domains(self.zmatrix, torsion_reference, degree, fix_chirality, held, free)
         # atan2 of a bounded torsion is continued beyond ±π to where the domain's centre is
         self.register_buffer("branch", torch.where(circular, 0.0, centre))
-        self.register_buffer("sense", torch.sign(centre[self.methyls[:, 1]]).long())  # in which the reference's methyls are labelled
+        # in which sense the reference's methyls are labelled
+        self.register_buffer("sense", torch.sign(centre[self.methyls[:, 1]]).long())
         first = self.methyls[:, 0]
         centre[first], width[first] = self._coordinates(torsion)[first], 2 * math.pi / 3
         self.register_buffer("centre", torch.cat([bond, angle, centre]))
@@ -101,7 +107,8 @@ class InternalCoordinates(nn.Module):
     def groups(self) -> dict[str, list[int]]:
         """Numbers of the coordinates that are bonds, angles and torsions."""
         ends = [self.n_atoms - 1, 2 * self.n_atoms - 3, self.dimension]
-        return {name: list(range(start, end)) for name, start, end in zip(("bonds", "angles", "torsions"), [0, *ends], ends, strict=False)}
+        starts = zip(("bonds", "angles", "torsions"), [0, *ends], ends, strict=False)
+        return {name: list(range(start, end)) for name, start, end in starts}
 
     @property
     def bond_atoms(self) -> list[Atoms]:
@@ -116,7 +123,7 @@ class InternalCoordinates(nn.Module):
     # ---- the map ----------------------------------------------------------------------------------------------------
 
     def to_unit(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates y (batch, d) of positions (batch, n_atoms, 3) in nm, relabelled by `canonical`, and log|dy/dx| (batch,).
+        """Coordinates y (batch, d) of positions (batch, n_atoms, 3) in nm, made `canonical`, and log|dy/dx| (batch,).
 
         A bounded coordinate outside [0, 1] is outside the domain.
         """
@@ -127,7 +134,7 @@ class InternalCoordinates(nn.Module):
         return y, -log_volume(bond, angle) - self.width.log().sum().to(q)
 
     def to_positions(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (batch, n_atoms, 3) in nm of coordinates y (batch, d), their centroid at 0, and log|dx/dy| (batch,)."""
+        """Positions (batch, n_atoms, 3) in nm of coordinates y (batch, d), centred, and log|dx/dy| (batch,)."""
         q = (y - 0.5) * self.width.to(y) + self.centre.to(y)
         bond, angle, torsion = q.split([self.n_atoms - 1, self.n_atoms - 2, self.n_atoms - 3], dim=1)
         x = self._place(bond, angle, torsion @ self.dihedrals.to(y).T)
@@ -162,13 +169,13 @@ class InternalCoordinates(nn.Module):
         return bond, angle, dihedral(atom, a, b, c)
 
     def _coordinates(self, torsion: Tensor) -> Tensor:
-        """Dihedrals (..., n - 3) -> differences to siblings, on their branch -> with the mean of a methyl in place of its first."""
+        """Dihedrals (..., n - 3) -> differences to siblings, on their branch -> a methyl's mean in place of its first."""
         branch = self.branch.to(torsion)
         difference = torsion @ self.differences.to(torsion).T
         return (wrapped(difference - branch) + branch) @ self.means.to(torsion).T
 
     def _place(self, bond: Tensor, angle: Tensor, torsion: Tensor) -> Tensor:
-        """Positions from bonds, angles and dihedrals; the first atom at 0, the second on the x axis, the third in the xy plane."""
+        """Positions from bonds, angles, dihedrals; the first atom at 0, the second on the x axis, the third at z = 0."""
         zero = torch.zeros_like(bond[:, 0])
         x2 = torch.stack([bond[:, 0], zero, zero], -1)
         x3 = x2 + bond[:, 1:2] * torch.stack([-angle[:, 0].cos(), angle[:, 0].sin(), zero], -1)
@@ -182,7 +189,7 @@ class InternalCoordinates(nn.Module):
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _add_tables(self, zmatrix: ZMatrix) -> None:
-        """Atoms of each row, (4, n - 3); row and places of the reference atoms, level by level, atoms counted as they are placed."""
+        """Atoms of each row, (4, n - 3); level by level rows and reference atoms, atoms counted as they are placed."""
         order = [*zmatrix.root, *(zmatrix.rows[k].atom for level in zmatrix.levels for k in level)]
         place = {atom: k for k, atom in enumerate(order)}
         tables = {"root": zmatrix.root, "place": [place[atom] for atom in range(len(order))]}
@@ -190,7 +197,8 @@ class InternalCoordinates(nn.Module):
         self.n_levels = len(zmatrix.levels)
         for number, level in enumerate(zmatrix.levels):
             rows = [zmatrix.rows[k] for k in level]
-            tables[f"level_{number}"] = [level, *([place[getattr(row, name)] for row in rows] for name in ("a", "b", "c"))]
+            references = ([place[getattr(row, name)] for row in rows] for name in ("a", "b", "c"))
+            tables[f"level_{number}"] = [level, *references]
         for name, table in tables.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
 
@@ -204,7 +212,8 @@ class InternalCoordinates(nn.Module):
                 differences[k, number[row.sibling]] = -1.0
         for first, second, third in methyls:
             means[first, second] = means[first, third] = 1 / 3
-        for name, matrix in {"differences": differences, "means": means, "dihedrals": torch.linalg.inv(means @ differences)}.items():
+        maps = {"differences": differences, "means": means, "dihedrals": torch.linalg.inv(means @ differences)}
+        for name, matrix in maps.items():
             self.register_buffer(name, matrix, persistent=False)
         self.register_buffer("methyls", torch.tensor(methyls, dtype=torch.long).view(-1, 3), persistent=False)
 
@@ -243,7 +252,7 @@ def thermal_widths(atoms: Sequence[Atoms], constants: Mapping[Atoms, float], kt:
 
 
 def methyl_rows(zmatrix: ZMatrix, group: Sequence[int]) -> tuple[int, int, int] | None:
-    """The rows of a methyl's three hydrogens, the one that the others follow first; None if the root has one of them."""
+    """The rows of a methyl's three hydrogens, first the one that the others follow; None if the root has one."""
     rows = [k for k, row in enumerate(zmatrix.rows) if row.atom in group]
     leaders = [k for k in rows if zmatrix.rows[k].sibling is None]
     if len(rows) < 3 or len(leaders) != 1:
@@ -252,7 +261,7 @@ def methyl_rows(zmatrix: ZMatrix, group: Sequence[int]) -> tuple[int, int, int] 
 
 
 def torsion_domains(
-    zmatrix: ZMatrix, reference: Tensor, degree: Sequence[int], fix_chirality: bool, held: Collection[int], free: Collection[int]
+    zmatrix: ZMatrix, reference: Tensor, degree: Sequence[int], fix_chirality: bool, held: set[int], free: set[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centre and width (n - 3,) of the domain of each row's torsion in rad, and whether it is a circle.
 

@@ -22,7 +22,7 @@ SOLVERS = ("dopri5", "heun", "rk4")
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` on the grid (k / steps) ** grid_power, finer near t = 0."""
+    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` on the grid (k / steps) ** grid_power."""
 
     method: str = "dopri5"
     rtol: float = 1e-5
@@ -42,15 +42,19 @@ def time_grid(settings: SolverSettings, t_start: float, t_end: float) -> list[fl
     return times if t_start < t_end else times[::-1]
 
 
-def integrate(field: Field, x: Tensor, t_start: float, t_end: float, settings: SolverSettings, divergence: bool) -> tuple[Tensor, Tensor]:
-    """Carry ``x`` (batch, n, dim) from ``t_start`` to ``t_end``; the second value is ∫ div v dt (batch,), float64 (zeros without)."""
+def integrate(
+    field: Field, x: Tensor, t_start: float, t_end: float, settings: SolverSettings, divergence: bool
+) -> tuple[Tensor, Tensor]:
+    """``x`` (batch, n, dim) carried from ``t_start`` to ``t_end``, and ∫ div v dt (batch,), float64 (zero without)."""
     if settings.method == "dopri5":
         return _adaptive(field, x, t_start, t_end, settings, divergence)
     step = _heun if settings.method == "heun" else _rk4
     return step(field, x, time_grid(settings, t_start, t_end), divergence)
 
 
-def _adaptive(field: Field, x: Tensor, t_start: float, t_end: float, settings: SolverSettings, divergence: bool) -> tuple[Tensor, Tensor]:
+def _adaptive(
+    field: Field, x: Tensor, t_start: float, t_end: float, settings: SolverSettings, divergence: bool
+) -> tuple[Tensor, Tensor]:
     def derivative(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         v, div = field(state[0], t, divergence)
         return v, div.to(x.dtype) if divergence else torch.zeros_like(state[1])

@@ -27,9 +27,10 @@ def rational_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """Spline of x (...) in [0, 1], or its inverse, and the logarithm of its derivative, (...).
 
-    widths, heights: (k, ...) unconstrained; their softmax gives the bins. slopes: (k + 1, ...) unconstrained, at the edges of the bins. All
-    zero is the identity. The parameters come first, so that every operation runs over contiguous memory. Differentiable once.
-    fused: through torch.compile, which makes one loop of each of forward and backward (half a minute at the first call).
+    widths, heights: (k, ...) unconstrained; their softmax gives the bins. slopes: (k + 1, ...) unconstrained, at the
+    edges of the bins. All zero is the identity. The parameters come first, so that every operation runs over contiguous
+    memory. Differentiable once.
+    fused: through torch.compile, which makes one loop of each of forward and backward, in half a minute at first.
     """
     return _RationalQuadratic.apply(x, widths, heights, slopes, inverse, fused)
 
@@ -39,7 +40,8 @@ def rational_quadratic_with_pullback(
 ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:
     """The spline y of x and log dy/dx as `rational_quadratic` gives them, and the gradient of the *inverse* at y.
 
-    The last is a function: from the gradients of x and of log dx/dy to those of y, widths, heights and slopes. It costs no new pass.
+    The last is a function: from the gradients of x and log dx/dy to those of y, widths, heights and slopes. It costs no
+    new pass.
     """
     with torch.no_grad():
         y, log_slope, *saved = _run(_spline, fused, x, widths, heights, slopes, False)
@@ -52,9 +54,10 @@ def rational_quadratic_with_pullback(
 
 
 class _Piece(NamedTuple):
-    """The quotient on one bin, (...): y = bottom + h N / D with slope s = h / w, at the relative place ξ = (x - left) / w.
+    """The quotient on one bin, (...): y = bottom + h N / D with slope s = h / w, at the place ξ = (x - left) / w.
 
-    N = s ξ² + d₀ ξ (1 - ξ), D = s + (d₀ + d₁ - 2 s) ξ (1 - ξ), dy/dx = s² M / D², M = d₁ ξ² + 2 s ξ (1 - ξ) + d₀ (1 - ξ)².
+    N = s ξ² + d₀ ξ (1 - ξ), D = s + (d₀ + d₁ - 2 s) ξ (1 - ξ),
+    dy/dx = s² M / D², M = d₁ ξ² + 2 s ξ (1 - ξ) + d₀ (1 - ξ)².
     """
 
     w: Tensor
@@ -74,7 +77,7 @@ class _Piece(NamedTuple):
 
 
 class _Bin(NamedTuple):
-    """The bin that holds a point, (...): its number, the shares of width and height of it and of all below it, its raw slopes."""
+    """The bin that holds a point, (...): its number, shares of width and height, its own and below it, raw slopes."""
 
     number: Tensor
     p: Tensor
@@ -89,7 +92,9 @@ class _RationalQuadratic(torch.autograd.Function):
     """With its gradient written out: a third of the operations that automatic differentiation would need."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool, fused: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool, fused: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.inverse, ctx.fused = inverse, fused
         y, log_slope, *saved = _run(_spline, fused, x, widths, heights, slopes, inverse)
         ctx.save_for_backward(widths, heights, log_slope, *saved)
@@ -131,7 +136,7 @@ def _find(x: Tensor, p: Tensor, q: Tensor, slopes: Tensor, inverse: bool) -> _Bi
 
 
 def _sums_below(shares: Tensor) -> list[Tensor]:
-    """Of each share but the first, the sum of those below it, counted from the nearer end, so that rounding is least at the edges."""
+    """Of each share but the first, the sum of those below it, from the nearer end: rounding is least at the edges."""
     n = len(shares)
     below = list(itertools.accumulate(shares.unbind()))
     above = list(itertools.accumulate(shares.flip(0).unbind()))
@@ -181,10 +186,12 @@ def _spline_backward(
     )
 
 
-def _bins_backward(shares: Tensor, number: Tensor, share: Tensor, below: Tensor, of_size: Tensor, of_edge: Tensor) -> Tensor:
-    """Gradient of the unconstrained sizes (k, ...) from that of one bin's size and of its lower edge, the sum of the sizes below.
+def _bins_backward(
+    shares: Tensor, number: Tensor, share: Tensor, below: Tensor, of_size: Tensor, of_edge: Tensor
+) -> Tensor:
+    """Gradient of the unconstrained sizes (k, ...) from that of one bin's size and of its lower edge, the sum below it.
 
-    Of a softmax: p (g - Σ p g), where g is that of the edge for the bins below, that of the size for the bin itself, and 0 above.
+    Of a softmax: p (g - Σ p g), g that of the edge for the bins below, that of the size for the bin itself, 0 above.
     """
     mean = of_size * share + of_edge * below
     k = _numbers(len(shares), number)
@@ -198,7 +205,7 @@ def _numbers(n: int, like: Tensor) -> Tensor:
 def _solve(y: Tensor, w: Tensor, h: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The place in the bin at which the quotient is ``y`` above the bin's bottom: the root in [0, 1] of a ξ² + b ξ + c.
 
-    The upper half is solved from the top downward, which is the same with the slopes exchanged: so nothing cancels at either edge.
+    The upper half is solved from the top downward, with the slopes exchanged: so nothing cancels at either edge.
     """
     upper = 2 * y > h
     y = torch.where(upper, h - y, y)

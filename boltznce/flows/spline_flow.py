@@ -1,6 +1,6 @@
-"""A normalizing flow of rational-quadratic spline couplings on the unit cube of normalized coordinates, with exact density.
+"""A normalizing flow of rational-quadratic spline couplings on the unit cube of normalized coordinates: exact density.
 
-Couplings on the circle: Rezende et al. 2020 (arXiv 2002.02428). As the generator of TA-BG (arXiv 2501.19077): architectures and priors.
+Couplings on the circle: Rezende et al. 2020 (arXiv 2002.02428). Architectures and priors: TA-BG (arXiv 2501.19077).
 """
 
 import itertools
@@ -23,25 +23,25 @@ Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, a
 
 
 class SplineFlow(nn.Module):
-    """Prior on the unit cube -> couplings -> coordinates -> positions, each step invertible and with its log-determinant.
+    """Prior on the unit cube -> couplings -> coordinates -> positions, each step with its inverse and log-determinant.
 
-    The prior is uniform on circular coordinates; on bounded ones the normal of mean ½ and ``prior_std`` truncated to [0, 1], or uniform
-    too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
+    The prior is uniform on circular coordinates; on bounded ones the normal of mean ½ and ``prior_std`` truncated to
+    [0, 1], or uniform too if ``prior_std`` is None. Untrained, the flow is the identity on the cube.
 
-    Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo rigid motion, that is
-    with respect to the Cartesian volume integrated over translations and rotations; for `BoxCoordinates` the positions in the box. Outside
-    the coordinates' domain ``log_prob`` is -inf. The normalization is on the domain: one labelling of equivalent hydrogens, one hand.
+    Densities are in nm on the space that ``coordinates`` parametrize: for `InternalCoordinates` the positions modulo
+    rigid motion, that is with respect to the Cartesian volume integrated over translations and rotations; for
+    `BoxCoordinates` the positions in the box. Outside the coordinates' domain ``log_prob`` is -inf. The normalization
+    is on the domain: one labelling of equivalent hydrogens, one hand.
 
     Args:
         coordinates: `InternalCoordinates` or `BoxCoordinates`.
-        architecture: ``random`` (masks drawn anew for each of ``n_pairs`` pairs of couplings) or ``hierarchical`` (torsions, then angles
-            given torsions, then bonds given both).
+        architecture: ``random`` (masks drawn anew for each of ``n_pairs`` pairs of couplings) or ``hierarchical``
+            (torsions, then angles given torsions, then bonds given both).
         mask_seed: of the random masks.
         width, depth, activation: hidden layers of each coupling's conditioner.
         n_bins: of each spline.
-        reference_temperature: K. If given, the flow is conditioned on log(T / reference_temperature).
-        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): splines through torch.compile, which takes a minute at the first
-            calls and makes each several times faster.
+        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): splines through torch.compile, which takes a
+            minute at the first calls and makes each several times faster.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class SplineFlow(nn.Module):
         activation: str = "relu",
         n_bins: int = 8,
         prior_std: float | None = 0.1,
-        reference_temperature: float | None = None,
         compile: str | bool = "auto",
     ) -> None:
         super().__init__()
@@ -65,13 +64,13 @@ class SplineFlow(nn.Module):
         if activation not in ACTIVATIONS:
             raise UserError(f"Unknown activation '{activation}': choose one of {', '.join(ACTIVATIONS)}.")
         self.coordinates = coordinates
-        self.prior_std, self.reference_temperature = prior_std, reference_temperature
+        self.prior_std = prior_std
         self.register_buffer("bounded", torch.nonzero(~coordinates.circular).squeeze(1), persistent=False)
         splits = ARCHITECTURES[architecture](coordinates.groups, n_pairs, torch.Generator().manual_seed(mask_seed))
-        settings = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins, "fused": wants_compiling(compile)}
-        n_context = 0 if reference_temperature is None else 1
+        settings = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins}
+        settings["fused"] = wants_compiling(compile)
         self.couplings = nn.ModuleList(
-            SplineCoupling(transformed, given, coordinates.circular, n_context=n_context, cut=k * GOLDEN % 1, **settings)
+            SplineCoupling(transformed, given, coordinates.circular, cut=k * GOLDEN % 1, **settings)
             for k, (transformed, given) in enumerate(splits)
         )
 
@@ -80,78 +79,62 @@ class SplineFlow(nn.Module):
         """d, the number of coordinates."""
         return self.coordinates.dimension
 
-    def sample_with_log_prob(
-        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample_with_log_prob(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Positions (n, atoms, dim) in nm and log q (n,), float64, both differentiable in the flow's parameters."""
         z = self._draw(n, generator)
-        y, log_det = self._through(z, temperature)
+        y, log_det = self._through(z)
         positions, log_volume = self.coordinates.to_positions(y)
         return positions, self._log_prior(z) - log_det - log_volume.double()
 
-    def sample_with_fixed_log_prob(
-        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Positions in nm without gradient and log q (n,), float64, differentiable as ``log_prob`` of these positions is.
+    def sample_with_fixed_log_prob(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Positions in nm without gradient and log q (n,), float64, differentiable as ``log_prob`` of these is.
 
         One pass through the networks less than a draw and its ``log_prob``.
         """
         z, log_prior, of_prior = self._draw_with_gradient(n, generator)
-        y, log_q = log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior, of_prior)
+        y, log_q = log_prob_of_draws(self.couplings, z, log_prior, of_prior)
         with torch.no_grad():
             positions, log_volume = self.coordinates.to_positions(y.T)
         return positions, log_q - log_volume.double()
 
-    def sample_with_path_log_prob(
-        self, n: int, generator: torch.Generator | None = None, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `sample_with_log_prob`, but log q is differentiable through the positions alone: its gradient is ∇_x log q · ∂x/∂weights.
+    def sample_with_path_log_prob(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """As `sample_with_log_prob`, but the gradient of log q is ∇_x log q · ∂x/∂weights, through the positions alone.
 
-        Such path gradients of a divergence vanish draw by draw where the flow is right (Roeder et al. 2017, arXiv 1703.09194; for
-        flows Vaitl et al. 2024, arXiv 2403.15881).
+        Such path gradients of a divergence vanish draw by draw where the flow is right (Roeder et al. 2017, arXiv
+        1703.09194; for flows Vaitl et al. 2024, arXiv 2403.15881).
         """
         z, log_prior, of_prior = self._draw_with_gradient(n, generator)
-        y, log_q = path_log_prob_of_draws(self.couplings, z, self._context(temperature, z), log_prior, of_prior)
+        y, log_q = path_log_prob_of_draws(self.couplings, z, log_prior, of_prior)
         positions, log_volume = self.coordinates.to_positions(y.T)
         return positions, log_q - log_volume.double()
 
-    def log_prob(self, positions: Tensor, temperature: float | None = None) -> Tensor:
+    def log_prob(self, positions: Tensor) -> Tensor:
         """log q (batch,), float64, of positions (batch, atoms, dim) in nm, differentiable; -inf outside the domain."""
         y, log_volume = self.coordinates.to_unit(positions)
         bounded = y[:, self.bounded]
         inside = ((bounded >= 0) & (bounded <= 1)).all(dim=1)
         y = torch.where(inside.unsqueeze(1), y, 0.5)  # where it would be -inf, gradients are finite and zero
-        z, log_det = self._through(y, temperature, inverse=True)
+        z, log_det = self._through(y, inverse=True)
         log_q = self._log_prior(z) + log_det + torch.where(inside, log_volume, 0.0).double()
         return torch.where(inside, log_q, -math.inf)
 
     @torch.no_grad()
     def sample(
-        self, n_samples: int, generator: torch.Generator | None = None, *, temperature: float | None = None, batch_size: int = 8192
+        self, n_samples: int, generator: torch.Generator | None = None, *, batch_size: int = 8192
     ) -> tuple[Tensor, Tensor]:
         """As `sample_with_log_prob`, in batches and without gradients."""
         sizes = [min(batch_size, n_samples - start) for start in range(0, n_samples, batch_size)]
-        parts = [self.sample_with_log_prob(size, generator, temperature) for size in sizes]
+        parts = [self.sample_with_log_prob(size, generator) for size in sizes]
         return torch.cat([x for x, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
-    def _through(self, y: Tensor, temperature: float | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def _through(self, y: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Points of the cube (batch, d) through all couplings, and the log-determinant (batch,), float64."""
         y = y.T.contiguous()  # coordinates first, as the couplings want them
-        context = self._context(temperature, y)
         log_det = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
         for coupling in reversed(self.couplings) if inverse else self.couplings:
-            y, change = coupling(y, context, inverse)
+            y, change = coupling(y, inverse)
             log_det = log_det + change
         return y.T, log_det
-
-    def _context(self, temperature: float | None, like: Tensor) -> Tensor | None:
-        if (temperature is None) != (self.reference_temperature is None):
-            raise UserError(
-                "This flow is conditioned on temperature: give one."
-                if temperature is None
-                else "This flow is not conditioned on temperature: set reference_temperature when it is made, or give none."
-            )
-        return None if temperature is None else like.new_full((1, like.shape[1]), math.log(temperature / self.reference_temperature))
 
     # ---- prior ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +162,8 @@ class SplineFlow(nn.Module):
             return torch.zeros(len(z), dtype=torch.float64, device=z.device)
         edge = math.erf(0.5 / self.prior_std / math.sqrt(2))
         constant = math.log(self.prior_std * math.sqrt(2 * math.pi) * edge)
-        return -0.5 * ((z[:, self.bounded] - 0.5) / self.prior_std).square().sum(1).double() - constant * len(self.bounded)
+        normal = (z[:, self.bounded] - 0.5) / self.prior_std
+        return -0.5 * normal.square().sum(1).double() - constant * len(self.bounded)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -187,14 +171,14 @@ class SplineFlow(nn.Module):
 
 
 class SplineCoupling(nn.Module):
-    """Splines of some coordinates of the cube whose parameters are a function of others: (d, batch) -> (d, batch), and log-det (batch,).
+    """Splines of some coordinates of the cube, parametrized by others: (d, batch) -> (d, batch), and log-det (batch,).
 
-    Coordinates come first and the batch last, so that all of a coupling's parameters come from one matrix product and every operation runs
-    over contiguous memory. Circles are opened at ``cut``, which stays where it is, and have one slope at both its sides; the conditioner
-    sees their cosine and sine. At first the identity.
+    Coordinates come first and the batch last, so that all of a coupling's parameters come from one matrix product and
+    every operation runs over contiguous memory. Circles are opened at ``cut``, which stays where it is, and have one
+    slope at both its sides; the conditioner sees their cosine and sine. At first the identity.
 
-    Nothing turns a circle as a whole by a function of the other coordinates: where a torsion is nearly free the density would not feel it,
-    and noise would drive such turns until everything that depends on the torsion is scrambled.
+    Nothing turns a circle as a whole by a function of the other coordinates: where a torsion is nearly free the density
+    would not feel it, and noise would drive such turns until everything that depends on the torsion is scrambled.
     """
 
     def __init__(
@@ -207,7 +191,6 @@ class SplineCoupling(nn.Module):
         depth: int,
         activation: str,
         n_bins: int,
-        n_context: int,
         cut: float = 0.0,
         fused: bool = False,
     ) -> None:
@@ -222,30 +205,31 @@ class SplineCoupling(nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.long))
         self.cut, self.n_bins, self.n_bounded = cut, n_bins, sum(not of_circle[k] for k in transformed)
         self.activation, self.fused = ACTIVATIONS[activation], fused
-        n_in = len(tables["given_bounded"]) + 2 * len(tables["given_circular"]) + n_context
+        n_in = len(tables["given_bounded"]) + 2 * len(tables["given_circular"])
         sizes = [n_in, *[width] * depth, (3 * n_bins + 1) * len(transformed)]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, y: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        return self.with_parameters(y, self.parameters_of(y, context), inverse)
+    def forward(self, y: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        return self.with_parameters(y, self.parameters_of(y), inverse)
 
-    def with_parameters(self, y: Tensor, parameters: tuple[Tensor, ...], inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def with_parameters(self, y: Tensor, of_y: tuple[Tensor, ...], inverse: bool = False) -> tuple[Tensor, Tensor]:
         """As `forward`, given `parameters_of` y."""
-        x, log_slope = rational_quadratic(self._opened(y[self.transformed]), *parameters, inverse, self.fused)
+        x, log_slope = rational_quadratic(self._opened(y[self.transformed]), *of_y, inverse, self.fused)
         return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0)
 
     @torch.no_grad()
     def with_pullback(self, y: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Callable]:
-        """As `forward`, given `parameters_of` y; and the gradient of the inverse of what is transformed, see `flows.spline`."""
-        x, log_slope, pullback = rational_quadratic_with_pullback(self._opened(y[self.transformed]), *parameters, self.fused)
+        """As `forward`, given `parameters_of` y, and the gradient of the inverse spline, see `flows.spline`."""
+        opened = self._opened(y[self.transformed])
+        x, log_slope, pullback = rational_quadratic_with_pullback(opened, *parameters, self.fused)
         return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0), pullback
 
-    def parameters_of(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Widths, heights and slopes of the splines of y (d, batch); on a circle the first slope is the last one too."""
+    def parameters_of(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Widths, heights and slopes of the splines of y (d, batch); a circle's first slope is the last one too."""
         n, k = self.n_bounded, self.n_bins
-        widths, heights, slopes = self._conditioner(y, context).unflatten(0, (3 * k + 1, -1)).split([k, k, k + 1])
+        widths, heights, slopes = self._conditioner(y).unflatten(0, (3 * k + 1, -1)).split([k, k, k + 1])
         if n < slopes.shape[1]:
             slopes = torch.cat([slopes[:k], torch.cat([slopes[k:, :n], slopes[:1, n:]], 1)])
         return widths, heights, slopes
@@ -259,10 +243,9 @@ class SplineCoupling(nn.Module):
         n = self.n_bounded
         return torch.cat([x[:n], on_circle(x[n:] + self.cut)]) if n < len(x) else x
 
-    def _conditioner(self, y: Tensor, context: Tensor | None) -> Tensor:
+    def _conditioner(self, y: Tensor) -> Tensor:
         phase = 2 * math.pi * y[self.given_circular]
-        seen = [INPUT_SCALE * (y[self.given_bounded] - 0.5), phase.cos(), phase.sin()]
-        h = torch.cat(seen if context is None else [*seen, context])
+        h = torch.cat([INPUT_SCALE * (y[self.given_bounded] - 0.5), phase.cos(), phase.sin()])
         for layer in self.layers[:-1]:
             h = self.activation(torch.addmm(layer.bias.unsqueeze(1), layer.weight, h))
         return torch.addmm(self.layers[-1].bias.unsqueeze(1), self.layers[-1].weight, h)
@@ -295,7 +278,7 @@ def random_masks(groups: dict[str, list[int]], n_pairs: int, generator: torch.Ge
 
 
 def hierarchical(groups: dict[str, list[int]], n_pairs: int, generator: torch.Generator) -> list[Split]:
-    """Torsions among themselves, angles given torsions, bonds given both; ``n_pairs=8`` gives the published three, two and two times."""
+    """Torsions among themselves, angles given torsions, bonds given both: three, two and two times for ``n_pairs=8``."""
     if set(groups) != {"bonds", "angles", "torsions"}:
         raise UserError("architecture=hierarchical is for the internal coordinates of molecules: choose random.")
     bonds, angles, torsions = groups["bonds"], groups["angles"], groups["torsions"]

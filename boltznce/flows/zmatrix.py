@@ -1,4 +1,4 @@
-"""The order in which a molecule's atoms are placed, each from three others: a z-matrix from the bond graph, for any molecule."""
+"""The order in which any molecule's atoms are placed, each from three others: a z-matrix from the bond graph."""
 
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -13,8 +13,9 @@ __all__ = ["Row", "ZMatrix", "build_zmatrix"]
 class Row:
     """One atom and what places it: the bond to ``a``, the angle with ``b`` and the dihedral with ``c``, IUPAC sign.
 
-    Atoms on the same ``a`` share b and c. The first of them has a dihedral of its own; of the others the difference to that of
-    ``sibling`` is the coordinate: the angle between two planes that share the bond a-b, which hardly changes when the first one turns.
+    Atoms on the same ``a`` share b and c. The first of them has a dihedral of its own; of the others the difference to
+    that of ``sibling`` is the coordinate: the angle between two planes that share the bond a-b, which hardly changes
+    when the first one turns.
     """
 
     atom: int
@@ -26,29 +27,35 @@ class Row:
 
 @dataclass(frozen=True)
 class ZMatrix:
-    """Three atoms bonded in a row that fix the frame, then a `Row` for every other atom, each after the atoms that it needs."""
+    """Three atoms bonded in a row that fix the frame, then a `Row` for every other atom, after the atoms it needs."""
 
     root: tuple[int, int, int]
     rows: tuple[Row, ...]
 
     @property
     def levels(self) -> list[list[int]]:
-        """Numbers of the rows that can be placed together: those that need only the root, those that need these, and so on."""
+        """Numbers of the rows that are placed together: those that need only the root, those that need these, ..."""
         level = dict.fromkeys(self.root, 0)
         for row in self.rows:
             level[row.atom] = 1 + max(level[row.a], level[row.b], level[row.c])
-        return [[k for k, row in enumerate(self.rows) if level[row.atom] == n] for n in range(1, 1 + max(level.values()))]
+        numbers = range(1, 1 + max(level.values()))
+        return [[k for k, row in enumerate(self.rows) if level[row.atom] == n] for n in numbers]
 
 
 def build_zmatrix(
-    n_atoms: int, bonds: Sequence[tuple[int, int]], core: Collection[int] = (), stereocentres: Sequence[tuple[int, int, int, int]] = ()
+    n_atoms: int,
+    bonds: Sequence[tuple[int, int]],
+    core: Collection[int] = (),
+    stereocentres: Sequence[tuple[int, int, int, int]] = (),
 ) -> ZMatrix:
-    """Backbone first: the longest of the shortest paths between atoms of ``core``, then everything else outward from it, rings broken.
+    """Backbone first: the longest of the shortest paths between atoms of ``core``, then everything else outward from
+    it, rings broken.
 
-    core: atoms that may form the backbone (a peptide's main chain, heavy atoms); all, if that gives no path of three atoms. The torsions
-        along the backbone are proper ones and coordinates of their own.
-    stereocentres: (centre, three neighbours). Where the centre is reached through one of the three, the torsion of the second of the other
-        two is the difference to that of the first: one coordinate alone then has the sign of their triple product.
+    core: atoms that may form the backbone (a peptide's main chain, heavy atoms); all, if that gives no path of three
+        atoms. The torsions along the backbone are proper ones and coordinates of their own.
+    stereocentres: (centre, three neighbours). Where the centre is reached through one of the three, the torsion of the
+        second of the other two is the difference to that of the first: one coordinate alone then has the sign of their
+        triple product.
 
     Raises UserError for fewer than three atoms and for atoms that are not all connected.
     """
@@ -61,12 +68,12 @@ def build_zmatrix(
     if len(backbone) < 3:
         backbone = longest_path(neighbours, range(n_atoms))
     if len(backbone) < 3:
-        raise UserError("Internal coordinates need three atoms bonded in a row, and this molecule has none: use a Cartesian generator.")
+        raise UserError("Internal coordinates need three atoms bonded in a row: use a Cartesian generator.")
     order, parent = spanning_tree(neighbours, backbone)
     if len(order) < n_atoms:
         loose = sorted(set(range(n_atoms)) - set(order))
         raise UserError(
-            f"Internal coordinates need one molecule whose atoms are all bonded together: atoms {loose[:10]} are not bonded to the rest. "
+            f"Internal coordinates need one molecule, all of it bonded: atoms {loose[:10]} are not bonded to the rest. "
             "Check the structure's bonds (CONECT records), or give one molecule."
         )
     root = tuple(backbone[:3])
@@ -109,7 +116,7 @@ def longest_path(neighbours: Sequence[Sequence[int]], among: Collection[int]) ->
 
 
 def spanning_tree(neighbours: Sequence[Sequence[int]], backbone: Sequence[int]) -> tuple[list[int], dict[int, int]]:
-    """Atoms in the order of placement, and the atom that each hangs on: the backbone, then breadth first, chains before single atoms."""
+    """Atoms as they are placed, and the atom each hangs on: backbone, then breadth first, chains before single atoms."""
     parent = dict(zip(backbone[1:], backbone, strict=False))
     order = list(backbone)
     queue = deque(backbone)
