@@ -116,7 +116,9 @@ def test_killed_worker_resumes_exactly_and_extends(aldp, tmp_path):
 def start_worker(folder, parent):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "boltznce.data.worker", str(folder), str(parent)], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "boltznce.data.worker", str(folder), str(parent)],
+        env=environment,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -160,13 +162,16 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
     assert set(dataset.repeat) == {0, 1}
     assert (dataset.log_weights == 0).all() == (method != "umbrella")
     np.testing.assert_allclose(dataset.positions.mean(1), 0, atol=1e-6)
-    context = openmm.Context(aldp.openmm_system(), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context = openmm.Context(
+        aldp.openmm_system(), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
     for x, u in zip(dataset.positions[::7], dataset.energies[::7], strict=True):
         context.setPositions(x.astype(float))
         energy = context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
         assert energy / KT == pytest.approx(u, abs=1e-3)
     assert (
-        simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options).energies == dataset.energies
+        simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options).energies
+        == dataset.energies
     ).all()
     with pytest.raises(UserError, match="other settings"):
         simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=2, progress=False, **options)
@@ -193,7 +198,9 @@ def test_bad_settings(aldp, tmp_path, settings, message):
 def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path):
     make_job_folder = working_folder(tmp_path / "set") / "repeat_0"
     with pytest.raises(UserError):
-        simulate(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, platform="Abacus", **SHORT)
+        simulate(
+            aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, platform="Abacus", **SHORT
+        )
     (make_job_folder / "job.json").unlink()
     (make_job_folder / "state.npz").write_bytes(b"not an archive")
     with pytest.raises(RuntimeError, match="ended with status 1"):
@@ -203,7 +210,9 @@ def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path):
 def test_dihedral_and_wrap():
     x = np.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 1], [np.cos(0.7), np.sin(0.7), 1]])
     assert dihedral_angle(x, (0, 1, 2, 3)) == pytest.approx(0.7)
-    np.testing.assert_allclose(wrap(np.array([np.pi, -np.pi, 3 * np.pi + 0.1, -0.2])), [np.pi, np.pi, -np.pi + 0.1, -0.2])
+    np.testing.assert_allclose(
+        wrap(np.array([np.pi, -np.pi, 3 * np.pi + 0.1, -0.2])), [np.pi, np.pi, -np.pi + 0.1, -0.2]
+    )
 
 
 class VonMisesWindows:
@@ -219,7 +228,9 @@ class VonMisesWindows:
         self.barrier = barrier
         rng = np.random.default_rng(seed)
         samples = []
-        for centre, b in zip(window_centres(self.n_windows), bias_energies(self.grid, self.n_windows, self.kappa, KT), strict=True):
+        for centre, b in zip(
+            window_centres(self.n_windows), bias_energies(self.grid, self.n_windows, self.kappa, KT), strict=True
+        ):
             density = np.exp(self.log_p(self.grid) - b)
             if stuck:
                 density[(wrap(self.grid - centre) > wrap(self.top - centre)) != (wrap(self.top - centre) < 0)] = 0
@@ -241,9 +252,8 @@ class VonMisesWindows:
         x = np.linspace(low, high, 4001)
         return np.trapezoid(np.exp(self.log_p(x)), x)
 
-    @property
-    def delta_f(self):
-        inside = self.mass(0, 2)
+    def delta_f(self, low=0.0, high=2.0):
+        inside = self.mass(low, high)
         return -np.log(inside / (self.mass(-np.pi, np.pi) - inside))
 
 
@@ -251,7 +261,7 @@ class VonMisesWindows:
 def test_umbrella_analysis_recovers_a_known_distribution(cut):
     toy = VonMisesWindows(120, seed=0)
     result = analyse(*toy.frames, ring=Ring(toy.n_windows, toy.kappa, KT, cut))
-    assert abs(result.delta_f - toy.delta_f) < 4 * result.delta_f_error
+    assert abs(result.delta_f - toy.delta_f()) < 4 * result.delta_f_error
     assert 0.1 < result.delta_f_error < 0.4  # over independent samples of this size ΔF has a standard deviation of 0.21
     width = np.pi / 72
     exact = -np.log([toy.mass(c - width, c + width) for c in result.centres])
@@ -264,6 +274,13 @@ def test_umbrella_analysis_recovers_a_known_distribution(cut):
     assert result.block_delta_f.shape == (2, 10)
 
 
+@pytest.mark.parametrize("state", [(2.5, 4.2), (-3.8, -2.0)])
+def test_umbrella_analysis_of_a_state_across_pi(state):
+    toy = VonMisesWindows(60, seed=3)
+    result = analyse(*toy.frames, ring=Ring(toy.n_windows, toy.kappa, KT), state=state, n_blocks=5)
+    assert abs(result.delta_f - toy.delta_f(*state)) < 4 * result.delta_f_error < 1.0
+
+
 def test_windows_stuck_on_one_side_of_a_barrier_do_not_harm():
     """Bistable windows that never cross mislead MBAR by much; cut at the barrier, they do not."""
     toy = VonMisesWindows(200, seed=2, barrier=25.0, stuck=True)
@@ -273,7 +290,7 @@ def test_windows_stuck_on_one_side_of_a_barrier_do_not_harm():
     for name, ring in (("whole", Ring(24, 60.0, KT)), ("cut", Ring(24, 60.0, KT, cut))):
         w = np.exp(ring.log_weights(toy.dihedral, toy.window, ring.free_energies(toy.dihedral, toy.window)))
         inside = (toy.dihedral > 0) & (toy.dihedral < 2)
-        errors[name] = abs(-np.log(w[inside].sum() / w[~inside].sum()) - toy.delta_f)
+        errors[name] = abs(-np.log(w[inside].sum() / w[~inside].sum()) - toy.delta_f())
     assert errors["cut"] < 0.3
     assert errors["whole"] > 0.5
 
@@ -304,9 +321,13 @@ def test_window_centres_are_even_on_the_circle():
 
 
 def test_reference_file(aldp, tmp_path):
-    dataset = simulate(aldp, tmp_path / "set", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT)
+    dataset = simulate(
+        aldp, tmp_path / "set", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT
+    )
     centres = np.linspace(-3, 3, 72)
-    result = UmbrellaResult(5.0, 0.05, centres, np.where(centres > 2.5, np.nan, centres**2), np.full(72, 0.1), np.full((1, 10), 5.0))
+    result = UmbrellaResult(
+        5.0, 0.05, centres, np.where(centres > 2.5, np.nan, centres**2), np.full(72, 0.1), np.full((1, 10), 5.0)
+    )
     reference = make_reference(aldp, dataset.meta, result, "python scripts/simulate.py")
     save_reference(reference, tmp_path / "reference.json")
     assert load_reference(tmp_path / "reference.json") == reference
@@ -333,16 +354,28 @@ def test_structure_is_l_trans_alanine_dipeptide():
     x = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     n, carbon, beta = x[6] - x[8], x[14] - x[8], x[10] - x[8]
     assert np.cross(n, carbon) @ beta > 0  # L
-    angles = np.degrees([dihedral_angle(x, atoms) for atoms in ((4, 6, 8, 14), (6, 8, 14, 16), (1, 4, 6, 8), (8, 14, 16, 18))])
+    angles = np.degrees(
+        [dihedral_angle(x, atoms) for atoms in ((4, 6, 8, 14), (6, 8, 14, 16), (1, 4, 6, 8), (8, 14, 16, 18))]
+    )
     assert angles[0] == pytest.approx(-80, abs=15)
     assert angles[1] == pytest.approx(150, abs=15)
     assert (np.abs(angles[2:]) > 170).all()
-    for files in (("amber99sbildn.xml", "amber99_obc.xml"), ("amber96.xml", "amber96_obc.xml"), ("amber14-all.xml", "implicit/obc1.xml")):
+    for files in (
+        ("amber99sbildn.xml", "amber99_obc.xml"),
+        ("amber96.xml", "amber96_obc.xml"),
+        ("amber14-all.xml", "implicit/obc1.xml"),
+    ):
         assert app.ForceField(*files).createSystem(pdb.topology).getNumParticles() == 22
 
 
 def test_script_tells_a_mistake_without_a_trace(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), "duration=0.3", f"data_dir={tmp_path}", "sampling=langevin"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "simulate.py"),
+        "duration=0.3",
+        f"data_dir={tmp_path}",
+        "sampling=langevin",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2

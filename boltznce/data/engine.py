@@ -6,7 +6,6 @@ on (seed, repeat, segment), so a run that was killed and continued gives the sam
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import openmm
+from filelock import FileLock, Timeout
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, full_disk_is_a_user_error
@@ -255,20 +255,20 @@ def _unstable(folder: Path) -> UserError:
 @contextlib.contextmanager
 def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of a job's folder; wait a little for a killed run's process to end."""
-    with open(folder / "lock", "w") as handle:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            alive()
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"Another process is running the simulation in {folder}: wait for it, or choose another folder."
-                    ) from None
-                time.sleep(0.2)
+    lock, deadline = FileLock(folder / "lock"), time.monotonic() + LOCK_PATIENCE
+    while not lock.is_locked:
+        alive()
+        try:
+            lock.acquire(timeout=0.2)
+        except Timeout:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Another process is running the simulation in {folder}: wait for it, or choose another folder."
+                ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def seconds_spent(folder: Path) -> float:

@@ -53,7 +53,7 @@ class System(abc.ABC):
     >>> round(float(system.energy(x)), 1), round(float(system.at_temperature(600.0).energy(x)), 1)
     (-53.5, -26.7)
     >>> round(float(system.dihedral(x, "phi")), 1), system.state
-    (-2.6, State(coordinate='phi', interval=(0.0, 2.0)))
+    (-1.3, State(coordinate='phi', interval=(0.0, 2.0)))
     """
 
     name: str
