@@ -1,4 +1,4 @@
-"""From high temperature to low without data: reverse KL where nothing is separated, then draw, weight, clip, resample, retrain.
+"""From high temperature to low without data: reverse KL while hot, then draw, weight, clip, resample, retrain.
 
 For any generator with any log q, as TA-BG (arXiv 2501.19077) does it. In place of resampling and maximum likelihood a
 stage can be trained on its generator's own draws, by the log-variance divergence (arXiv 2010.10436) or by path
@@ -63,15 +63,19 @@ def temperature_ladder(
 
 
 def soften(u: Tensor, cut: float = ENERGY_CUT, cap: float = ENERGY_CAP) -> Tensor:
-    """u up to ``cut``, log(u - cut + 1) + cut above it; what is above ``cap`` or not a number counts as ``cap``, without gradient."""
+    """u up to ``cut``, log(u - cut + 1) + cut above it; above ``cap``, and not a number, is ``cap``, without gradient."""
     u = u.nan_to_num(nan=cap, posinf=cap, neginf=-cap).clamp(max=cap)
     return torch.where(u > cut, torch.log((u - cut).clamp_min(0) + 1) + cut, u)
 
 
 def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0, cut: float = ENERGY_CUT) -> dict[str, Tensor]:
-    """The loss E_q[log q + u] of draws (n,), their ``drop_highest`` highest energies left out, u softened above ``cut``; and its two parts.
+    """The loss E_q[log q + u] of draws (n,), and its two parts: KL(q ‖ p) up to log Z.
 
-    KL(q ‖ p) up to the constant log Z, if nothing is left out.
+    ``drop_highest`` of the highest energies are left out, u is softened above ``cut``.
+
+    >>> parts = reverse_kl(torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([3.0, 2.0, 1e9]), drop_highest=1)
+    >>> {name: float(value) for name, value in parts.items()}
+    {'loss': 1.0, 'log_q': -1.5, 'energy': 2.5}
     """
     u = soften(u.double(), cut)
     if drop_highest:
@@ -81,7 +85,7 @@ def reverse_kl(log_q: Tensor, u: Tensor, drop_highest: int = 0, cut: float = ENE
 
 
 def forward_kl(log_q: Tensor) -> dict[str, Tensor]:
-    """The loss -E[log q] over the data inside the generator's domain, and the share of them outside, where log q is -inf."""
+    """The loss -E[log q] over data inside the generator's domain, and the share outside, where log q is -inf."""
     inside = log_q.isfinite()
     return {"loss": -torch.where(inside, log_q, 0.0).sum() / inside.sum(), "outside": 1 - inside.float().mean()}
 
@@ -111,7 +115,7 @@ def log_variance(log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 
 def path_kl(
     log_q: Tensor, u: Tensor, clip: float = 3.0, covering: float = 0.0, cut: float = ENERGY_CUT
 ) -> dict[str, Tensor]:
-    """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for a generator's own draws (n,).
+    """The loss whose gradient is that of KL(q ‖ p) + ``covering`` KL(p ‖ q), over 1 + ``covering``, for own draws (n,).
 
     log q and u must be differentiable along the path of the draws alone (`SplineFlow.sample_with_path_log_prob`). On
     such a path, with d = log p - log q, the gradient of any divergence E_q[f(exp d)] is -E_q[h ∇_x d · ∂x/∂weights]
@@ -131,7 +135,7 @@ def path_kl(
 
 @dataclass(frozen=True)
 class BufferRecord:
-    """How well draws at one temperature covered the next: ESS (relative) as it is and with the top weights clipped, Pareto-k."""
+    """How well draws at one temperature covered the next: relative ESS, as it is and with top weights clipped."""
 
     drawn_at: float
     weighted_to: float
@@ -177,7 +181,7 @@ def fill_buffer(
     if record.ess_clipped < COLLAPSED:
         log.warning(
             "From %.4g to %.4g the effective sample size collapsed to %.2g%%: the buffer holds few different samples. "
-            "Use more steps (annealing.n_steps), train each longer (annealing.fit.steps), or draw more (annealing.n_draws).",
+            "Take more steps (annealing.n_steps), train each longer (annealing.fit.steps) or draw more (annealing.n_draws).",
             *temperatures,
             100 * record.ess_clipped,
         )

@@ -86,45 +86,66 @@ def test_report(tmp_path, results):
     assert all(line.endswith("|") for line in tables)
 
 
-def peptide(ours, simulation, **distances):
+def member(ours, simulation, **distances):
     return {
-        "right_graph": 0.9,
-        "kept": 0.8,
-        "ess": {"ess": 0.05, "pareto_k": 0.4},
-        "free_energy": {"weighted": ours, "reference": simulation},
+        "made": {"right_graph": 0.9, "kept": 0.8, "mirrored": 0.4, "reordered": 0.1, "cis": 0.0},
+        "ess": {"EBM weights": {"ess": 0.05, "pareto_k": 0.4}, "exact weights": {"ess": 0.5, "pareto_k": 0.1}},
+        "headline": "weighted samples",
+        "free_energy": {"weighted samples": ours, "reference": simulation},
         "error": float("nan"),
         "distances": {"E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0} | distances, "T-W2 (rad)": {}},
     }
 
 
-def test_peptides_say_in_words_what_is_not_known(tmp_path):
+def test_members_say_in_words_what_is_not_known(tmp_path):
     generator = np.random.default_rng(0)
     angle = generator.uniform(-np.pi, np.pi, size=2000)
-    fine, few, none = (
-        free_energy_difference(a, n_bootstrap=50)
-        for a in (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
-    )
-    peptides = {
-        "AC": peptide(fine, fine),
-        "CA": peptide(few, fine),
-        "SV": peptide(fine, none, weighted=float("nan"), missing="no weighted sample below the cut"),
+    sets = (angle, np.append(angle[angle < 0], [1.0] * 5), np.full(50, -1.0))
+    fine, few, none = (free_energy_difference(a, n_bootstrap=50) for a in sets)
+    members = {
+        "AC": member(fine, fine),
+        "CA": member(few, fine),
+        "SV": member(fine, none, weighted=float("nan"), missing="no weighted sample below the cut"),
     }
-    text = write_report(tmp_path, {"peptides": peptides}, {}).read_text()
+    text = write_report(tmp_path, {"members": members}, {}).read_text()
+    overview = text.split("## Free-energy")[0]
     table = {
-        line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.split("|")]
-        for line in text.splitlines()
-        if line[0:1] == "|"
+        cells[1]: cells
+        for cells in ([c.strip() for c in line.split("|")] for line in overview.splitlines() if line[:1] == "|")
     }
     interval = f"{fine.value:.2f} [{fine.interval[0]:.2f}, {fine.interval[1]:.2f}]"
+    assert table["AC"][2:6] == ["90.0%", "80.0%", "5.00%", "0.40"]
     assert table["AC"][6:9] == [interval, interval, "–"]
     assert table["CA"][6] == f"{few.value:.2f} not reliable"
     assert table["SV"][6:10] == [interval, "not visited", "–", "5.00 → – (1.00)"]
     assert f"- CA, ΔF of the weighted samples: {few.message}." in text
-    assert f"- SV, ΔF of the simulation: {none.message}." in text
+    assert f"- SV, ΔF of the reference: {none.message}." in text
     assert "- SV, E-W2 (kT): no weighted sample below the cut." in text
+    # each section shows the rows of a single molecule, with the name before them
+    assert "| AC | exact weights | 50.000% | 0.10 | – |" in text
+    assert "| CA | 90.00% | 80.00% | 40.00% | 10.00% | 0.00% |" in text
     # a report that was read back has None where there was infinity
     again = write_report(tmp_path, json.loads((tmp_path / "metrics.json").read_text()), {}).read_text()
     assert "not visited" in again
+
+
+def test_a_member_alone_has_the_same_rows(tmp_path):
+    angle = np.random.default_rng(0).uniform(-np.pi, np.pi, size=2000)
+    one = member(*[free_energy_difference(angle, n_bootstrap=50)] * 2)
+    alone = write_report(tmp_path, one, {}).read_text()
+    among = write_report(tmp_path, {"members": {"AC": one}}, {}).read_text()
+    assert "molecule" not in alone
+    tables = [line for line in alone.splitlines() if line.startswith("|") and "---" not in line]
+    headers = [line for line in tables if f"| molecule {line}" in among]
+    assert len(headers) == 4
+    assert all(f"| AC {line}" in among for line in tables if line not in headers)
+
+
+def test_captions_of_a_molecules_figures(tmp_path):
+    figure = plotting.plot_weights({"EBM": np.random.default_rng(0).normal(size=200)})
+    text = write_report(tmp_path, {}, dict.fromkeys(("AC_weights", "AC_tica"), figure), {"tica": "Slow."}).read_text()
+    assert "*AC: Distribution of the log weights.*" in text
+    assert "*AC: Slow.*" in text
 
 
 def test_summary_table(results):

@@ -44,7 +44,7 @@ class SampledDistance:
 
 @dataclass(frozen=True)
 class LikelihoodAgreement:
-    """Spread of (EBM - exact) log-likelihood: ``std`` in kT with its bootstrap ``std_error``; ``pearson_r``; ``slope`` of EBM over exact.
+    """Spread ``std`` of (EBM - exact) log-likelihood (kT), bootstrap ``std_error``; ``slope`` is of EBM over exact.
 
     ``per_state`` holds (n, mean, std) of the difference by state; means are up to the EBM's constant, their differences
     are not.
@@ -76,7 +76,7 @@ class DensityErrors:
 
 @dataclass(frozen=True)
 class HeldOutLikelihood:
-    """Negative log-likelihood of held-out data, its mean ``nll`` and ``std_error`` over the data inside the generator's domain.
+    """Negative log-likelihood of held-out data, mean ``nll`` and ``std_error`` over the data inside the domain.
 
     Of ``n`` frames ``n_outside`` are outside, the ``share_outside`` by weight: to these the generator gives no density
     at all.
@@ -90,8 +90,9 @@ class HeldOutLikelihood:
 
 
 def density_errors(log_p: np.ndarray, log_q: np.ndarray, mode: np.ndarray, support: np.ndarray) -> DensityErrors:
-    """``log_p`` (true) and ``log_q`` (learned), up to constants, in the cells of a grid; ``mode`` numbers the mode of each cell and
-    ``support`` is where the true density is above zero; all (cells,).
+    """Errors of ``log_q`` (learned) against ``log_p`` (true), up to constants, in the cells of a grid, (cells,).
+
+    ``mode`` numbers the mode of each cell and ``support`` is where the true density is above zero; both (cells,).
     """
     log_p, log_q = log_p - logsumexp(log_p[support]), log_q - logsumexp(log_q)
     p, q = np.where(support, np.exp(log_p), 0.0), np.exp(log_q)
@@ -119,9 +120,9 @@ def share_above(u: np.ndarray, cut: float, weights: np.ndarray | None = None) ->
 def energy_w2(
     u1: np.ndarray, u2: np.ndarray, w1: np.ndarray | None = None, w2: np.ndarray | None = None, cut: float | None = None
 ) -> float:
-    """Exact Wasserstein-2 distance (kT) of energies (n1,) and (n2,) with any positive weights: ( int_0^1 (Q1 - Q2)^2 dp )^(1/2).
+    """Exact Wasserstein-2 distance (kT) of energies (n1,) and (n2,): ( ∫ (Q1 - Q2)² dp )^(1/2), weights positive.
 
-    Energies above ``cut`` are left out on both sides (see :func:`energy_cut`, :func:`share_above`).
+    Energies above ``cut`` are left out on both sides (see `energy_cut`, `share_above`); UserError if none is left.
     """
     values1, cdf1 = _sorted_cdf(u1, w1, cut)
     values2, cdf2 = _sorted_cdf(u2, w2, cut)
@@ -138,10 +139,10 @@ def torus_w2(
 ) -> SampledDistance:
     """Wasserstein-2 distance (radians) on the torus of angles (n1, k) and (n2, k), differences wrapped to (-π, π].
 
-    Exact optimal transport between ``n_subsets=5`` pairs of subsets of ``n_points=5000`` (at most n1, n2), drawn by a numpy
-    ``generator``: with replacement by weight where weights are given, else without. The value has a floor that falls with
-    n_points: compare with `between_halves` at the same n_points. Raises UserError for shapes that do not fit.
-    BoltzNCE's code wraps differences modulo π: its figures cannot be compared with these.
+    Exact optimal transport between ``n_subsets=5`` pairs of subsets of ``n_points=5000`` (at most n1, n2), drawn by a
+    numpy ``generator``: with replacement by weight where weights are given, else without. The value has a floor that
+    falls with n_points: compare with `between_halves` at the same n_points. Raises UserError for shapes that do not
+    fit. BoltzNCE's code wraps differences modulo π: its figures cannot be compared with these.
 
     >>> torus_w2(np.full((9, 2), 3.0), np.full((9, 2), [3.0, -3.0]))  # one angle differs by 2 π - 6
     SampledDistance(mean=0.28318..., std=0.0, n_points=9)
@@ -174,7 +175,7 @@ def torsion_kl(
     n_bins: int = 100,
     uniform_share: float = 1e-4,
 ) -> float:
-    """KL(1 ‖ 2) in nats of the histograms of angles (n, 2) on a grid of ``n_bins`` x ``n_bins``, the published grid of TA-BG.
+    """KL(1 ‖ 2) in nats of histograms of angles (n, 2) on ``n_bins`` x ``n_bins``, the published grid of TA-BG.
 
     Smoothing: both histograms are mixed with the uniform distribution, of which they take the share ``uniform_share``;
     so an empty bin costs the same whatever the number of samples.
@@ -196,7 +197,7 @@ def torsion_kl_of_halves(
     n_bins: int = 100,
     uniform_share: float = 1e-4,
 ) -> float:
-    """Mean of KL(half ‖ other) over two independent halves of the data ``angles`` (n, 2), ``first`` (n,) the mask of one of them.
+    """Mean of KL(half ‖ other) over two independent halves of ``angles`` (n, 2), ``first`` (n,) the mask of one.
 
     Without ``other_angles`` the other is the other half: the floor, which is the noise of two histograms. With them it
     is the first so many of them (or all, if they are too few) that their histogram is as noisy as the other half's: so
@@ -216,7 +217,7 @@ def torsion_kl_of_halves(
 def _as_noisy_as(
     angles: np.ndarray, weights: np.ndarray, other_angles: np.ndarray, other_weights: np.ndarray, n_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first of the others, and their weights: the fewest whose histogram has no more noise than that of ``angles``, or all."""
+    """The first of the others, and their weights: the fewest with a histogram no noisier than that of ``angles``."""
     wanted, cells = _noise(_cells(angles, n_bins), weights), _cells(other_angles, n_bins)
     too_few, n = 0, len(other_angles)
     while n - too_few > 1:
@@ -243,7 +244,7 @@ def _cells(angles: np.ndarray, n_bins: int) -> np.ndarray:
 
 
 def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = None) -> HeldOutLikelihood:
-    """Likelihood that a generator gives held-out data: ``log_prob`` (n,), -inf outside its domain, and the data's log weights (n,).
+    """Likelihood ``log_prob`` (n,), -inf outside the domain, that a generator gives data of some log weights (n,).
 
     The standard error takes the frames as independent; frames of a simulation are not quite.
     """
@@ -261,7 +262,7 @@ def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = N
 def likelihood_agreement(
     ebm: np.ndarray, exact: np.ndarray, inside: np.ndarray | None = None, n_bootstrap: int = 1000, seed: int = 0
 ) -> LikelihoodAgreement:
-    """Agreement of EBM and exact log-likelihoods (n,) of samples drawn by the flow; ``inside`` (n,) is the mask of the state.
+    """Agreement of EBM and exact log-likelihoods (n,) of samples of the flow; ``inside`` (n,) masks the state.
 
     The spread of the difference is what the weights feel; Pearson's r flatters where the likelihoods themselves vary
     much.

@@ -20,9 +20,8 @@ def fit_generalized_pareto(excess: np.ndarray) -> float:
     first_quartile = x[int(n / 4 + 0.5) - 1]
     theta = 1.0 / x[-1] + (1.0 - np.sqrt(n_grid / (np.arange(1, n_grid + 1) - 0.5))) / (3.0 * first_quartile)
     k = np.log1p(-theta[:, None] * x).mean(axis=1)
-    rate = np.divide(
-        -theta, k, out=np.full(n_grid, 1.0 / x.mean()), where=k != 0.0
-    )  # theta = 0 is the exponential distribution
+    exponential = np.full(n_grid, 1.0 / x.mean())  # the rate where theta is 0
+    rate = np.divide(-theta, k, out=exponential, where=k != 0.0)
     log_likelihood = n * (np.log(rate) - k - 1.0)
     posterior = np.exp(log_likelihood - log_likelihood.max())
     theta_mean = (theta * posterior).sum() / posterior.sum()
@@ -33,8 +32,8 @@ def fit_generalized_pareto(excess: np.ndarray) -> float:
 def pareto_k(log_weights: np.ndarray) -> float:
     """Pareto-k of unnormalized ``log_weights`` (n,), from the largest min(0.2 n, 3 √n) of them.
 
-    PSIS, Vehtari et al. 2024. Above 0.7 means over weights cannot be trusted. ``-inf`` for weights without a tail (all the largest equal);
-    ``nan`` where fewer than five weights make the tail, too few to tell.
+    PSIS, Vehtari et al. 2024. Above 0.7 means over weights cannot be trusted. ``-inf`` for weights without a tail (all
+    the largest equal); ``nan`` where fewer than five weights make the tail, too few to tell.
 
     >>> uniform = (np.arange(10_000) + 0.5) / 10_000
     >>> round(pareto_k(-0.9 * np.log(uniform)), 1), pareto_k(np.zeros(1000))  # a tail w^(-1/0.9), and none
@@ -57,7 +56,7 @@ def tail_share(log_weights: np.ndarray) -> float:
 
 
 def _excess(log_weights: np.ndarray) -> np.ndarray | None:
-    """What the weights of the tail have above its threshold, the largest being one; None where the tail is too short."""
+    """What the weights of the tail have above its threshold, the largest being one; None if the tail is too short."""
     log_weights = np.asarray(log_weights, dtype=np.float64)
     n = len(log_weights)
     n_tail = int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))

@@ -93,7 +93,7 @@ class WeightedSamplesWriter:
             path.write_text(json.dumps(self._progress))
 
     def finish(self, format: str = "npy") -> Path:
-        """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename, and return the folder."""
+        """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename; return the folder."""
         if self.n_written == 0:
             raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
         check_trajectory_format(format)
@@ -141,7 +141,7 @@ class WeightedSamplesWriter:
 
 
 def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Contents of a folder of weighted samples: four arrays (positions memory-mapped), ``topology`` (or None), ``meta``.
+    """Contents of a folder of weighted samples: arrays (positions memory-mapped), ``topology`` (or None), ``meta``.
 
     Sizes are always checked, digests if ``verify``; UserError names the file that does not fit.
     """

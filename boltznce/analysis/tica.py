@@ -12,7 +12,7 @@ __all__ = ["tica_projection"]
 def tica_projection(
     trajectories: Sequence[np.ndarray], lag: int, n_components: int = 2
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Learn the components of trajectories (n_frames, F), ``lag`` frames apart; returns features (n, F) -> (n, components).
+    """Learn the components of trajectories (n_frames, F), ``lag`` frames apart; returns (n, F) -> (n, n_components).
 
     Raises UserError where deeptime is not installed, and for trajectories no longer than the lag.
     """

@@ -36,7 +36,7 @@ def normalized_weights(log_weights: np.ndarray) -> np.ndarray:
     n, bad = len(log_weights), np.isnan(log_weights) | (log_weights == np.inf)
     if bad.any():
         raise UserError(
-            f"{bad.sum()} of {n} log weights are NaN or +inf: drop the samples whose energy or likelihood is not a number."
+            f"{bad.sum()} of {n} log weights are NaN or +inf: drop samples whose energy or likelihood is not a number."
         )
     if not np.isfinite(log_weights).any():
         raise UserError(f"None of {n} samples has a finite weight: there are none, or all their energies are infinite.")
