@@ -16,12 +16,11 @@ from boltznce.methods.free_energy import write_free_energy
 def main(config: DictConfig) -> None:
     state = None if config.state is None else tuple(config.state)
     run = load_run(config.run, config.device)
-    system = run.system_of(build(config.system) if "system" in config else None)
-    of_report = Path("samples") if system is run.system else Path("peptides", system.name)
+    system = run.system.choose(build(config.system) if "system" in config else None)
     print(
         write_free_energy(
             system,
-            Path(config.samples or run.path / of_report / "weighted"),
+            Path(config.samples or run.path / "samples" / "weighted" / run.system.label(system)),
             Path(config.output),
             coordinate=config.coordinate,
             state=state,

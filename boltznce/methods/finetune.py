@@ -11,6 +11,7 @@ from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.methods.models import weights_path
 from boltznce.run_folder import RunFolder
+from boltznce.systems.molecular import MolecularSystem
 
 __all__ = ["start_finetuning"]
 
@@ -43,11 +44,11 @@ def start_finetuning(
     family.choose(peptide)
     steps, lr = settings.finetune, settings.finetune.lr
     with open_dict(config):
-        config.system = family.member_config(peptide)
+        config.system = {"_target_": f"{MolecularSystem.__module__}.MolecularSystem", **family.settings_of(peptide)}
         config.data.folder = str(Path(config.data.folder) / peptide)
         config.data.split = steps.split
-        config.data.simulation = OmegaConf.merge(family.simulation, config.data.simulation, steps.simulation)
-        config.data.simulation.pop("test", None)
+        simulation = OmegaConf.merge(family.simulation, config.data.simulation, steps.simulation)
+        config.data.simulation = {key: value for key, value in simulation.items() if key != "test"}
         config.flow = OmegaConf.merge(
             config.flow, {"start": str(starts["flow"].absolute()), "fit": {"steps": steps.flow_steps, "lr": lr}}
         )

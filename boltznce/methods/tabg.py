@@ -82,7 +82,7 @@ def anneal(work: Workspace) -> dict:
                 generator_of=lambda i, name=name: work.generator(f"{name} draws", index=i),
             )
             loss, n_evaluations = objective(work, system, drawn, name)
-            fitted = work.fit(name, flow, loss, **section.fit | {"lr": _stage_lr(section, k, len(temperatures))})
+            fitted = work.fit(name, flow, loss, **dict(section.fit) | {"lr": _stage_lr(section, k, len(temperatures))})
             record = asdict(covered) | fitted
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
             with atomic_file(record_path) as path:

@@ -81,10 +81,14 @@ class PeptideFamily:
     def member(self, sequence: str) -> MolecularSystem:
         """A peptide of the family, listed or not: made once."""
         if sequence not in self._members:
-            parse_sequence(sequence)
-            encoding = {"encoding": self.encoding, "n_places": self.n_places}
-            self._members[sequence] = MolecularSystem(sequence, sequence, **encoding, **self.settings)
+            self._members[sequence] = MolecularSystem(**self.settings_of(sequence))
         return self._members[sequence]
+
+    def settings_of(self, sequence: str) -> dict[str, Any]:
+        """Those of a peptide as a `MolecularSystem` of its own."""
+        parse_sequence(sequence)
+        encoding = {"encoding": self.encoding, "n_places": self.n_places}
+        return {"name": sequence, "structure": sequence, **encoding, **self.settings}
 
     def members(self, role: str) -> list[MolecularSystem]:
         """The peptides of a role, in the order of their list."""
