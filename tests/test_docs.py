@@ -73,7 +73,7 @@ def test_paths_exist(page):
 
 @pages
 def test_names_of_code_exist(page):
-    for module, names in re.findall(r"`(boltznce/[\w/]+)\.py`: ((?:`[\w.]+`(?:, )?)+)", page.read_text()):
+    for module, names in re.findall(r"`(boltznce/[\w/]+)\.py`\S*: ((?:`[\w.]+`(?:, )?)+)", page.read_text()):
         for name in re.findall(r"`([\w.]+)`", names):
             found = importlib.import_module(module.replace("/", "."))
             for part in name.split("."):
@@ -87,7 +87,7 @@ def test_every_equation_has_its_code():
     rows = [row for row in rows if not row.startswith("| what ")]
     assert len(rows) > 30
     for row in rows:
-        assert re.search(r"\| `boltznce/[\w/]+\.py`: `\w", row), row
+        assert re.search(r"\| \[`boltznce/[\w/]+\.py`\]\(\S+\): `\w", row), row
 
 
 @pages
