@@ -1,0 +1,124 @@
+"""README and docs: every link, path, name of code, config and command in them exists."""
+
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+import boltznce
+from boltznce import UserError, config
+from boltznce.benchmarks.run import BENCHMARKS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("boltznce", "configs", "docs", "notebooks", "scripts", "tests")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def spans(page: Path) -> list[str]:
+    """The code within its lines, outside of the blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(script, its words) of every command, ``…`` standing for what a user fills in."""
+    lines = [*spans(page), *(line for block in blocks(page) for line in block.splitlines())]
+    found = [re.search(r"python scripts/(\w+)\.py([^#&]*)", line) for line in lines]
+    return [(match[1], shlex.split(match[2].replace("…", "x"))) for match in found if match]
+
+
+def test_there_are_pages_and_commands():
+    assert {"README.md", "results.md", "benchmarks.md", "choices.md", "equations.md"} <= {page.name for page in PAGES}
+    assert len([command for page in PAGES for command in commands(page)]) > 40
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_paths_exist(page):
+    named = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*")
+    for span in spans(page):
+        if named.fullmatch(span):
+            assert (ROOT / span).exists(), span
+
+
+@pages
+def test_names_of_code_exist(page):
+    for module, names in re.findall(r"`(boltznce/[\w/]+)\.py`\S*: ((?:`[\w.]+`(?:, )?)+)", page.read_text()):
+        for name in re.findall(r"`([\w.]+)`", names):
+            found = importlib.import_module(module.replace("/", "."))
+            for part in name.split("."):
+                found = getattr(found, part)
+    for name in re.findall(r"\bbz\.(\w+)", page.read_text()):
+        assert name in boltznce.__all__, name
+
+
+def test_every_equation_has_its_code():
+    rows = [line for line in (ROOT / "docs" / "equations.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| what ")]
+    assert len(rows) > 30
+    for row in rows:
+        assert re.search(r"\| \[`boltznce/[\w/]+\.py`\]\(\S+\): `\w", row), row
+
+
+@pages
+def test_commands_compose(page):
+    for script, words in commands(page):
+        assert (ROOT / "scripts" / f"{script}.py").exists(), script
+        composed = compose(script, tuple(word for word in words if not word.startswith("-")))
+        if script == "benchmark":
+            assert composed.what in BENCHMARKS
+
+
+@functools.cache
+def compose(script: str, words: tuple[str, ...]) -> DictConfig:
+    return config.compose(script, words)
+
+
+@pages
+def test_settings_compose(page):
+    """``method=tabg`` and the like, which belong to a command that the reader knows: some command has them."""
+    contexts = [("train", ()), ("sample", ("run=x",)), ("simulate", ()), ("train", ("system=dipeptides",))]
+    contexts += [("train", ("system=gaussians8",))]
+    contexts += [("train", (f"method={method}",)) for method in config.available("method")]
+    for span in sorted(set(spans(page))):
+        words = span.split()
+        if all(re.fullmatch(r"\+?[\w.@]+=[\w./,-]+", word) for word in words):
+            assert any(composes(script, (*context, *words)) for script, context in contexts), span
+
+
+def composes(script: str, words: tuple[str, ...]) -> bool:
+    try:
+        compose(script, words)
+    except UserError:
+        return False
+    return True
