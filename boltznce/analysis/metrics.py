@@ -309,16 +309,7 @@ def _wrap(angle: np.ndarray) -> np.ndarray:
     return np.pi - np.mod(np.pi - angle, 2.0 * np.pi)
 
 
-def _sampled_w2(
-    costs: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    points1: np.ndarray,
-    points2: np.ndarray,
-    w1: np.ndarray | None,
-    w2: np.ndarray | None,
-    n_points: int = 5000,
-    n_subsets: int = 5,
-    generator: np.random.Generator | None = None,
-) -> SampledDistance:
+def _sampled_w2(costs, points1, points2, w1, w2, n_points=5000, n_subsets=5, generator=None) -> SampledDistance:
     """( min over permutations of the mean cost )^(1/2) of pairs of subsets; ``costs`` (n, k), (n, k) -> (n, n)."""
     import ot  # three times as fast as scipy's assignment on thousands of points; it takes a second to import
 

@@ -60,10 +60,10 @@ def plot_ramachandran(
     angle_names: tuple[str, str] = ("φ", "ψ"),
     zero_of: str | None = None,
 ) -> Figure:
-    """Free energy -log p(φ, ψ) in kT, panels on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
+    """Free energy -log p(φ, ψ) in kT, panels on one colour scale.
 
-    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
-    equal densities.
+    ``panels``: title -> (angles (n, 2), log weights or None). The zero of every panel is the lowest bin of the panel
+    ``zero_of``, by default the first (the MD): equal colours are equal densities.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of, [f"{name} (rad)" for name in angle_names])
@@ -131,7 +131,7 @@ def plot_densities(
     boxes: Mapping[str, Box],
     notes: Mapping[tuple[str, str], str] | None = None,
 ) -> Figure:
-    """Densities in the plane, rows = systems, columns = the truth and what was learned, on one linear colour scale a row.
+    """Densities in the plane, rows = systems, columns = the truth and what was learned, on one colour scale a row.
 
     ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest
     value is the darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below.
@@ -227,10 +227,10 @@ def plot_profiles(
 
 @_styled
 def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.ndarray | None = None) -> Figure:
-    """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state, with the identity line."""
+    """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state."""
     ebm, exact = np.asarray(ebm, dtype=np.float64), np.asarray(exact, dtype=np.float64)
     shifted = ebm - (ebm - exact).mean()
-    groups = {"samples": np.full(len(ebm), True)} if inside is None else {"rest": ~np.asarray(inside), "state": inside}
+    groups = {"samples": np.full(len(ebm), True)} if inside is None else {"rest": ~inside, "state": inside}
     both = np.concatenate([shifted, exact])
     margin = 0.05 * np.ptp(both)
     limits = (both.min() - margin, both.max() + margin)
@@ -250,7 +250,7 @@ def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.nda
 def plot_learning_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step"
 ) -> Figure:
-    """Columns of a training log; ``curves``: label -> (steps, values), NaN left out, a panel for each name before a ``/``.
+    """Columns of a training log; ``curves``: label -> (steps, values), NaN left out, a panel a name before a ``/``.
 
     ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are
     positive and span more than a factor of five. Training (noisy) is drawn faint with its running median.
@@ -281,7 +281,7 @@ def plot_learning_curves(
 
 @_styled
 def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
-    """Histograms of log weights relative to the mean weight; ``sets``: label -> log weights (n,); ESS and Pareto-k named."""
+    """Histograms of log weights relative to the mean weight; ``sets``: label -> log weights (n,)."""
     weights = {label: normalized_weights(log_weights) for label, log_weights in sets.items()}
     logs = {label: np.log(w[w > 0.0] * len(w)) for label, w in weights.items()}
     everything = np.concatenate(list(logs.values()))
@@ -327,7 +327,7 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
-    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
+    Steps stand side by side: a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
     """
     figure, ax = _single_axes()
     steps, everything = np.arange(len(temperatures)), np.concatenate([np.array(v, dtype=float) for v in sets.values()])

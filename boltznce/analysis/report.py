@@ -13,9 +13,8 @@ made         {right_graph, kept, mirrored, reordered, cis}: shares of the draws 
              chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share that is cis
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
 free_energy  {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT,
-             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the *total*
-             one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``;
-             left out it counts as true.
+             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is
+             *total*); any other key is a row of that name. ``reliable=False`` (default True) hides the interval
 headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
