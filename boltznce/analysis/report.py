@@ -295,9 +295,9 @@ def _free_energy_rows(results: Results) -> Rows:
 
 
 def _made_rows(results: Results) -> Rows:
-    header = ["right bonds", "right chirality", "mirrored", "reordered", "cis peptide bond"]
+    made, header = results.get("made"), ["right bonds", "right chirality", "mirrored", "reordered", "cis peptide bond"]
     forms = dict.fromkeys(("right_graph", "kept", "mirrored", "reordered", "cis"), ".2%")
-    return _headed(header, [_cells(results["made"], forms)] if results.get("made") else [])
+    return _headed(header, [_cells(made, forms)] if made else [])
 
 
 def _distance_rows(results: Results) -> Rows:
@@ -329,18 +329,14 @@ def _mode_rows(results: Results) -> Rows:
     table = results.get("modes") or {}
     if not table:
         return []
-    (name, exact), *others = table.items()
-    modes = [
-        [str(k), *(_number(weight, ".4f") for weight in weights)]
-        for k, weights in enumerate(zip(*table.values(), strict=True))
-    ]
-    errors = [[abs(a - b) for a, b in zip(values, exact, strict=True)] for _, values in others]
-    relative = [[error / a for error, a in zip(row, exact, strict=True) if a > 0] for row in errors]
+    exact, *others = np.array(list(table.values()), dtype=np.float64)
+    errors, seen = [np.abs(other - exact) for other in others], exact > 0
+    modes = [[str(k), *(_number(w, ".4f") for w in row)] for k, row in enumerate(zip(exact, *others, strict=True))]
     return [
-        ["mode", name, *(other for other, _ in others)],
+        ["mode", *table],
         *(modes if len(modes) <= MOST_MODES else []),
-        ["largest error", "", *(_number(max(row), ".4f") for row in errors)],
-        ["largest relative error", "", *(_number(max(row), ".1%") for row in relative)],
+        ["largest error", "", *(_number(error.max(), ".4f") for error in errors)],
+        ["largest relative error", "", *(_number((error[seen] / exact[seen]).max(), ".1%") for error in errors)],
     ]
 
 
@@ -440,8 +436,9 @@ def _mean(entry: float | Results | None) -> float | None:
 
 
 def _mean_and_std(entry: float | Results | None) -> str:
-    spread = f" ± {_number(entry['std'], '.3f')}" if isinstance(entry, dict) and "std" in entry else ""
-    return _number(_mean(entry), ".3f") + spread
+    return (
+        " ± ".join(_cells(entry, {"mean": ".3f", "std": ".3f"})) if isinstance(entry, dict) else _number(entry, ".3f")
+    )
 
 
 def _plain(value: Any, keep_infinities: bool = False) -> Any:
