@@ -63,7 +63,7 @@ def temperature_ladder(
 
 
 def soften(u: Tensor, cut: float = ENERGY_CUT, cap: float = ENERGY_CAP) -> Tensor:
-    """u up to ``cut``, log(u - cut + 1) + cut above it; above ``cap``, and not a number, is ``cap``, without gradient."""
+    """u up to ``cut``, log(u - cut + 1) + cut above it; above ``cap`` or not a number: ``cap``, no gradient."""
     u = u.nan_to_num(nan=cap, posinf=cap, neginf=-cap).clamp(max=cap)
     return torch.where(u > cut, torch.log((u - cut).clamp_min(0) + 1) + cut, u)
 
@@ -160,11 +160,9 @@ def fill_buffer(
 ) -> tuple[WeightedSamples, BufferRecord]:
     """Draw, weight by exp(-u - log q) at the next temperature, clip the top share ``clip`` of the weights.
 
-    Returns the ``n_draws`` draws with their clipped weights, and the record. Draws are on disk in ``folder``, batch by
-    batch (batch k takes its random numbers from ``generator_of(k)``): a killed call goes on where it was, a finished
-    one is loaded.
-
-    Warns if the effective sample size has collapsed, with what to do.
+    Returns the ``n_draws`` draws with their clipped weights, and the record; warns if the effective sample size has
+    collapsed. Draws are on disk in ``folder``, batch by batch (batch k takes its random numbers from
+    ``generator_of(k)``): a killed call goes on where it was, a finished one is loaded.
     """
     folder = Path(folder)
     drawn = _draw_weighted(draw, energy, folder, n_draws, batch_size, generator_of)
@@ -181,9 +179,8 @@ def fill_buffer(
     if record.ess_clipped < COLLAPSED:
         log.warning(
             "From %.4g to %.4g the effective sample size collapsed to %.2g%%: the buffer holds few different samples. "
-            "Take more steps (annealing.n_steps), train each longer (annealing.fit.steps) or draw more (annealing.n_draws).",
-            *temperatures,
-            100 * record.ess_clipped,
+            "Take more steps (annealing.n_steps), train longer (annealing.fit.steps) or draw more (annealing.n_draws).",
+            *(*temperatures, 100 * record.ess_clipped),
         )
     return clipped, record
 
@@ -200,9 +197,7 @@ def _draw_weighted(
     """``n`` draws with energies, log q and weights, in ``folder``. What is not finite gets the weight zero."""
     if not (folder / "meta.yaml").exists():
         writer = WeightedSamplesWriter(folder, meta={"n": n, "batch_size": batch_size})
-        with tqdm(
-            total=n, initial=writer.n_written, desc=folder.name, unit="sample", mininterval=5.0, leave=False
-        ) as bar:
+        with tqdm(total=n, initial=writer.n_written, desc=folder.name, mininterval=5.0, leave=False) as bar:
             while writer.n_written < n:
                 start = writer.n_written
                 x, log_q = draw(min(batch_size, n - start), generator_of(start // batch_size))

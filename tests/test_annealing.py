@@ -64,7 +64,7 @@ def test_losses():
 
 
 def test_log_variance_of_gaussians():
-    """N(m, s²) fitted to N(0, 1) on its own draws: the gradient is that of KL(q ‖ p), dKL/dm = m and dKL/ds = s - 1/s."""
+    """N(m, s²) fitted to N(0, 1) on its own draws: the gradient is that of KL(q ‖ p), dKL/dm = m, dKL/ds = s - 1/s."""
     noise = torch.randn(400000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def gradients(m, s, x=None, **settings):
@@ -96,7 +96,7 @@ def test_log_variance_of_gaussians():
 
 @pytest.mark.parametrize("covering", [0.0, 2.0])
 def test_path_kl_of_gaussians(covering):
-    """N(m, s²) fitted to N(0, 1): dKL(q ‖ p) = (m, s - 1/s), dKL(p ‖ q) = (m / s², 1/s - (1 + m²) / s³), w from the median."""
+    """N(m, s²) fitted to N(0, 1): dKL(q ‖ p) = (m, s - 1/s), dKL(p ‖ q) = (m / s², 1/s - (1 + m²) / s³)."""
     noise = torch.randn(400000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def gradients(m, s, u=lambda x: 0.5 * x.square() + 7.0, **settings):
@@ -104,11 +104,8 @@ def test_path_kl_of_gaussians(covering):
         x = mean + scale * noise
         log_q = -0.5 * ((x - m) / s).square() - math.log(s)
         parts = path_kl(log_q, u(x), covering=covering, **settings)
-        return (
-            log_q.detach() + 0.5 * x.detach().square(),
-            torch.stack(torch.autograd.grad(parts["loss"], (mean, scale))),
-            parts,
-        )
+        gradient = torch.stack(torch.autograd.grad(parts["loss"], (mean, scale)))
+        return log_q.detach() + 0.5 * x.detach().square(), gradient, parts
 
     m, s = 0.3, 1.2
     minus_log_w, found, parts = gradients(m, s, clip=math.inf)

@@ -88,8 +88,8 @@ def test_bad_input_is_a_user_error():
 def ebm_with_an_error(generator: np.random.Generator, n: int, spread: float = 0.6) -> tuple[np.ndarray, ...]:
     """Angles of a flow (share 0.5), EBM log weights, EBM and exact log q, and the true dF.
 
-    Exact weights make the share 0.25. The EBM's error has the mean 1 and the given spread in the state, 0 and half the spread
-    in the rest, so that EBM weights are wrong by -1 - spread^2 / 2 + ..., and an added constant.
+    Exact weights make the share 0.25. The EBM's error has the mean 1 and the given spread in the state, 0 and half the
+    spread in the rest, so that EBM weights are wrong by -1 - spread^2 / 2 + ..., and an added constant.
     """
     angle = two_states(generator, n, 0.5)
     inside = in_interval(angle, STATE)

@@ -80,7 +80,7 @@ def test_torsion_kl():
 
 
 def test_torsion_kl_of_halves():
-    """Against the uniform, a quarter of the torus has log 4 more; its halves differ by noise alone, (occupied bins) / n."""
+    """Against the uniform, a quarter of the torus has log 4 more; its halves differ by noise, (occupied bins) / n."""
     generator = np.random.default_rng(0)
     n = 200_000
     quarter = generator.uniform(-np.pi, 0.0, size=(n, 2))

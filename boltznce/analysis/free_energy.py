@@ -56,14 +56,10 @@ class FreeEnergyDifference:
     message: str
 
     def __repr__(self) -> str:
-        if self.interval is None:
-            return f"ΔF = {self.value:.2f} kT, not reliable: {self.message}"
-        result = f"ΔF = {self.value:.2f} ± {self.std_error:.2f} kT"
-        return (
-            f"{result} [{', '.join(f'{end:.2f}' for end in self.interval)}]"
-            if self.reliable
-            else (f"{result}, not reliable: {self.message}")
-        )
+        value = f"ΔF = {self.value:.2f}" + (f" ± {self.std_error:.2f} kT" if self.interval else " kT")
+        if not self.reliable:
+            return f"{value}, not reliable: {self.message}"
+        return f"{value} [{', '.join(f'{end:.2f}' for end in self.interval)}]"
 
 
 @dataclass(frozen=True, repr=False)

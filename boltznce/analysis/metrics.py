@@ -273,20 +273,18 @@ def likelihood_agreement(
         raise UserError("Likelihoods are compared on three or more samples with finite values of both.")
     difference = ebm - exact
     index = np.random.default_rng(seed).integers(0, n, size=(n_bootstrap, n))
-    slope = np.cov(ebm, exact)[0, 1] / exact.var(ddof=1)
-    masks = {} if inside is None else {"state": np.asarray(inside, dtype=bool), "rest": ~np.asarray(inside, dtype=bool)}
-    per_state = {
-        name: {"n": int(mask.sum()), "mean": float(difference[mask].mean()), "std": float(difference[mask].std(ddof=1))}
-        for name, mask in masks.items()
-        if mask.sum() > 1
-    }
+    sides = {} if inside is None else {"state": difference[inside], "rest": difference[~inside]}
     return LikelihoodAgreement(
         n=n,
         std=float(difference.std(ddof=1)),
         std_error=float(difference[index].std(axis=1, ddof=1).std(ddof=1)),
         pearson_r=float(np.corrcoef(ebm, exact)[0, 1]),
-        slope=float(slope),
-        per_state=per_state,
+        slope=float(np.cov(ebm, exact)[0, 1] / exact.var(ddof=1)),
+        per_state={
+            name: {"n": len(d), "mean": float(d.mean()), "std": float(d.std(ddof=1))}
+            for name, d in sides.items()
+            if len(d) > 1
+        },
     )
 
 
@@ -309,16 +307,7 @@ def _wrap(angle: np.ndarray) -> np.ndarray:
     return np.pi - np.mod(np.pi - angle, 2.0 * np.pi)
 
 
-def _sampled_w2(
-    costs: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    points1: np.ndarray,
-    points2: np.ndarray,
-    w1: np.ndarray | None,
-    w2: np.ndarray | None,
-    n_points: int = 5000,
-    n_subsets: int = 5,
-    generator: np.random.Generator | None = None,
-) -> SampledDistance:
+def _sampled_w2(costs, points1, points2, w1, w2, n_points=5000, n_subsets=5, generator=None) -> SampledDistance:
     """( min over permutations of the mean cost )^(1/2) of pairs of subsets; ``costs`` (n, k), (n, k) -> (n, n)."""
     import ot  # three times as fast as scipy's assignment on thousands of points; it takes a second to import
 

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from boltznce.analysis.free_energy import FreeEnergyProfile
-from boltznce.analysis.reweighting import effective_sample_size, normalized_weights, pareto_k
+from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.weights import effective_sample_size, normalized_weights
 
 __all__ = [
     "plot_conformers",
@@ -27,27 +28,17 @@ __all__ = [
 
 MOST_COLUMNS = 6  # of panels
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-}
+_styled = matplotlib.rc_context(
+    dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+    | dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
+    | dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon"), False)
+    | {"lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 200}
+)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
 _STATE_COLOUR = "#F0E442"
 _DENSITY_MAP = "Blues"
-_ANGLE_TICKS = np.array([-np.pi, -np.pi / 2, 0.0, np.pi / 2, np.pi])
-_ANGLE_LABELS = ["−π", "−π/2", "0", "π/2", "π"]
+_ANGLE_TICKS = np.pi * np.array([-1.0, -0.5, 0.0, 0.5, 1.0]), ["−π", "−π/2", "0", "π/2", "π"]
 
 # colour and size (points²) of each element's ball; others are grey
 _ELEMENTS = {
@@ -69,54 +60,50 @@ def plot_ramachandran(
     angle_names: tuple[str, str] = ("φ", "ψ"),
     zero_of: str | None = None,
 ) -> Figure:
-    """Free energy -log p(φ, ψ) in kT, panels on one colour scale; ``panels``: title -> (angles (n, 2), log weights or None).
+    """Free energy -log p(φ, ψ) in kT, panels on one colour scale.
 
-    The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
-    equal densities.
+    ``panels``: title -> (angles (n, 2), log weights or None). The zero of every panel is the lowest bin of the panel
+    ``zero_of``, by default the first (the MD): equal colours are equal densities.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
-    figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of)
+    figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of, [f"{name} (rad)" for name in angle_names])
     for ax in axes.flat:
-        ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
-        ax.set_yticks(_ANGLE_TICKS, _ANGLE_LABELS)
-    _label_grid(axes, *(f"{name} (rad)" for name in angle_names))
+        ax.set_xticks(*_ANGLE_TICKS)
+        ax.set_yticks(*_ANGLE_TICKS)
     return figure
 
 
+@_styled
 def plot_conformers(
     panels: Mapping[str, np.ndarray],
     elements: Sequence[str],
     bonds: Sequence[tuple[int, int]],
     core: Sequence[int] | None = None,
 ) -> Figure:
-    """Balls and sticks of conformers, superposed on their ``core`` atoms (default: all but hydrogens), seen from where the first is widest.
+    """Balls and sticks of conformers, superposed on ``core`` atoms (default: all but hydrogens), the first seen widest.
 
-    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols
-    (n_atoms,).
+    ``panels``: title -> positions (k, n_atoms, 3) in nm, k conformers drawn over one another; ``elements``: symbols.
     """
     core = [k for k, element in enumerate(elements) if element != "H"] if core is None else list(core)
     template = np.asarray(next(iter(panels.values()))[0], dtype=np.float64)
     template = template - template[core].mean(axis=0)
     axes = np.linalg.svd(template[core], full_matrices=True)[2]
-    template = (
-        template @ (axes * np.sign(np.linalg.det(axes))).T
-    )  # longest axis along x, shortest towards the eye; no mirror image
+    axes *= np.sign(np.linalg.det(axes))  # longest axis along x, shortest towards the eye; no mirror image
+    template = template @ axes.T
     reach = 1.05 * np.abs(template).max()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.6 * len(panels), 2.6), layout="constrained")
-        for position, (title, conformers) in enumerate(panels.items()):
-            ax = figure.add_subplot(1, len(panels), position + 1, projection="3d", title=title)
-            opacity = 1.0 / np.sqrt(len(conformers))
-            for conformer in conformers:
-                x = _superposed(np.asarray(conformer, dtype=np.float64), template, core)
-                for a, b in bonds:
-                    ax.plot(*x[[a, b]].T, color="0.5", linewidth=1.2, alpha=opacity, zorder=1)
-                colours, sizes = zip(*(_ELEMENTS.get(element, ("0.4", 36)) for element in elements), strict=True)
-                ax.scatter(*x.T, c=colours, s=sizes, alpha=opacity, edgecolors="0.3", linewidths=0.3, depthshade=False)
-            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
-            ax.set_box_aspect((1, 1, 1), zoom=1.5)
-            ax.view_init(elev=80, azim=-90)
-            ax.set_axis_off()
+    colours, sizes = zip(*(_ELEMENTS.get(element, ("0.4", 36)) for element in elements), strict=True)
+    figure, grid = _panels(1, len(panels), 2.6, 2.6, subplot_kw={"projection": "3d"})
+    for ax, (title, conformers) in zip(grid.flat, panels.items(), strict=True):
+        opacity = 1.0 / np.sqrt(len(conformers))
+        for conformer in conformers:
+            x = _superposed(np.asarray(conformer, dtype=np.float64), template, core)
+            for a, b in bonds:
+                ax.plot(*x[[a, b]].T, color="0.5", linewidth=1.2, alpha=opacity, zorder=1)
+            ax.scatter(*x.T, c=colours, s=sizes, alpha=opacity, edgecolors="0.3", linewidths=0.3, depthshade=False)
+        ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+        ax.set_box_aspect((1, 1, 1), zoom=1.5)
+        ax.view_init(elev=80, azim=-90)
+        ax.set_axis_off()
     return figure
 
 
@@ -134,88 +121,72 @@ def plot_plane(
     The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
     ``aspect``: ``auto`` where the two coordinates have no common unit.
     """
-    figure, axes = _plot_surfaces(
-        panels, tuple(np.linspace(*side, n_bins + 1) for side in box), highest, zero_of, aspect
-    )
-    _label_grid(axes, *axes_names)
-    return figure
+    edges = tuple(np.linspace(*side, n_bins + 1) for side in box)
+    return _plot_surfaces(panels, edges, highest, zero_of, axes_names, aspect)[0]
 
 
+@_styled
 def plot_densities(
     rows: Mapping[str, Mapping[str, np.ndarray]],
     boxes: Mapping[str, Box],
     notes: Mapping[tuple[str, str], str] | None = None,
 ) -> Figure:
-    """Densities in the plane, rows = systems, columns = the true density and what was learned, on one linear colour scale a row.
+    """Densities in the plane, rows = systems, columns = the truth and what was learned, on one colour scale a row.
 
     ``rows``: system -> {title: density (n, n), x along the first axis}; the first column is the truth, whose highest
-    value is the darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below
-    the panel.
+    value is the darkest colour. ``boxes``: system -> the ranges of x and y; ``notes``: (system, title) -> a line below.
     """
     notes = notes or {}
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.75 * len(titles), (1.95 if notes else 1.75) * len(rows) + 0.2), layout="constrained")
-        axes = figure.subplots(len(rows), len(titles), squeeze=False)
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-        for number, (row, (system, columns)) in enumerate(zip(axes, rows.items(), strict=True)):
-            box, highest = boxes[system], max(float(np.quantile(next(iter(columns.values())), 0.9999)), 1e-300)
-            for ax, title in zip(row, titles, strict=True):
-                ax.set(aspect="equal", xticks=[], yticks=[])
-                for spine in ax.spines.values():
-                    spine.set(visible=True, linewidth=0.6, color="0.6")
-                if number == 0:
-                    ax.set_title(title)
-                ax.set_xlabel(notes.get((system, title), ""), fontsize=7.5, labelpad=2)
-                if title in columns:
-                    ax.imshow(
-                        columns[title].T,
-                        cmap=_DENSITY_MAP,
-                        vmin=0.0,
-                        vmax=highest,
-                        origin="lower",
-                        extent=(*box[0], *box[1]),
-                    )
-                else:
-                    ax.set_axis_off()
-            row[0].set_ylabel(system.replace("_", " "))
+    figure, axes = _panels(len(rows), len(titles), 1.75, 1.95 if notes else 1.75, extra=(0.0, 0.2))
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    for row, (system, columns) in zip(axes, rows.items(), strict=True):
+        box, highest = boxes[system], max(float(np.quantile(next(iter(columns.values())), 0.9999)), 1e-300)
+        for ax, title in zip(row, titles, strict=True):
+            ax.set(aspect="equal", xticks=[], yticks=[])
+            for spine in ax.spines.values():
+                spine.set(visible=True, linewidth=0.6, color="0.6")
+            ax.set_xlabel(notes.get((system, title), ""), fontsize=7.5, labelpad=2)
+            if title in columns:
+                colours = {"cmap": _DENSITY_MAP, "vmin": 0.0, "vmax": highest}
+                ax.imshow(columns[title].T, origin="lower", extent=(*box[0], *box[1]), **colours)
+            else:
+                ax.set_axis_off()
+        row[0].set_ylabel(system.replace("_", " "))
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
     return figure
 
 
+@_styled
 def plot_energy_histograms(
     panels: Mapping[str, AnglesAndWeights], n_bins: int = 100, energy_range: tuple[float, float] | None = None
 ) -> Figure:
-    """Densities of reduced energies; ``panels``: label -> (energies (n,) in kT, log weights or None), the first (the MD) as a filled curve.
+    """Densities of reduced energies; ``panels``: label -> (energies (n,) in kT, log weights or None), the first filled.
 
-    The default range holds the first set whole and the others up to their median plus the width of the first; the share
-    beyond it is in the legend.
+    The default range holds the first set (the MD) whole and the others up to their median plus the width of the first;
+    the share beyond it is in the legend.
     """
     first = np.asarray(next(iter(panels.values()))[0])
     if energy_range is None:
-        width = np.ptp(np.quantile(first, [0.001, 0.999])) or 1.0  # a flat energy has none
-        medians = [np.median(energies) for energies, _ in panels.values()]
-        energy_range = (
-            float(np.quantile(first, 0.001) - 0.1 * width),
-            float(max(np.quantile(first, 0.999), *medians) + 0.8 * width),
-        )
+        low, high = np.quantile(first, [0.001, 0.999])
+        width = high - low or 1.0  # a flat energy has none
+        highest = max(high, *(np.median(energies) for energies, _ in panels.values()))
+        energy_range = (float(low - 0.1 * width), float(highest + 0.8 * width))
     edges = np.linspace(*energy_range, n_bins + 1)
-    with matplotlib.rc_context(_STYLE):
-        figure, ax = _single_axes()
-        for position, (label, (energies, log_weights)) in enumerate(panels.items()):
-            weights = normalized_weights(np.zeros(len(energies)) if log_weights is None else log_weights)
-            beyond = float(weights[~(np.asarray(energies) <= energy_range[1])].sum())
-            density = np.histogram(energies, bins=edges, weights=weights)[0] / np.diff(edges)
-            if beyond >= 0.001:
-                label = f"{label} ({beyond:.1%} beyond)"
-            if position == 0:
-                ax.stairs(density, edges, fill=True, color="0.75", label=label)
-            else:
-                ax.stairs(density, edges, color=_COLOURS[position - 1], linewidth=1.5, label=label)
-        ax.set(xlabel="energy u (kT)", ylabel="probability density (1/kT)", xlim=energy_range, ylim=(0, None))
-        ax.legend(loc="upper right")
+    figure, ax = _single_axes()
+    for position, (label, (energies, log_weights)) in enumerate(panels.items()):
+        weights = _weights(energies, log_weights)
+        beyond = float(weights[~(np.asarray(energies) <= energy_range[1])].sum())
+        label = f"{label} ({beyond:.1%} beyond)" if beyond >= 0.001 else label
+        style = {"color": _COLOURS[position - 1], "linewidth": 1.5} if position else {"color": "0.75", "fill": True}
+        ax.stairs(_density(energies, edges, weights), edges, label=label, **style)
+    ax.set(xlabel="energy u (kT)", ylabel="probability density (1/kT)", xlim=energy_range, ylim=(0, None))
+    ax.legend(loc="upper right")
     return figure
 
 
+@_styled
 def plot_profiles(
     profiles: Mapping[str, FreeEnergyProfile],
     reference: FreeEnergyProfile | None = None,
@@ -225,200 +196,152 @@ def plot_profiles(
     limits: tuple[float, float] | None = None,
     reference_name: str = "reference",
 ) -> Figure:
-    """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black, the state shaded.
+    """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black.
 
-    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps
-    stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of
-    the axis in kT, if a curve reaches it.
+    The ``state`` is shaded. Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it
+    has a gap; other gaps stay gaps, and the legend says of a curve that is nothing but gaps that it is not known.
+    ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
-    curves = ({} if reference is None else {reference_name: reference}) | dict(profiles)
-    shown: list[np.ndarray] = []  # upper ends of each curve where it is known
-    with matplotlib.rc_context(_STYLE):
-        figure, ax = _single_axes()
-        if state is not None:
-            ax.axvspan(
-                *(np.clip(state, *limits) if limits else state),
-                color=_STATE_COLOUR,
-                alpha=0.25,
-                linewidth=0,
-                label="state",
-            )
-        for position, (label, profile) in enumerate(curves.items()):
-            is_reference = reference is not None and position == 0
-            colour = (
-                _REFERENCE_COLOUR if is_reference else _COLOURS[(position - (reference is not None)) % len(_COLOURS)]
-            )
-            known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
-            values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
-            ax.fill_between(profile.centres, values - band, values + band, color=colour, alpha=0.25, linewidth=0)
-            upper = values + np.nan_to_num(band)
-            shown.append(upper[np.isfinite(upper)])
-            named = label if len(shown[-1]) else f"{label}: not known"
-            ax.plot(profile.centres, values, color=colour, label=named, linewidth=2.0 if is_reference else 1.3)
-        top = max(1.0, np.concatenate(shown).max(initial=0.0))
-        top = top if highest is None else min(top, highest)
-        ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
-        if limits is None:
-            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
-        ax.set_xlabel(f"{angle_name} (rad)" if limits is None else angle_name)
-        _legend_above(ax)
+    curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
+    for position, (label, profile) in enumerate(profiles.items()):
+        curves.append((label, profile, {"color": _COLOURS[position % len(_COLOURS)], "linewidth": 1.3}))
+    figure, ax = _single_axes()
+    if state is not None:
+        ax.axvspan(*np.clip(state, *limits or state), color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
+    top = 1.0
+    for label, profile, style in curves:
+        known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
+        values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
+        ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
+        upper = (values + np.nan_to_num(band))[np.isfinite(values)]
+        ax.plot(profile.centres, values, label=label if len(upper) else f"{label}: not known", **style)
+        top = upper.max(initial=top)
+    top = top if highest is None else min(top, highest)
+    ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
+    if limits is None:
+        ax.set_xticks(*_ANGLE_TICKS)
+    ax.set_xlabel(f"{angle_name} (rad)" if limits is None else angle_name)
+    _legend_above(ax)
     return figure
 
 
+@_styled
 def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.ndarray | None = None) -> Figure:
-    """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state, with the identity line."""
+    """EBM against exact log-likelihoods (n,), the mean difference taken off, coloured by state."""
     ebm, exact = np.asarray(ebm, dtype=np.float64), np.asarray(exact, dtype=np.float64)
     shifted = ebm - (ebm - exact).mean()
-    groups = (
-        {"samples": np.ones(len(ebm), dtype=bool)}
-        if inside is None
-        else {"rest": ~np.asarray(inside), "state": np.asarray(inside)}
-    )
+    groups = {"samples": np.full(len(ebm), True)} if inside is None else {"rest": ~inside, "state": inside}
     both = np.concatenate([shifted, exact])
     margin = 0.05 * np.ptp(both)
     limits = (both.min() - margin, both.max() + margin)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4, 3.4), layout="constrained")
-        ax = figure.add_subplot()
-        ax.plot(limits, limits, color=_REFERENCE_COLOUR, linewidth=0.8, zorder=1)
-        for colour, (label, mask) in zip(_COLOURS, groups.items(), strict=False):
-            ax.scatter(
-                exact[mask],
-                shifted[mask],
-                s=12,
-                color=colour,
-                alpha=0.7,
-                linewidth=0,
-                label=f"{label} (n = {mask.sum()})",
-                zorder=2,
-            )
-        ax.set(xlabel="exact log q", ylabel="EBM log q + constant", xlim=limits, ylim=limits, aspect="equal")
-        spread = (ebm - exact).std(ddof=1)
-        ax.text(
-            0.97,
-            0.03,
-            f"std {spread:.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}",
-            transform=ax.transAxes,
-            ha="right",
-            va="bottom",
-        )
-        ax.legend(loc="upper left", handletextpad=0.2)
+    figure, ax = _single_axes(3.4, 3.4)
+    ax.plot(limits, limits, color=_REFERENCE_COLOUR, linewidth=0.8, zorder=1)
+    for colour, (label, mask) in zip(_COLOURS, groups.items(), strict=False):
+        style = {"s": 12, "color": colour, "alpha": 0.7, "linewidth": 0, "zorder": 2}
+        ax.scatter(exact[mask], shifted[mask], label=f"{label} (n = {mask.sum()})", **style)
+    ax.set(xlabel="exact log q", ylabel="EBM log q + constant", xlim=limits, ylim=limits, aspect="equal")
+    said = f"std {(ebm - exact).std(ddof=1):.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}"
+    ax.text(0.97, 0.03, said, transform=ax.transAxes, ha="right", va="bottom")
+    ax.legend(loc="upper left", handletextpad=0.2)
     return figure
 
 
+@_styled
 def plot_learning_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step"
 ) -> Figure:
-    """Columns of a training log; ``curves``: label -> (steps, values), NaN values left out, one panel for each name before a ``/``.
+    """Columns of a training log; ``curves``: label -> (steps, values), NaN left out, a panel a name before a ``/``.
 
     ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are
     positive and span more than a factor of five. Training (noisy) is drawn faint with its running median.
     """
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for label, (steps, values) in curves.items():
+    for label, columns in curves.items():
         panel, _, name = label.rpartition("/")
-        steps, values = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
-        seen = np.isfinite(values)
-        if seen.any():
+        steps, values = (np.asarray(column, dtype=np.float64) for column in columns)
+        if (seen := np.isfinite(values)).any():
             panels.setdefault(panel or "loss", {})[name] = (steps[seen], values[seen])
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.2 * max(1, len(panels)), 2.6), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-        for ax, (panel, lines) in zip(axes, panels.items(), strict=False):
-            for colour, (name, (steps, values)) in zip(_COLOURS, lines.items(), strict=False):
-                if len(values) > 200:
-                    ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
-                    ax.plot(*_running_median(steps, values), color=colour, label=name)
-                else:
-                    ax.plot(steps, values, color=colour, label=name, marker="." if len(values) < 30 else "")
-            values = np.concatenate([values for _, values in lines.values()])
-            if values.min() > 0.0 and values.max() > 5.0 * values.min():
-                ax.set_yscale("log")
-            elif len(values) > 20:
-                ax.set_ylim(*_without_outliers(values))
-            ax.set(title=panel, xlabel=x_label, ylabel="loss")
-            ax.legend()
+    figure, axes = _panels(1, max(1, len(panels)), 3.2, 2.6)
+    for ax, (panel, lines) in zip(axes.flat, panels.items(), strict=False):
+        for colour, (name, (steps, values)) in zip(_COLOURS, lines.items(), strict=False):
+            if len(values) > 200:
+                ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
+                steps, values = _running_median(steps, values)
+            ax.plot(steps, values, color=colour, label=name, marker="." if len(values) < 30 else "")
+        values = np.concatenate([values for _, values in lines.values()])
+        if values.min() > 0.0 and values.max() > 5.0 * values.min():
+            ax.set_yscale("log")
+        elif len(values) > 20:
+            low, high = np.quantile(values, [0.005, 0.99])  # without outliers
+            ax.set_ylim(low - 0.08 * (high - low) - 1e-12, high + 0.08 * (high - low) + 1e-12)
+        ax.set(title=panel, xlabel=x_label, ylabel="loss")
+        ax.legend()
     return figure
 
 
+@_styled
 def plot_weights(sets: Mapping[str, np.ndarray], n_bins: int = 60) -> Figure:
-    """Histograms of log weights relative to the mean weight; ``sets``: label -> log weights (n,); ESS and Pareto-k in the legend."""
-    logs = {}
-    for label, log_weights in sets.items():
-        weights = normalized_weights(log_weights)
-        logs[label] = np.log(weights[weights > 0.0] * len(weights))
+    """Histograms of log weights relative to the mean weight; ``sets``: label -> log weights (n,)."""
+    weights = {label: normalized_weights(log_weights) for label, log_weights in sets.items()}
+    logs = {label: np.log(w[w > 0.0] * len(w)) for label, w in weights.items()}
     everything = np.concatenate(list(logs.values()))
     low = float(np.clip(np.quantile(everything, 0.002), -40.0, -1.0))  # the weights below count for nothing
     edges = np.linspace(low, max(float(everything.max()), 1.0), n_bins + 1)
-    with matplotlib.rc_context(_STYLE):
-        figure, ax = _single_axes()
-        for colour, (label, values) in zip(_COLOURS, logs.items(), strict=False):
-            k = pareto_k(sets[label])
-            note = f"{label}: ESS {effective_sample_size(sets[label]):.2%}, Pareto-k {k:.2f}"
-            ax.stairs(
-                np.histogram(values, bins=edges)[0] / len(sets[label]), edges, color=colour, label=note, linewidth=1.5
-            )
-        ax.axvline(0.0, color=_REFERENCE_COLOUR, linewidth=0.8)
-        ax.set(xlabel="log(weight / mean weight)", ylabel="share of samples", yscale="log", xlim=(edges[0], edges[-1]))
-        _legend_above(ax, columns=1)
+    figure, ax = _single_axes()
+    for colour, (label, values) in zip(_COLOURS, logs.items(), strict=False):
+        note = f"{label}: ESS {effective_sample_size(sets[label]):.2%}, Pareto-k {pareto_k(sets[label]):.2f}"
+        shares = np.histogram(values, bins=edges)[0] / len(sets[label])
+        ax.stairs(shares, edges, color=colour, label=note, linewidth=1.5)
+    ax.axvline(0.0, color=_REFERENCE_COLOUR, linewidth=0.8)
+    ax.set(xlabel="log(weight / mean weight)", ylabel="share of samples", yscale="log", xlim=(edges[0], edges[-1]))
+    _legend_above(ax, columns=1)
     return figure
 
 
+@_styled
 def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
-    """µs a conformer over the number of atoms, a panel for each ``kind``, a line for each ``backend``, quartiles as bars (log-log)."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * len(kinds), 3.0), layout="constrained")
-        axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-        for ax, kind in zip(axes, kinds, strict=True):
-            for colour, backend in zip(_COLOURS, backends, strict=False):
-                here = [row for row in rows if (row["kind"], row["backend"]) == (kind, backend)]
-                n, median, low, high = (
-                    np.array([row[key] for row in here]) for key in ("n_atoms", "median", "low", "high")
-                )
-                ax.errorbar(
-                    n,
-                    median,
-                    (median - low, high - median),
-                    color=colour,
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    label=backend,
-                )
-            atoms = sorted({row["n_atoms"] for row in rows})
-            ax.set(xscale="log", yscale="log", xlabel="atoms", title=f"{kind}, batch {here[0]['batch_size']}")
-            ax.set_xticks(atoms, [str(n) for n in atoms])
-            ax.minorticks_off()
-        axes[0].set_ylabel("µs a conformer")
-        axes[0].legend()
+    """µs a conformer over the number of atoms (log-log), a panel for each ``kind``, a line for each ``backend``.
+
+    Quartiles are bars.
+    """
+    kinds, backends = (list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "backend"))
+    figure, axes = _panels(1, len(kinds), 3.4, 3.0, sharey=True)
+    for ax, kind in zip(axes.flat, kinds, strict=True):
+        for colour, backend in zip(_COLOURS, backends, strict=False):
+            here = [row for row in rows if (row["kind"], row["backend"]) == (kind, backend)]
+            n, median, low, high = (
+                np.array([row[key] for row in here]) for key in ("n_atoms", "median", "low", "high")
+            )
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2}
+            ax.errorbar(n, median, (median - low, high - median), label=backend, **style)
+        atoms = sorted({row["n_atoms"] for row in rows})
+        ax.set(xscale="log", yscale="log", xlabel="atoms", title=f"{kind}, batch {here[0]['batch_size']}")
+        ax.set_xticks(atoms, [str(n) for n in atoms])
+        ax.minorticks_off()
+    axes[0, 0].set_ylabel("µs a conformer")
+    axes[0, 0].legend()
     return figure
 
 
+@_styled
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
-    Steps stand side by side, so that a temperature that comes twice is seen twice. Logarithmic if most are below a
-    tenth.
+    Steps stand side by side: a temperature that comes twice is seen twice. Logarithmic if most are below a tenth.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, ax = _single_axes()
-        steps = np.arange(len(temperatures))
-        for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
-            ax.plot(steps, np.asarray(values, dtype=np.float64), marker=marker, markersize=4, color=colour, label=label)
-        ax.set(
-            xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02)
-        )
-        everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])
-        if np.nanmedian(everything) < 0.1:
-            ax.set_ylim(0.5 * np.nanmin(everything), 1.0)
-            ax.set_yscale("log")
-        ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
-        _legend_above(ax, columns=1)
+    figure, ax = _single_axes()
+    steps, everything = np.arange(len(temperatures)), np.concatenate([np.array(v, dtype=float) for v in sets.values()])
+    for colour, marker, (label, values) in zip(_COLOURS, "osD^v<", sets.items(), strict=False):
+        ax.plot(steps, np.array(values, dtype=float), marker=marker, markersize=4, color=colour, label=label)
+    ax.set(xlabel=f"temperature ({unit})" if unit else "temperature", ylabel="effective sample size", ylim=(0, 1.02))
+    if np.nanmedian(everything) < 0.1:
+        ax.set(ylim=(0.5 * np.nanmin(everything), 1.0), yscale="log")
+    ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
+    _legend_above(ax, columns=1)
     return figure
 
 
+@_styled
 def plot_marginals(
     panels: Mapping[str, AnglesAndWeights], angle_names: Sequence[str] = ("φ", "ψ"), n_bins: int = 72
 ) -> Figure:
@@ -427,105 +350,94 @@ def plot_marginals(
     ``panels``: label -> (angles (n, k), log weights or None), "MD" as a filled curve. Empty bins are gaps.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
-    centres = 0.5 * (edges[1:] + edges[:-1])
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * len(angle_names), 2.9), layout="constrained")
-        axes = figure.subplots(1, len(angle_names), sharey=True, squeeze=False)[0]
-        for number, (ax, name) in enumerate(zip(axes, angle_names, strict=True)):
-            colours = iter(_COLOURS)
-            for label, (angles, log_weights) in panels.items():
-                weights = normalized_weights(np.zeros(len(angles)) if log_weights is None else log_weights)
-                density = np.histogram(angles[:, number], bins=edges, weights=weights)[0] / np.diff(edges)
-                if label == "MD":
-                    ax.stairs(density, edges, fill=True, color="0.75", label=label)
-                else:
-                    ax.plot(
-                        centres,
-                        np.where(density > 0.0, density, np.nan),
-                        color=next(colours),
-                        linewidth=1.3,
-                        label=label,
-                    )
-            ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
-            ax.set_xticks(_ANGLE_TICKS, _ANGLE_LABELS)
-        axes[0].set_ylabel("probability density (1/rad)")
-        axes[0].set_ylim(1e-5, 10.0)
-        _legend_above(axes[0])
+    figure, axes = _panels(1, len(angle_names), 3.4, 2.9, sharey=True)
+    for number, (ax, name) in enumerate(zip(axes.flat, angle_names, strict=True)):
+        colours = iter(_COLOURS)
+        for label, (angles, log_weights) in panels.items():
+            density = _density(angles[:, number], edges, _weights(angles, log_weights))
+            if label == "MD":
+                ax.stairs(density, edges, fill=True, color="0.75", label=label)
+                continue
+            centres, seen = 0.5 * (edges[1:] + edges[:-1]), np.where(density > 0.0, density, np.nan)
+            ax.plot(centres, seen, color=next(colours), linewidth=1.3, label=label)
+        ax.set(xlabel=f"{name} (rad)", yscale="log", xlim=(-np.pi, np.pi))
+        ax.set_xticks(*_ANGLE_TICKS)
+    axes[0, 0].set(ylabel="probability density (1/rad)", ylim=(1e-5, 10.0))
+    _legend_above(axes[0, 0])
     return figure
 
 
+@_styled
 def _plot_surfaces(
     panels: Mapping[str, AnglesAndWeights],
     edges: tuple[np.ndarray, np.ndarray],
     highest: float,
     zero_of: str | None,
+    labels: Sequence[str],
     aspect: str = "equal",
 ) -> tuple[Figure, np.ndarray]:
-    """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and the axes (rows, columns) with the empty ones off."""
+    """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and their axes, the empty ones off."""
     surfaces = {}
     for title, (points, log_weights) in panels.items():
-        weights = normalized_weights(np.zeros(len(points)) if log_weights is None else log_weights)
-        histogram = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights)[0]
+        histogram = np.histogram2d(*points.T[:2], bins=edges, weights=_weights(points, log_weights))[0]
         surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
     zero = np.nanmin(surfaces[next(iter(surfaces)) if zero_of is None else zero_of])
     n_rows = -(-len(panels) // MOST_COLUMNS)
     n_columns = -(-len(panels) // n_rows)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.3 * n_columns + 0.9, 2.3 * n_rows + 0.4), layout="compressed")
-        axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
-        for ax, (title, surface) in zip(axes.flat, surfaces.items(), strict=False):
-            # rasterized: thousands of vector cells show seams in a PDF viewer
-            mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
-            ax.set(title=title, aspect=aspect, xlim=(edges[0][0], edges[0][-1]), ylim=(edges[1][0], edges[1][-1]))
-            for spine in ax.spines.values():
-                spine.set_visible(True)
-        for ax in axes.flat[len(panels) :]:
-            ax.set_axis_off()
-        figure.colorbar(
-            mesh, ax=list(axes.flat), label="free energy (kT)", extend="both", shrink=0.9, aspect=20 * n_rows, pad=0.01
-        )
+    figure, axes = _panels(n_rows, n_columns, 2.3, 2.3, "compressed", extra=(0.9, 0.4), sharex=True, sharey=True)
+    for ax, (title, surface) in zip(axes.flat, surfaces.items(), strict=False):
+        # rasterized: thousands of vector cells show seams in a PDF viewer
+        mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
+        ax.set(title=title, aspect=aspect, xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
+        for spine in ax.spines.values():
+            spine.set_visible(True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    bar = {"extend": "both", "shrink": 0.9, "aspect": 20 * n_rows, "pad": 0.01}
+    figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", **bar)
+    for row in axes:
+        row[0].set_ylabel(labels[1])
+    for column in axes.T:
+        lowest = [ax for ax in column if ax.axison][-1]
+        lowest.set_xlabel(labels[0])
+        lowest.tick_params(labelbottom=True)
     return figure, axes
 
 
-def _label_grid(axes: np.ndarray, x_label: str, y_label: str) -> None:
-    """Labels and tick labels below the lowest panel of each column and left of each row."""
-    for row in axes:
-        row[0].set_ylabel(y_label)
-    for column in axes.T:
-        lowest = [ax for ax in column if ax.axison][-1]
-        lowest.set_xlabel(x_label)
-        lowest.tick_params(labelbottom=True)
+def _panels(
+    n_rows: int, n_columns: int, width: float, height: float, layout: str = "constrained", extra=(0.0, 0.0), **options
+) -> tuple[Figure, np.ndarray]:
+    """A figure of panels of one size (inches) and something ``extra``, and its axes (rows, columns)."""
+    figure = Figure(figsize=(width * n_columns + extra[0], height * n_rows + extra[1]), layout=layout)
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
+
+
+def _single_axes(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure, axes = _panels(1, 1, width, height)
+    return figure, axes[0, 0]
+
+
+def _legend_above(ax: Axes, columns: int = 3) -> None:
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    ax.legend(ncols=columns, columnspacing=1.2, handlelength=1.5, **place)
+
+
+def _weights(values: np.ndarray, log_weights: np.ndarray | None) -> np.ndarray:
+    return normalized_weights(np.zeros(len(values)) if log_weights is None else log_weights)
+
+
+def _density(values: np.ndarray, edges: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weight in each bin over its width; what lies beyond the edges counts as weight all the same."""
+    return np.histogram(values, bins=edges, weights=weights)[0] / np.diff(edges)
 
 
 def _superposed(x: np.ndarray, template: np.ndarray, core: Sequence[int]) -> np.ndarray:
-    """``x`` (n, 3) turned and shifted so that its core lies best on that of the template, which is centred there (Kabsch)."""
+    """``x`` (n, 3) turned and shifted so that its core lies best on that of the template, centred there (Kabsch)."""
     x = x - x[core].mean(axis=0)
     u, _, vt = np.linalg.svd(x[core].T @ template[core])
     return x @ u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
 
 
-def _single_axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _legend_above(ax: Axes, columns: int = 3) -> None:
-    ax.legend(
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        ncols=columns,
-        borderaxespad=0.2,
-        columnspacing=1.2,
-        handlelength=1.5,
-    )
-
-
 def _running_median(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     chunks = np.array_split(np.arange(len(values)), 60)
     return np.array([steps[c].mean() for c in chunks]), np.array([np.median(values[c]) for c in chunks])
-
-
-def _without_outliers(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.005, 0.99])
-    margin = 0.08 * (high - low) + 1e-12
-    return float(low - margin), float(high + margin)

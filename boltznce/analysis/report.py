@@ -13,9 +13,8 @@ made         {right_graph, kept, mirrored, reordered, cis}: shares of the draws 
              chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share that is cis
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
 free_energy  {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT,
-             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is the *total*
-             one); any other key is a row of that name. ``reliable=False`` hides the interval and shows ``message``;
-             left out it counts as true.
+             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is
+             *total*); any other key is a row of that name. ``reliable=False`` (default True) hides the interval
 headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
@@ -296,9 +295,9 @@ def _free_energy_rows(results: Results) -> Rows:
 
 
 def _made_rows(results: Results) -> Rows:
-    header = ["right bonds", "right chirality", "mirrored", "reordered", "cis peptide bond"]
+    made, header = results.get("made"), ["right bonds", "right chirality", "mirrored", "reordered", "cis peptide bond"]
     forms = dict.fromkeys(("right_graph", "kept", "mirrored", "reordered", "cis"), ".2%")
-    return _headed(header, [_cells(results["made"], forms)] if results.get("made") else [])
+    return _headed(header, [_cells(made, forms)] if made else [])
 
 
 def _distance_rows(results: Results) -> Rows:
@@ -330,18 +329,14 @@ def _mode_rows(results: Results) -> Rows:
     table = results.get("modes") or {}
     if not table:
         return []
-    (name, exact), *others = table.items()
-    modes = [
-        [str(k), *(_number(weight, ".4f") for weight in weights)]
-        for k, weights in enumerate(zip(*table.values(), strict=True))
-    ]
-    errors = [[abs(a - b) for a, b in zip(values, exact, strict=True)] for _, values in others]
-    relative = [[error / a for error, a in zip(row, exact, strict=True) if a > 0] for row in errors]
+    exact, *others = np.array(list(table.values()), dtype=np.float64)
+    errors, seen = [np.abs(other - exact) for other in others], exact > 0
+    modes = [[str(k), *(_number(w, ".4f") for w in row)] for k, row in enumerate(zip(exact, *others, strict=True))]
     return [
-        ["mode", name, *(other for other, _ in others)],
+        ["mode", *table],
         *(modes if len(modes) <= MOST_MODES else []),
-        ["largest error", "", *(_number(max(row), ".4f") for row in errors)],
-        ["largest relative error", "", *(_number(max(row), ".1%") for row in relative)],
+        ["largest error", "", *(_number(error.max(), ".4f") for error in errors)],
+        ["largest relative error", "", *(_number((error[seen] / exact[seen]).max(), ".1%") for error in errors)],
     ]
 
 
@@ -441,8 +436,9 @@ def _mean(entry: float | Results | None) -> float | None:
 
 
 def _mean_and_std(entry: float | Results | None) -> str:
-    spread = f" ± {_number(entry['std'], '.3f')}" if isinstance(entry, dict) and "std" in entry else ""
-    return _number(_mean(entry), ".3f") + spread
+    return (
+        " ± ".join(_cells(entry, {"mean": ".3f", "std": ".3f"})) if isinstance(entry, dict) else _number(entry, ".3f")
+    )
 
 
 def _plain(value: Any, keep_infinities: bool = False) -> Any:

@@ -25,9 +25,7 @@ _TRAJECTORIES = {"dcd": (mdtraj.formats.DCDTrajectoryFile, 10.0), "xtc": (mdtraj
 def check_trajectory_format(format: str) -> None:
     """Raise UserError for a format of weighted samples that does not exist."""
     if format not in ("npy", *_TRAJECTORIES):
-        raise UserError(
-            f"Unknown format {format!r} of weighted samples: choose one of npy, {', '.join(_TRAJECTORIES)}."
-        )
+        raise UserError(f"Unknown format {format!r} of weighted samples: choose npy, {' or '.join(_TRAJECTORIES)}.")
 
 
 class WeightedSamplesWriter:
@@ -52,7 +50,9 @@ class WeightedSamplesWriter:
         if not resume:
             shutil.rmtree(self._partial, ignore_errors=True)
         if (self._partial / "progress.json").exists():
-            self._continue()
+            self._progress = json.loads((self._partial / "progress.json").read_text())
+        if self._progress["meta"] != self.meta:
+            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
         self._partial.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -85,8 +85,7 @@ class WeightedSamplesWriter:
             raise UserError(f"Samples of one shape are needed in {self.folder}: got {shapes} after {self._progress}.")
         with full_disk_is_a_user_error(self.folder):
             for name, values in arrays.items():
-                row_bytes = values.dtype.itemsize * int(np.prod(values.shape[1:]))
-                self._write_rows(self._partial / f"{name}.npy", values, self.n_written * row_bytes)
+                _write_rows(self._partial / f"{name}.npy", values, self.n_written)
         total = {name: self.counts.get(name, 0) + value for name, value in (counts or {}).items()}
         self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total}
         with atomic_file(self._partial / "progress.json") as path:
@@ -118,26 +117,6 @@ class WeightedSamplesWriter:
                 for path in self.folder.glob(leftover):
                     path.unlink()
         return self.folder
-
-    def _continue(self) -> None:
-        self._progress = json.loads((self._partial / "progress.json").read_text())
-        if self._progress["meta"] != self.meta:
-            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
-
-    def _write_rows(self, path: Path, values: np.ndarray, offset: int) -> None:
-        """Write ``values`` at byte ``offset`` of the data, cut the file behind them, and bring the header up to date.
-
-        numpy pads the header of an .npy file so that its length does not depend on the number of rows.
-        """
-        n = offset // (values.dtype.itemsize * int(np.prod(values.shape[1:]))) + len(values)
-        with open(path, "r+b" if path.exists() else "w+b") as handle:
-            header = {"descr": values.dtype.str, "fortran_order": False, "shape": (n, *values.shape[1:])}
-            np.lib.format.write_array_header_1_0(handle, header)
-            handle.seek(offset, os.SEEK_CUR)
-            handle.write(values.data)
-            handle.truncate()
-            handle.flush()
-            os.fsync(handle.fileno())
 
 
 def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
@@ -175,6 +154,22 @@ def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
     if "topology.pdb" in digests:
         result["topology"] = mdtraj.load_pdb(folder / "topology.pdb", standard_names=False).topology
     return result
+
+
+def _write_rows(path: Path, values: np.ndarray, start: int) -> None:
+    """Write ``values`` from row ``start`` on, cut the file behind them, and bring the header up to date.
+
+    numpy pads the header of an .npy file so that its length does not depend on the number of rows.
+    """
+    with open(path, "r+b" if path.exists() else "w+b") as handle:
+        shape = (start + len(values), *values.shape[1:])
+        header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(handle, header)
+        handle.seek(start * values.dtype.itemsize * int(np.prod(shape[1:])), os.SEEK_CUR)
+        handle.write(values.data)
+        handle.truncate()
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _plain(value: Any) -> Any:
