@@ -12,9 +12,11 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from filelock import FileLock
 from openmm import app, unit
 
 from boltznce.config import load_system
+from boltznce.data import engine
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
 from boltznce.data.reference import load_reference, make_reference, save_reference
 from boltznce.data.simulate import simulate, umbrella_result, working_folder
@@ -120,6 +122,14 @@ def start_worker(folder, parent):
         env=environment,
         stderr=subprocess.PIPE,
     )
+
+
+def test_a_second_process_is_refused(aldp, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "LOCK_PATIENCE", 0.0)
+    make_job(aldp, tmp_path, "langevin", 1.0)
+    with FileLock(tmp_path / "lock"), pytest.raises(UserError, match="Another process"):
+        run_job(tmp_path)
+    run_job(tmp_path)
 
 
 def test_worker_ends_with_its_parent(aldp, tmp_path):

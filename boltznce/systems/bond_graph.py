@@ -1,8 +1,9 @@
 """Whether generated conformers are the molecule: the graph of bonds read off distances is that of the topology, elements respected.
 
-Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans. 2008, 2832). Over 100
-frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum and all other pairs above 1.38 times it.
-Atoms closer than 0.6 times the sum are fused, which no molecule has.
+Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans.
+2008, 2832). Over 100 frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum and
+all other pairs above 1.38 times it; two iodines on one carbon, at 1.26 times, would be taken for bonded. Atoms closer than
+0.6 times the sum are fused, which no molecule has.
 
 Handedness is another question: `MolecularSystem.chirality` on the reordered conformers, mended by `symmetry.mend_chirality`.
 """
@@ -20,6 +21,7 @@ from boltznce.errors import UserError
 __all__ = ["BondGraph", "GraphCheck"]
 
 RADII_NM = {"H": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "S": 0.105}
+RADII_NM |= {"B": 0.084, "F": 0.057, "Si": 0.111, "P": 0.107, "Cl": 0.102, "Se": 0.120, "Br": 0.120, "I": 0.139}
 REACH, FUSED = 1.25, 0.6
 N_ROUNDS = (
     16  # of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared

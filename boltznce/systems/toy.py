@@ -90,7 +90,7 @@ class PlaneSystem(System):
         """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x."""
         if x.dim() != 3 or x.shape[1:] != (1, 2):
             raise UserError(f"Positions of {self.name} must have shape (batch, 1, 2), not {tuple(x.shape)}.")
-        return self.potential(x[:, 0]) / self.temperature
+        return self._reduced(x[:, 0])
 
     def at_temperature(self, temperature: float) -> Self:
         other = super().at_temperature(temperature)
@@ -152,7 +152,10 @@ class PlaneSystem(System):
 
     @cached_property
     def _table(self) -> "_Table":
-        return _Table(lambda r: self.potential(r) / self.temperature, self.box)
+        return _Table(self._reduced, self.box)
+
+    def _reduced(self, r: Tensor) -> Tensor:
+        return self.potential(r) / self.temperature
 
     # ---- what is known ----------------------------------------------------------------------------------------------
 
