@@ -226,9 +226,11 @@ def test_dihedral_and_wrap():
 
 
 class VonMisesWindows:
-    """Samples of umbrella windows on p ∝ a vonMises(-1.5, 3) + b vonMises(1, 8) by inverse distribution function, with exact answers.
+    """Samples of umbrella windows on p ∝ a vonMises(-1.5, 3) + b vonMises(1, 8) by inverse distribution function, with
+    exact answers.
 
-    ``barrier`` adds a Gaussian barrier (kT) at 2.1 rad; ``stuck`` then samples each window on the centre's side of it only.
+    ``barrier`` adds a Gaussian barrier (kT) at 2.1 rad; ``stuck`` then samples each window on the centre's side of it
+    only.
     """
 
     n_windows, kappa, top = 24, 60.0, 2.1

@@ -189,7 +189,9 @@ def assert_equal_moments(aldp, duration):
     torchs, openmms = (energy_moments(aldp, engine, duration).reshape(2, -1, 2) for engine in ("torch", "openmm"))
     error = np.sqrt((torchs.var(1) + openmms.var(1)) / (torchs.shape[1] - 1))
     z = (torchs.mean(1) - openmms.mean(1)) / error
-    print(f"{duration} ps: mean and variance (300 K, 600 K), kT and kT²: {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}")
+    print(
+        f"{duration} ps: mean and variance (300 K, 600 K), kT and kT²: {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}"
+    )
     assert np.abs(z).max() < 4
     heat = np.diff(openmms.mean(1)[:, 0])[0]
     assert error[:, 0].max() < 0.15 * heat
@@ -208,7 +210,14 @@ def window_angles(aldp, folder, engine, duration, seed):
     """Dihedrals (frames, windows) of umbrella sampling with exchange."""
     options = {"n_windows": 24, "kappa": 60.0, "exchange_interval": 0.5}
     job = dataclasses.replace(
-        JOB, method="umbrella", duration=duration, frame_interval=0.5, segment_length=10.0, equilibration=10.0, seed=seed, options=options
+        JOB,
+        method="umbrella",
+        duration=duration,
+        frame_interval=0.5,
+        segment_length=10.0,
+        equilibration=10.0,
+        seed=seed,
+        options=options,
     )
     job = dataclasses.replace(job, engine=engine, compile=True, dihedral=PHI)
     job.save(folder, aldp.openmm_system(), aldp.positions.double().numpy())
@@ -291,7 +300,10 @@ def test_umbrella_exchange_keeps_every_window():
     """Without another potential windows are Gaussian: acceptance erfc(δ √(κ/kT) / 2), and no change in the distributions."""
     n_windows, kappa, n = 12, 20.0, 5_000
     job = dataclasses.replace(
-        JOB, method="umbrella", dihedral=(0, 1, 2, 3), options={"n_windows": n_windows, "kappa": kappa, "exchange_interval": 0.1}
+        JOB,
+        method="umbrella",
+        dihedral=(0, 1, 2, 3),
+        options={"n_windows": n_windows, "kappa": kappa, "exchange_interval": 0.1},
     )
     system = openmm.System()
     for _ in range(4):
@@ -338,7 +350,12 @@ def test_engine_is_torch_on_a_gpu_where_the_energy_is(aldp, monkeypatch):
     openmms = load_system("aldp", energy_backend="openmm")
     monkeypatch.setattr("boltznce.data.simulate.wants_compiling", lambda mode: mode is True)  # there may be no compiler
     compiled = load_system("aldp", compile=True)
-    assert choose_engine("auto", aldp, 24) == choose_engine("auto", openmms, 24) == choose_engine("auto", compiled, 6) == "openmm"
+    assert (
+        choose_engine("auto", aldp, 24)
+        == choose_engine("auto", openmms, 24)
+        == choose_engine("auto", compiled, 6)
+        == "openmm"
+    )
     assert choose_engine("auto", compiled, 24) == "torch"
     assert choose_engine("torch", aldp) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -27,9 +27,11 @@ def size_buckets(sizes: Sequence[int], max_padding: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone, so that a run is resumed by its step.
+    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone, so that a run is resumed by its
+    step.
 
-    In an epoch every frame comes once, but for the last few of each bucket that fill no batch; batches are all of ``batch_size``.
+    In an epoch every frame comes once, but for the last few of each bucket that fill no batch; batches are all of
+    ``batch_size``.
 
     Args:
         positions: per molecule (n_frames, n_k, dim), arrays or memory maps, in nm.

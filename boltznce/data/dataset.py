@@ -1,8 +1,9 @@
 """The dataset on disk, its splits in time, and resampling of its frames.
 
-A folder: ``positions.npy`` (float32, (n, n_atoms, 3), nm), ``energies.npy`` (float64, kT), ``log_weights.npy`` (float64, to the Boltzmann
-distribution; zeros where the frames follow it), ``time.npy`` (float64, ps), ``window.npy`` and ``repeat.npy`` (int32), ``topology.pdb`` and
-``meta.yaml`` (how it was made, and a digest of every file). Frames are in order of time, over all windows and repeats.
+A folder: ``positions.npy`` (float32, (n, n_atoms, 3), nm), ``energies.npy`` (float64, kT), ``log_weights.npy``
+(float64, to the Boltzmann distribution; zeros where the frames follow it), ``time.npy`` (float64, ps), ``window.npy``
+and ``repeat.npy`` (int32), ``topology.pdb`` and ``meta.yaml`` (how it was made, and a digest of every file). Frames are
+in order of time, over all windows and repeats.
 """
 
 import dataclasses
@@ -122,8 +123,8 @@ class Dataset:
     ) -> tuple["Dataset", "Dataset", "Dataset"]:
         """Three contiguous blocks of time, the same for all windows and repeats.
 
-        The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders, taken from their later
-        side, so that frames on either side have little memory of each other.
+        The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders,
+        taken from their later side, so that frames on either side have little memory of each other.
         """
         if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
             raise UserError(
@@ -154,12 +155,14 @@ def mode_balanced_indices(
     kappa: float = 10.0,
     mu: float | None = None,
 ) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
+    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare
+    state.
 
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
         mu: default the state's centre.
-        c: "auto" takes P(rest) / P(state) of the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide has 150.
+        c: "auto" takes P(rest) / P(state) of the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide
+            has 150.
 
     Raises UserError if no frame is in the state.
     """

@@ -1,7 +1,8 @@
 """What all simulations share: the job on disk, its frames, and a loop over segments that a kill cannot harm.
 
-A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds that depend only
-on (seed, repeat, segment), so a run that was killed and continued gives the same frames as one that was not.
+A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds
+that depend only on (seed, repeat, segment), so a run that was killed and continued gives the same frames as one that
+was not.
 """
 
 import contextlib

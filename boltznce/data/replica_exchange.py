@@ -17,7 +17,8 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
 
 
 class ReplicaExchangeSampler:
-    """One replica at each temperature of a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
+    """One replica at each temperature of a ladder. Options: ``n_replicas``, ``max_temperature`` (K),
+    ``exchange_interval`` (ps).
 
     ``n_ladders`` (1): independent ladders, all in one batch; a frame's window is the number of its ladder.
     """

@@ -66,12 +66,14 @@ def simulate(
     progress: bool = True,
     **settings,
 ) -> Dataset:
-    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings stopped.
+    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings
+    stopped.
 
-    ``settings`` are those of `plan`; ``n_processes`` is how many repeats run at a time (default: one a core), which changes no result.
+    ``settings`` are those of `plan`; ``n_processes`` is how many repeats run at a time (default: one a core), which
+    changes no result.
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
-    folder, an unstable simulation and a full disk.
+    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
+    the folder, an unstable simulation and a full disk.
     """
     work = plan(system, folder, method, **settings)
     run_plans([work], n_processes, f"{method} {system.name}", progress)
@@ -126,23 +128,28 @@ def plan(
     """Check the settings of a simulation and write its jobs beside ``folder``, if its dataset is not there yet.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
-        duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an unfinished run.
-        n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time (default: one a core).
-        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see `choose_engine`. Both sample
-            the same distribution.
+        method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or
+            ``langevin``.
+        duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an
+            unfinished run.
+        n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time
+            (default: one a core).
+        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see
+            `choose_engine`. Both sample the same distribution.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``.
-        frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues from.
-        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow 2 fs.
+        frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues
+            from.
+        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow
+            2 fs.
         platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
         n_ladders: replica exchange: independent ladders of each repeat.
         n_walkers: Langevin: trajectories of each repeat.
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
-    folder, an unstable simulation and a full disk.
+    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
+    the folder, an unstable simulation and a full disk.
     """
     folder = Path(folder)
     if system.exact:
@@ -221,10 +228,11 @@ def run_plans(
 def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool | None = None) -> str:
     """The engine that ``engine`` means for a system: ``auto`` is the faster one, torch where there is a GPU.
 
-    On a CPU torch is faster only where it is compiled (``compile``, or ``system.compile``) and has work enough at a time. µs a step and
-    walker on one core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6 walkers, 35 and 54; hexapeptide, 8 walkers,
-    247 and 141. Compiling takes about 20 seconds; without it torch takes 154, 462 and 705 µs. A `CustomGBForce` (implicit/obc1.xml and the
-    like) OpenMM interprets: dipeptide AG, 8 walkers, 3059 µs, and torch 919 (not compiled) or 90; 32 walkers, 35; compiling takes a minute.
+    On a CPU torch is faster only where it is compiled (``compile``, or ``system.compile``) and has work enough at a
+    time. µs a step and walker on one core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6
+    walkers, 35 and 54; hexapeptide, 8 walkers, 247 and 141. Compiling takes about 20 seconds; without it torch takes
+    154, 462 and 705 µs. A `CustomGBForce` (implicit/obc1.xml and the like) OpenMM interprets: dipeptide AG, 8 walkers,
+    3059 µs, and torch 919 (not compiled) or 90; 32 walkers, 35; compiling takes a minute.
 
     Raises UserError for an unknown engine, and for torch where the system's energy is not the torch energy.
     """

@@ -19,10 +19,12 @@ __all__ = ["TorchWalkers"]
 
 
 class TorchWalkers:
-    """`Walkers` of the same distribution as OpenMM's: same scheme, timestep, masses and bias. OpenMM still prepares their structures.
+    """`Walkers` of the same distribution as OpenMM's: same scheme, timestep, masses and bias. OpenMM still prepares
+    their structures.
 
-    float32 is enough: without friction its rounding changes the total energy of alanine dipeptide by 4e-4 kJ/mol, a timestep of 2 fs by
-    0.7. Energies are computed in float64. A continued run gives identical frames on a CPU; on a GPU sums have no fixed order.
+    float32 is enough: without friction its rounding changes the total energy of alanine dipeptide by 4e-4 kJ/mol, a
+    timestep of 2 fs by 0.7. Energies are computed in float64. A continued run gives identical frames on a CPU; on a GPU
+    sums have no fixed order.
     """
 
     def __init__(

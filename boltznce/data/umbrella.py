@@ -1,7 +1,7 @@
 """Umbrella sampling along a dihedral, with Hamiltonian exchange between neighbouring windows, and MBAR.
 
-All windows share the molecule's potential, so that MBAR needs the bias energies only (Shirts and Chodera, J. Chem. Phys. 129, 124105
-(2008)).
+All windows share the molecule's potential, so that MBAR needs the bias energies only (Shirts and Chodera, J. Chem.
+Phys. 129, 124105 (2008)).
 """
 
 import dataclasses
@@ -122,9 +122,10 @@ class UmbrellaResult:
 class Ring:
     """The windows as MBAR sees them: each is split in two states at the angle ``cut`` (None: not split).
 
-    At a high barrier a window is bistable, and how often its two sides are visited does not settle in affordable time; MBAR would take that
-    share for the truth. Either side by itself is sampled well, and is an ensemble of its own: the window's bias with a wall at the barrier.
-    So the states of the two sides are linked only where the ring is sampled without a gap, and any ``cut`` is valid.
+    At a high barrier a window is bistable, and how often its two sides are visited does not settle in affordable time;
+    MBAR would take that share for the truth. Either side by itself is sampled well, and is an ensemble of its own: the
+    window's bias with a wall at the barrier. So the states of the two sides are linked only where the ring is sampled
+    without a gap, and any ``cut`` is valid.
     """
 
     n_windows: int
@@ -192,11 +193,12 @@ def analyse(
     max_frames: int = 200_000,
     seed: int = 0,
 ) -> UmbrellaResult:
-    """ΔF and profile by MBAR from frames of the ``ring`` (all arrays (n,)), with standard errors from the jackknife over blocks.
+    """ΔF and profile by MBAR from frames of the ``ring`` (all arrays (n,)), with standard errors from the jackknife
+    over blocks.
 
-    A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries around the ring stay
-    inside a block (``n_blocks`` for each repeat). MBAR is solved on at most ``max_frames`` frames, drawn at random if there are more, to
-    bound its memory; all frames are then weighted.
+    A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries
+    around the ring stay inside a block (``n_blocks`` for each repeat). MBAR is solved on at most ``max_frames`` frames,
+    drawn at random if there are more, to bound its memory; all frames are then weighted.
     """
     rng = np.random.default_rng(seed)
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)

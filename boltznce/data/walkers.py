@@ -32,10 +32,11 @@ class Bias:
 
 
 class Walkers(Protocol):
-    """K walkers, each at a temperature (K) and under a bias of its own; positions and velocities (K, n_atoms, 3) in nm and nm/ps.
+    """K walkers, each at a temperature (K) and under a bias of its own; positions and velocities (K, n_atoms, 3) in nm
+    and nm/ps.
 
-    They follow the Langevin middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)), whose velocities are those of half a
-    step before the positions.
+    They follow the Langevin middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)), whose velocities are those
+    of half a step before the positions.
     """
 
     def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None) -> None: ...
@@ -49,7 +50,8 @@ class Walkers(Protocol):
         """A structure (n_atoms, 3) minimized under walker k's bias, and thermal velocities; both after ``duration`` ps by itself."""
 
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
-        """Move all on by ``duration`` ps, in place, and make them mean-free; energies (K,) without bias, in kT of the job's temperature.
+        """Move all on by ``duration`` ps, in place, and make them mean-free; energies (K,) without bias, in kT of the
+        job's temperature.
 
         Raises Unstable for energies that are not finite.
         """

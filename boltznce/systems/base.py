@@ -35,7 +35,8 @@ class System(abc.ABC):
         differentiable: whether the energy has a gradient that leads anywhere.
         exact: whether `sample` draws from the distribution itself.
         temperature_unit: "K"; "" in the plane.
-        simulation: how it is simulated where nothing else is said: settings of `boltznce.data.simulate.plan`, and ``method``.
+        simulation: how it is simulated where nothing else is said: settings of `boltznce.data.simulate.plan`, and
+            ``method``.
         topology: mdtraj.Topology of a molecule.
         bonds: pairs of bonded atoms.
         dihedrals: name -> four atoms; omegas: names of those about peptide bonds.

@@ -1,11 +1,13 @@
-"""Whether generated conformers are the molecule: the graph of bonds read off distances is that of the topology, elements respected.
+"""Whether generated conformers are the molecule: the graph of bonds read off distances is that of the topology,
+elements respected.
 
 Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans.
-2008, 2832). Over 100 frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum and
-all other pairs above 1.38 times it; two iodines on one carbon, at 1.26 times, would be taken for bonded. Atoms closer than
-0.6 times the sum are fused, which no molecule has.
+2008, 2832). Over 100 frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum
+and all other pairs above 1.38 times it; two iodines on one carbon, at 1.26 times, would be taken for bonded. Atoms
+closer than 0.6 times the sum are fused, which no molecule has.
 
-Handedness is another question: `MolecularSystem.chirality` on the reordered conformers, mended by `symmetry.mend_chirality`.
+Handedness is another question: `MolecularSystem.chirality` on the reordered conformers, mended by
+`symmetry.mend_chirality`.
 """
 
 from collections.abc import Sequence
@@ -79,8 +81,9 @@ class BondGraph:
     def check(self, x: Tensor, batch_size: int = 1024) -> GraphCheck:
         """Conformers (batch, n, 3) in nm against the topology.
 
-        Nearly all that are right have the bonds in the given order, which needs distances alone. The rest is compared by refined colours,
-        which are equal for isomorphic graphs and rarely else, and only where these are equal by graph matching.
+        Nearly all that are right have the bonds in the given order, which needs distances alone. The rest is compared
+        by refined colours, which are equal for isomorphic graphs and rarely else, and only where these are equal by
+        graph matching.
         """
         right = torch.zeros(len(x), dtype=torch.bool)
         order = torch.arange(x.shape[1]).repeat(len(x), 1)
@@ -113,7 +116,8 @@ class BondGraph:
 
 
 def refine_colours(adjacency: np.ndarray, elements: np.ndarray) -> np.ndarray:
-    """Hashes of each atom's element and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n) uint64.
+    """Hashes of each atom's element and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n)
+    uint64.
 
     Atoms that an isomorphism maps onto each other have equal colours, in any graph and in any order of the atoms.
     """

@@ -22,7 +22,8 @@ class PeptideFamily:
         selection: which of ``selections`` is meant.
         selections: name -> role (``train``, ``validation``, ``test``) -> sequences. No sequence has two roles.
         never_trained: sequences that may be nothing but test peptides, in every selection.
-        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and ``method``).
+        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and
+            ``method``).
         encoding, n_places: see `encodings.encode_atoms`; the model's input for every member.
         settings: those of `MolecularSystem` that all members share.
 

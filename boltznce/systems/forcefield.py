@@ -34,12 +34,12 @@ class TorchForceField(nn.Module):
     """Potential energy of an OpenMM System: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Differentiable any number of times; computed in the dtype and on the device of the positions. Atoms closer than
-    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces are
-    computed with the energies where positions require a gradient, so that memory does not grow with the batch.
+    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces
+    are computed with the energies where positions require a gradient, so that memory does not grow with the batch.
 
     Args:
-        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes half a minute
-            at the first call, see `boltznce.systems.fused`.
+        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes
+            half a minute at the first call, see `boltznce.systems.fused`.
 
     Raises UserError for a force that is not among ``TERMS``, periodic boundaries, constraints and virtual sites.
     """

@@ -38,35 +38,37 @@ class MolecularSystem(System):
 
     Args:
         name: what to call it; also names its reference file.
-        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence (``AK``,
-            ``ACE-AAA-NME``; see `build_peptide`).
+        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence
+            (``AK``, ``ACE-AAA-NME``; see `build_peptide`).
         forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``.
         temperature: K.
         nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
-        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or ``elements``, ``backbone``,
-            ``full`` or ``numbered`` for models of many peptides (see `encodings`).
+        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or
+            ``elements``, ``backbone``, ``full`` or ``numbered`` for models of many peptides (see `encodings`).
         n_places: residues that the encoding ``full`` has room for.
-        energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
-            in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
+        energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
+            ``xtb``: GFN2-xTB in ALPB water; the force field then gives only the bonds, the total charge and the minimum
+            that ``positions`` is.
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
-        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``, or ``auto`` (where
-            there is a GPU).
+        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``,
+            or ``auto`` (where there is a GPU).
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
         topology: mdtraj.Topology.
         bonds: pairs of bonded atoms.
-        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
+        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus;
+            ``omega1``, ``omega2``, ...
         omegas: names of the peptide-bond dihedrals.
         methyl_groups: triples of equivalent hydrogens on one atom (CH3, and NH3+ alike).
         features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``), or those of ``encoding``.
         stereocentres: (centre, three neighbours), from the bond graph.
 
-    Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not know, and for
-    ``xtb`` where tblite is not installed.
+    Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not
+    know, and for ``xtb`` where tblite is not installed.
     """
 
     dim = 3
@@ -311,7 +313,8 @@ def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:
 
 
 def atom_classes(topology: mdtraj.Topology) -> list[int]:
-    """Class of each atom: its place when every heavy atom is followed by its hydrogens; the three of a methyl share the middle one's.
+    """Class of each atom: its place when every heavy atom is followed by its hydrogens; the three of a methyl share the
+    middle one's.
 
     The BoltzNCE authors' numbering, in which some classes have no atom: 21 classes for alanine dipeptide.
     """

@@ -1,9 +1,10 @@
 """Peptides from their sequence: atoms, bonds and an ideal structure, zwitterionic or capped.
 
-Every heavy atom is placed from three others by a bond length, an angle and a dihedral (natural extension reference frame, Parsons et al.,
-J. Comput. Chem. 26, 1063, 2005), every hydrogen by the geometry of its heavy atom. Lengths and angles are rounded from Engh & Huber, Acta
-Cryst. A47, 392 (1991); ``MolecularSystem.positions`` is then the force field's minimum. Nothing is random, as hydrogens are in OpenMM's
-Modeller: the two of a CH2 keep their stereochemical names.
+Every heavy atom is placed from three others by a bond length, an angle and a dihedral (natural extension reference
+frame, Parsons et al., J. Comput. Chem. 26, 1063, 2005), every hydrogen by the geometry of its heavy atom. Lengths and
+angles are rounded from Engh & Huber, Acta Cryst. A47, 392 (1991); ``MolecularSystem.positions`` is then the force
+field's minimum. Nothing is random, as hydrogens are in OpenMM's Modeller: the two of a CH2 keep their stereochemical
+names.
 """
 
 import re
@@ -21,8 +22,9 @@ class Residue(NamedTuple):
     """A residue beyond N, CA, C and O.
 
     name: three letters; residues that ionize are in their form at pH 7, histidine with its hydrogen on NE2.
-    side_chain: ``ATOM length angle dihedral`` (nm, degrees), bonded to the atom listed before it, or to that in ``ATOM-OTHER``; angle and
-        dihedral are those with the next two atoms on the way to N. CB is implied for all but glycine.
+    side_chain: ``ATOM length angle dihedral`` (nm, degrees), bonded to the atom listed before it, or to that in
+        ``ATOM-OTHER``; angle and dihedral are those with the next two atoms on the way to N. CB is implied for all but
+        glycine.
     hydrogens: named after the heavy atom that they are on.
     rings: bonds that close rings.
     """
@@ -133,12 +135,12 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
     """Topology and ideal structure of a peptide of L-residues with trans peptide bonds.
 
     Args:
-        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are negative, Lys and Arg
-            positive, His has its hydrogen on NE2, Cys is reduced.
+        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are
+            negative, Lys and Arg positive, His has its hydrogen on NE2, Cys is reduced.
 
     Returns:
-        The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions, (n_atoms, 3) in nm,
-        float64, an extended chain, not minimized.
+        The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions,
+        (n_atoms, 3) in nm, float64, an extended chain, not minimized.
 
     Raises UserError for what is no sequence.
     """

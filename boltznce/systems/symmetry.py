@@ -12,7 +12,8 @@ __all__ = ["Mended", "is_trans", "mend_chirality", "rotate_methyls"]
 def rotate_methyls(
     x: Tensor, groups: Sequence[tuple[int, int, int]], generator: torch.Generator | None = None
 ) -> Tensor:
-    """Permute the hydrogens of every methyl cyclically and at random: the relabellings that a methyl's rotation makes, and no others.
+    """Permute the hydrogens of every methyl cyclically and at random: the relabellings that a methyl's rotation makes,
+    and no others.
 
     x (batch, n_atoms, 3); groups are triples of atom numbers.
     """
@@ -37,7 +38,8 @@ class Mended:
 
 
 def mend_chirality(x: Tensor, signs: Tensor, mirror: bool) -> Mended:
-    """Keep conformers (batch, n_atoms, 3) whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect first where all are -1.
+    """Keep conformers (batch, n_atoms, 3) whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect first
+    where all are -1.
 
     Mirroring is right only where energy and density do not change under x -> -x.
     """

@@ -1,7 +1,8 @@
 """Systems in the plane, on which success and failure can be seen: exact densities, exact draws, known free energies.
 
-One particle, positions (batch, 1, 2); lengths, energies and temperatures are dimensionless with k = 1, so that u = U / T. Whatever the
-system and its temperature, normalizer, populations and draws come from one table of its energy on a fine grid.
+One particle, positions (batch, 1, 2); lengths, energies and temperatures are dimensionless with k = 1, so that u = U /
+T. Whatever the system and its temperature, normalizer, populations and draws come from one table of its energy on a
+fine grid.
 """
 
 import abc
@@ -43,7 +44,8 @@ class PlaneSystem(System):
     Args:
         name: what to call it.
         box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
-        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half plane.
+        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half
+            plane.
         temperature: dimensionless.
         length_scale: a typical size, in which networks measure positions.
     """
@@ -126,7 +128,8 @@ class PlaneSystem(System):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` independent, exact draws (n, 1, 2), float32, on the generator's device.
 
-        A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with probability density / bound.
+        A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with
+        probability density / bound.
         """
         table = self._table
         draws, missing = [], n
@@ -265,8 +268,8 @@ class CircleOfGaussians(GaussianMixture):
 
 
 class RandomGaussians(GaussianMixture):
-    """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of Midgley et al. 2023
-    (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
+    """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of
+    Midgley et al. 2023 (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
     """
 
     def __init__(
@@ -346,9 +349,11 @@ class DoubleWell(PlaneSystem):
 
 
 class Checkerboard(PlaneSystem):
-    """Uniform on every second cell of a square board around the origin, the lower left one among them; U = 0 there, and `WALL` elsewhere.
+    """Uniform on every second cell of a square board around the origin, the lower left one among them; U = 0 there, and
+    `WALL` elsewhere.
 
-    Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a UserError.
+    Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a
+    UserError.
     """
 
     WALL = 1e4
@@ -420,7 +425,8 @@ class _Table:
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Upper bound of the log-density in each cell, and the cumulated bounds.
 
-        The bound is the highest of a cell's corners plus what a parabola of the local curvature can rise between them, four times over.
+        The bound is the highest of a cell's corners plus what a parabola of the local curvature can rise between them,
+        four times over.
         """
         axes = [torch.linspace(low, high, N_CELLS + 1, dtype=torch.float64) for low, high in self.box]
         corners = -_in_parts(self._energy, torch.cartesian_prod(*axes)).view(N_CELLS + 1, N_CELLS + 1)

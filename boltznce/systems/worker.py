@@ -1,9 +1,12 @@
-"""A worker process of ``workers.WorkerPool``: ``python worker.py PARENT_PID``, with a socket to the parent as standard input.
+"""A worker process of ``workers.WorkerPool``: ``python worker.py PARENT_PID``, with a socket to the parent as standard
+input.
 
-The first message is a pickled factory, called once; every later one a pickled argument of what it made, answered by (True, result)
-or (False, exception). The process ends with its parent, however that ends and whatever is being computed.
+The first message is a pickled factory, called once; every later one a pickled argument of what it made, answered by
+(True, result) or (False, exception). The process ends with its parent, however that ends and whatever is being
+computed.
 
-Run as a file, not with ``-m``: importing ``boltznce`` brings torch and takes seconds and hundreds of MB, which a worker has no use for.
+Run as a file, not with ``-m``: importing ``boltznce`` brings torch and takes seconds and hundreds of MB, which a worker
+has no use for.
 """
 
 import os

@@ -1,8 +1,9 @@
 """What every term is made of: the geometry of a batch, the base class, and the reading of OpenMM's parameters.
 
-Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms, batch), so
-that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that is less work than
-gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as in OpenMM.
+Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms,
+batch), so that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that
+is less work than gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as
+in OpenMM.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,9 +82,11 @@ class Geometry:
 
 
 def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
-    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains - 1, n, n_atoms).
+    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains -
+    1, n, n_atoms).
 
-    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take several times as long.
+    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take
+    several times as long.
     """
     one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
     return (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1).contiguous()
