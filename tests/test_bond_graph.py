@@ -149,7 +149,7 @@ BONDS_TO_CARBON = {"B": 0.156, "F": 0.138, "Si": 0.187, "P": 0.184, "Cl": 0.179,
 
 @pytest.mark.parametrize(("symbol", "length"), BONDS_TO_CARBON.items())
 def test_bonds_of_carbon_to_other_elements(symbol, length):
-    """Tetrahedral carbon with three such atoms, lengths in nm: bonded to it, not to each other; of iodines one alone."""
+    """Tetrahedral carbon with three such atoms (of iodine one), nm: bonded to it and not to each other."""
     symbols = ["H", "H", "H", symbol] if symbol == "I" else ["H", symbol, symbol, symbol]
     lengths = torch.tensor([0.109 if each == "H" else length for each in symbols]).unsqueeze(1)
     corners = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5

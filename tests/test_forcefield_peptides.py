@@ -1,4 +1,4 @@
-"""The torch energy against OpenMM over many molecules: what the field's papers simulate, and dipeptides of all 20 residues."""
+"""The torch energy against OpenMM: what the field's papers simulate, and dipeptides of all 20 residues."""
 
 import openmm
 import pytest

@@ -1,4 +1,4 @@
-"""Peptides from sequence: every residue at either end and inside, as the force fields want it, with the geometry that life has."""
+"""Peptides from sequence: every residue at either end and inside, as force fields want it, with life's geometry."""
 
 import collections
 import copy
@@ -58,7 +58,7 @@ def cip_labels(topology, x):
 
 
 def assert_sound(system):
-    """Minimized: L everywhere, trans, no strained bond (as of a pierced ring), no contact of atoms more than three bonds apart."""
+    """Minimized: L, trans, no strained bond (as of a pierced ring), no contact of atoms over three bonds apart."""
     x = system.positions
     assert (system.chirality(x[None]) == 1).all()
     labels = cip_labels(system.topology, x.numpy())
@@ -144,7 +144,7 @@ def test_prochiral_hydrogens():
 
 
 def test_capped_alanine_is_the_shipped_alanine_dipeptide():
-    """Its energy is that of a minimum of the same molecule: the shipped structure's, reached from its angles or not, within a few kT."""
+    """Its energy is that of the shipped structure's minimum, or of one within a few kT."""
     shipped, built = load_system("aldp"), load_system("aldp", structure="ACE-A-NME")
     assert collections.Counter(a.element for a in built.topology.atoms) == collections.Counter(
         a.element for a in shipped.topology.atoms

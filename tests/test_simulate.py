@@ -1,4 +1,4 @@
-"""Simulation: exact resume, the three methods on alanine dipeptide, and umbrella analysis against a known distribution."""
+"""Simulation: exact resume, three methods on alanine dipeptide, umbrella analysis of a known distribution."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The systems in the plane against their own densities: normalization, gradients, draws, temperature, what is known of them."""
+"""The systems in the plane against their own densities: normalization, draws, temperature, what is known of them."""
 
 import math
 

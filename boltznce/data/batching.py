@@ -14,7 +14,7 @@ __all__ = ["Batches", "size_buckets"]
 
 
 def size_buckets(sizes: Sequence[int], max_padding: float) -> list[list[int]]:
-    """Molecules grouped by size, small ones first: none is padded by more than ``max_padding`` of the atoms of its group's largest."""
+    """Molecules by size, small ones first: none is padded by more than ``max_padding`` of its group's largest."""
     order = sorted(range(len(sizes)), key=lambda k: (-sizes[k], k))
     buckets: list[list[int]] = []
     for k in order:
@@ -27,11 +27,9 @@ def size_buckets(sizes: Sequence[int], max_padding: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone, so that a run is resumed by its
-    step.
+    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone: a run is resumed by its step.
 
-    In an epoch every frame comes once, but for the last few of each bucket that fill no batch; batches are all of
-    ``batch_size``.
+    In an epoch every frame comes once, but for the last few of each bucket that fill no batch of ``batch_size``.
 
     Args:
         positions: per molecule (n_frames, n_k, dim), arrays or memory maps, in nm.
@@ -72,7 +70,7 @@ class Batches:
         return sum(sum(len(self.positions[k]) for k in bucket) // self.batch_size for bucket in self.buckets)
 
     def __call__(self, step: int) -> tuple[Tensor, Molecules]:
-        """Positions (batch_size, n, dim) in nm, float32, centred on the mean of the real atoms, and the molecules that they are."""
+        """Positions (batch_size, n, dim) in nm, float32, centred on the mean of the real atoms, and their molecules."""
         epoch, place = divmod(step, self.steps_per_epoch)
         rows = self._epoch(epoch)[place].tolist()
         size = max(self.positions[k].shape[1] for k, _ in rows)

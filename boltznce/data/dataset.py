@@ -25,7 +25,7 @@ DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Frames of a simulation, in order of time; arrays as in the module's docstring, ``positions`` memory-mapped when loaded."""
+    """Frames in order of time; arrays as in the module's docstring, ``positions`` memory-mapped when loaded."""
 
     positions: np.ndarray
     energies: np.ndarray
@@ -89,7 +89,7 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
-        """Open a dataset and check shapes, digests and that all numbers are finite; raises UserError that names the file and the remedy."""
+        """Open a dataset; UserError names the file and the remedy where shapes, digests or numbers are wrong."""
         folder = Path(folder)
         if not (folder / "meta.yaml").is_file():
             raise UserError(
@@ -141,7 +141,7 @@ class Dataset:
 
 
 def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement in proportion to exp(log_weights): frames of the Boltzmann distribution."""
+    """``n`` frame numbers drawn with replacement by exp(log_weights): frames of the Boltzmann distribution."""
     return generator.choice(len(log_weights), size=n, p=_normalized(np.asarray(log_weights, dtype=np.float64)))
 
 
@@ -155,14 +155,12 @@ def mode_balanced_indices(
     kappa: float = 10.0,
     mu: float | None = None,
 ) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare
-    state.
+    """``n`` frame numbers drawn with replacement by w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
 
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
         mu: default the state's centre.
-        c: "auto" takes P(rest) / P(state) of the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide
-            has 150.
+        c: "auto" takes P(rest) / P(state) of the weighted frames (BoltzNCE for peptides; 150 for alanine dipeptide).
 
     Raises UserError if no frame is in the state.
     """

@@ -51,8 +51,7 @@ def simulate_members(
         method, settings: see `boltznce.data.simulate.simulate`, in place of ``system.simulation``;
             ``settings["test"]``, if given, replaces some of them for members that are nothing but tests.
 
-    A dataset that is there is left alone, and what a killed call left unfinished goes on. Raises UserError as `plan`
-    does.
+    A dataset that is there is left alone, an unfinished one goes on. Raises UserError as `plan` does.
     """
     return _simulate(system, system.all_members(), folder, method, **settings)
 

@@ -66,14 +66,11 @@ def simulate(
     progress: bool = True,
     **settings,
 ) -> Dataset:
-    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings
-    stopped.
+    """Simulate a molecule and write a dataset to ``folder``; go on where a killed call with these settings stopped.
 
-    ``settings`` are those of `plan`; ``n_processes`` is how many repeats run at a time (default: one a core), which
-    changes no result.
+    ``settings`` are those of `plan`; ``n_processes`` repeats run at a time (default: one a core).
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
-    the folder, an unstable simulation and a full disk.
+    Raises UserError as `plan` does, for an unstable simulation and for a full disk.
     """
     work = plan(system, folder, method, **settings)
     run_plans([work], n_processes, f"{method} {system.name}", progress)
@@ -82,7 +79,7 @@ def simulate(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A simulation that is to be run or gone on with: its jobs are on disk; or one whose dataset is there, and then it has no jobs."""
+    """A simulation to be run or gone on with, its jobs on disk; or one whose dataset is there, without jobs."""
 
     system: Any
     folder: Path
@@ -128,20 +125,14 @@ def plan(
     """Check the settings of a simulation and write its jobs beside ``folder``, if its dataset is not there yet.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or
-            ``langevin``.
-        duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an
-            unfinished run.
-        n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time
-            (default: one a core).
-        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see
-            `choose_engine`. Both sample the same distribution.
+        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
+        duration: ps per window, replica or trajectory, after ``equilibration`` ps; raise it to extend an unfinished run.
+        n_repeats: independent repeats.
+        engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``.
-        frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues
-            from.
-        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow
-            2 fs.
+        frame_interval, segment_length: ps between frames, and between saves that a killed run goes on from.
+        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Heavy hydrogens allow 2 fs and change no configuration.
         platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
@@ -261,7 +252,7 @@ def working_folder(folder: Path) -> Path:
 
 
 def gather(system, folders: list[Path], output: Path) -> Dataset:
-    """Make a dataset of the frames that the jobs in ``folders`` have saved so far, up to the time that all have reached."""
+    """Make a dataset of the frames of the jobs in ``folders``, up to the time that all have reached."""
     jobs = [Job.load(path) for path in folders]
     frames = [read_frames(path) for path in folders]
     end = min(f["time"][-1] for f in frames)
@@ -316,7 +307,7 @@ def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
 
 
 def force_evaluations(meta: dict) -> int:
-    """How often the simulation that ``meta`` of a dataset tells of has computed forces; 0 where nothing was simulated."""
+    """How often the simulation in a dataset's ``meta`` has computed forces; 0 where nothing was simulated."""
     settings = meta["settings"]
     if settings["method"] not in SAMPLERS:
         return 0
@@ -327,7 +318,7 @@ def force_evaluations(meta: dict) -> int:
 
 
 def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, progress: bool) -> None:
-    """Run every job in a process of its own, ``n_processes`` at a time; if one fails or this process is interrupted, end them all."""
+    """Run every job in a process of its own, ``n_processes`` at a time; a failure or an interrupt ends them all."""
     waiting = list(folders)  # a finished job ends at once
     running: dict[Path, subprocess.Popen] = {}
     try:

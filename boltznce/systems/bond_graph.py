@@ -1,5 +1,4 @@
-"""Whether generated conformers are the molecule: the graph of bonds read off distances is that of the topology,
-elements respected.
+"""Whether conformers are the molecule: bonds read off distances make the graph of the topology, elements respected.
 
 Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans.
 2008, 2832). Over 100 frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum
@@ -35,7 +34,7 @@ class GraphCheck:
     """Which conformers are right, and how their atoms are put in the topology's order."""
 
     right: Tensor  # (batch,) bool
-    order: Tensor  # (batch, n) int64: atom order[b, i] of conformer b is the topology's atom i; the identity where it is not right
+    order: Tensor  # (batch, n) int64: atom order[b, i] of conformer b is the topology's atom i; identity where wrong
     # equivalent atoms may end exchanged; Amber's impropers can tell, by up to 0.3 kT for the oxygens of a COO-
     reordered: Tensor  # (batch,) bool: right, but only after reordering
 
@@ -116,8 +115,7 @@ class BondGraph:
 
 
 def refine_colours(adjacency: np.ndarray, elements: np.ndarray) -> np.ndarray:
-    """Hashes of each atom's element and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n)
-    uint64.
+    """Hashes of atoms' elements and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n) uint64.
 
     Atoms that an isomorphism maps onto each other have equal colours, in any graph and in any order of the atoms.
     """

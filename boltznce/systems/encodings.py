@@ -57,8 +57,7 @@ VARIANTS = {
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
-    """(n_atoms, width) float32, 5 wide for ``elements``, 4 n_places + 5 for ``backbone``, n_places + 74 for ``full``, 3
-    more ``numbered``.
+    """(n_atoms, width) float32: 5 for ``elements``, 4 n_places + 5 ``backbone``, n_places + 74 ``full``, 3 more ``numbered``.
 
     Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a
     class.

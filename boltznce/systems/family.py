@@ -1,4 +1,4 @@
-"""Many peptides with one force field: what a model of many molecules is trained on, and which of them it must never see."""
+"""Many peptides with one force field: what a model of many molecules is trained on, and what it must never see."""
 
 import inspect
 from collections.abc import Mapping, Sequence

@@ -90,7 +90,7 @@ class TorchForceField(nn.Module):
 
 
 class _EnergyWithGradient(torch.autograd.Function):
-    """Energies whose gradient is computed with them, piece by piece; higher derivatives go through the terms themselves."""
+    """Energies with their gradient, piece by piece; higher derivatives go through the terms themselves."""
 
     @staticmethod
     def forward(ctx, x: Tensor, field: TorchForceField) -> Tensor:
@@ -110,7 +110,7 @@ class _EnergyWithGradient(torch.autograd.Function):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 would move atoms by 1e-3 of their coordinates."""
+    """Matrix products of float32 in float32: TF32 would move atoms by 1e-3 of their coordinates."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -141,7 +141,7 @@ class MolecularSystem(System):
         return self._potential(x) / (GAS_CONSTANT * self.temperature)
 
     def dihedral(self, x: Array, name: str) -> Array:
-        """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensors and arrays alike."""
+        """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensor or array."""
         atoms = list(self._atoms(name))
         angle = dihedral_angle(
             torch.as_tensor(x[..., atoms, :])
@@ -180,7 +180,7 @@ class MolecularSystem(System):
 
 
 def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
-    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, of a PDB file or of a peptide by its sequence."""
+    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, a PDB file or a peptide's sequence."""
     shipped = STRUCTURES / f"{structure}.pdb"
     path = shipped if shipped.is_file() else Path(structure).expanduser()
     if not path.is_file():
@@ -313,8 +313,7 @@ def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:
 
 
 def atom_classes(topology: mdtraj.Topology) -> list[int]:
-    """Class of each atom: its place when every heavy atom is followed by its hydrogens; the three of a methyl share the
-    middle one's.
+    """Class of each atom: its place when hydrogens follow their heavy atoms; three of a methyl share the middle one's.
 
     The BoltzNCE authors' numbering, in which some classes have no atom: 21 classes for alanine dipeptide.
     """
@@ -354,7 +353,7 @@ def dihedral_angle(points: Tensor) -> Tensor:
 
 
 def handedness(x: Tensor, centres: Tensor) -> Tensor:
-    """Sign (±1) of the triple product of each centre's three bonds: (..., n_atoms, 3), (n_centres, 4) -> (..., n_centres)."""
+    """Sign (±1) of the triple product of each centre's bonds: (..., n_atoms, 3), (n_centres, 4) -> (..., n_centres)."""
     corners = x[..., centres[:, 1:], :] - x[..., centres[:, :1], :]
     volume = torch.linalg.det(corners)
     return torch.where(volume > 0, 1.0, -1.0).to(x)

@@ -1,4 +1,4 @@
-"""OpenMM's own energy, one conformer at a time: the reference for the torch energy and the fallback where it does not reach."""
+"""OpenMM's own energy, one conformer at a time: the reference for the torch energy, and its fallback."""
 
 from functools import partial
 

@@ -192,7 +192,7 @@ def _backbone(n: int) -> list[list[Array]]:
 def _heavy_atoms(
     residue: Residue, n: Array, ca: Array, c: Array, end: bool
 ) -> tuple[dict[str, Array], list[tuple[str, str]]]:
-    """Name -> position of a residue's heavy atoms, and its bonds, each atom's first with the one nearer to N; ``end``: with OXT."""
+    """Name -> position of a residue's heavy atoms, and its bonds, the one nearer to N first; ``end``: with OXT."""
     x, parent = {"N": n, "CA": ca}, {"CA": "N"}
     if "HB" in residue.hydrogens:
         x["CB"], parent["CB"] = _place(c, n, ca, *BETA_CARBON), "CA"
@@ -214,13 +214,13 @@ def _heavy_atoms(
 
 
 def _bearer(hydrogen: str, i: int, heavy: dict[tuple[int, str], Array]) -> tuple[int, str]:
-    """The atom that a hydrogen is on: that of the same name from the second letter on (HG21 on CG2, H1 on N), perhaps but for a number."""
+    """The atom that a hydrogen is on: of the same name from the second letter on (HG21 on CG2, H1 on N), but for a number."""
     names = [name for place, name in heavy if place == i]  # N, whose name ends at once, is before C and O
     return next((i, name) for stem in (hydrogen[1:], hydrogen[1:-1]) for name in names if name[1:] == stem)
 
 
 def _place_hydrogens(atom: tuple[int, str], n: int, heavy: dict, bonds: list) -> list[Array]:
-    """Positions of the n hydrogens of a heavy atom: away from its heavy neighbours, a pair in the order of IUPAC's names."""
+    """Positions of a heavy atom's n hydrogens: away from its heavy neighbours, a pair in the order of IUPAC's names."""
     if n == 0:
         return []
     near, *others = [b if a == atom else a for a, b in bonds if atom in (a, b)]

@@ -16,8 +16,7 @@ BOHR_NM = 0.0529177210903
 
 
 class OpenMMPoints:
-    """OpenMM's Reference platform: positions (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces (n, n_atoms, 3)
-    in kJ/mol/nm.
+    """OpenMM's Reference platform: (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces in kJ/mol/nm.
 
     Args:
         system: openmm.System.

@@ -81,7 +81,7 @@ class PlaneSystem(System):
         """U (batch,) of points (batch, 2), in their dtype."""
 
     def mode(self, x: Tensor) -> Tensor:
-        """Number of the mode that each position (batch, 1, 2) belongs to, (batch,); by default 1 inside the state and 0 outside."""
+        """Number of each position's mode, (batch, 1, 2) -> (batch,); by default 1 inside the state and 0 outside."""
         return self.state.contains(self.coordinate(x, self.state.coordinate)).long()
 
     def typical_energy(self) -> float:
@@ -163,7 +163,7 @@ class PlaneSystem(System):
     # ---- what is known ----------------------------------------------------------------------------------------------
 
     def coordinate(self, x: Array, name: str) -> Array:
-        """A named coordinate of positions (batch, 1, 2), (batch,): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
+        """A coordinate (batch,) of (batch, 1, 2): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
         self._check_coordinate(name)
         if not isinstance(x, Tensor):
             return self.coordinate(torch.from_numpy(np.array(x)), name).numpy()
@@ -188,7 +188,7 @@ class PlaneSystem(System):
         return np.bincount(self.mode(self._table.centres.unsqueeze(1)).numpy(), weights=self._table.mass)
 
     def reference(self) -> dict[str, Any]:
-        """The exact ΔF of the state and the profile along its coordinate (100 bins), in the form of the shipped references; no errors."""
+        """The exact ΔF of the state and the profile along its coordinate (100 bins), as a shipped reference."""
         name, mass = self.state.coordinate, self._table.mass
         values = self.coordinate(self._table.centres.unsqueeze(1), name).numpy()
         state = mass[self.state.contains(values)].sum()
@@ -249,7 +249,7 @@ class GaussianMixture(PlaneSystem):
 
 
 class CircleOfGaussians(GaussianMixture):
-    """Gaussians at equal distances on a circle, the first on the x axis: with eight, the first 2D system of BoltzNCE (arXiv 2507.00846)."""
+    """Gaussians evenly on a circle from the x axis on: with eight, the first 2D system of BoltzNCE (arXiv 2507.00846)."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class RandomGaussians(GaussianMixture):
 
 
 class TwoMoons(GaussianMixture):
-    """Two interlocked half circles of radius 1, blurred: a mixture of 32 Gaussians along each, about as far apart as they are wide."""
+    """Two interlocked half circles of radius 1, blurred: 32 Gaussians along each, about as far apart as they are wide."""
 
     POINTS = 32
 
@@ -311,7 +311,7 @@ class TwoMoons(GaussianMixture):
 
 
 class MuellerBrown(PlaneSystem):
-    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima and two saddle points, energies in its own units."""
+    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima, two saddles, in its own units."""
 
     TERMS = (  # A, a, b, c, x0, y0 of A exp(a (x - x0)² + b (x - x0)(y - y0) + c (y - y0)²)
         (-200.0, -1.0, 0.0, -10.0, 1.0, 0.0),
@@ -349,8 +349,7 @@ class DoubleWell(PlaneSystem):
 
 
 class Checkerboard(PlaneSystem):
-    """Uniform on every second cell of a square board around the origin, the lower left one among them; U = 0 there, and
-    `WALL` elsewhere.
+    """Uniform on every second cell of a square board, the lower left one among them: U = 0 there, `WALL` elsewhere.
 
     Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a
     UserError.
@@ -399,7 +398,7 @@ class Checkerboard(PlaneSystem):
         return ((chosen + place) * self.cell - self.half_width).unsqueeze(1).float()
 
     def mode(self, x: Tensor) -> Tensor:
-        """Number of the occupied cell; positions elsewhere count to the one at their left (at the right in the first column)."""
+        """Number of the occupied cell; elsewhere, of that at the left (at the right in the first column)."""
         column, row = torch.floor((x[:, 0] + self.half_width) / self.cell).long().clamp(0, self.n_cells - 1).unbind(-1)
         return row * ((self.n_cells + 1) // 2) + (column - row % 2).clamp(min=0) // 2
 

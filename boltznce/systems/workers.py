@@ -108,7 +108,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process and the socket to it. Its other end is closed here and inherited by nobody, so death of either side is an EOF."""
+    """One process and the socket to it, whose other end nobody inherits, so that death of either side is an EOF."""
 
     def __init__(self):
         self.connection, theirs = Pipe()
@@ -140,7 +140,7 @@ class _Worker:
         return value
 
     def check(self) -> None:
-        """Raise RuntimeError if the process has died without an answer, even where its end of the socket has been forked."""
+        """Raise RuntimeError if the process has died without an answer, even where its socket has been forked."""
         if self.process.poll() is not None and not self.connection.poll():
             raise self._death()
 

@@ -39,7 +39,7 @@ Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
 
 
 class Geometry:
-    """Coordinates (3, n_atoms, batch) of conformers x (batch, n_atoms, 3) in nm, and the distances that several terms share."""
+    """Coordinates (3, n_atoms, batch) of conformers (batch, n_atoms, 3) in nm, and distances that terms share."""
 
     def __init__(self, x: Tensor):
         self.xyz = x.permute(2, 1, 0).contiguous()
@@ -82,8 +82,7 @@ class Geometry:
 
 
 def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
-    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains -
-    1, n, n_atoms).
+    """Vectors from each atom of a chain to the next, as matrices with -1 and +1: (length of the chains - 1, n, n_atoms).
 
     A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take
     several times as long.

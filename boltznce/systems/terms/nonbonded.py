@@ -58,7 +58,7 @@ class Nonbonded(Term):
         return ((coulomb + lennard_jones * self.switch(geometry)) * kept + field).sum((0, 1))
 
     def switch(self, geometry: Geometry) -> Tensor | float:
-        """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide, NonbondedForce)."""
+        """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide)."""
         if self.switch_from is None:
             return 1.0
         t = ((geometry.distances - self.switch_from) / (self.cutoff - self.switch_from)).clamp(0.0, 1.0) * (

@@ -24,8 +24,7 @@ NECK_REACH = 2.0  # nm; beyond every neck, whose sixth power would overflow in f
 
 
 class GeneralizedBorn(Term):
-    """-½ k Σᵢⱼ (1/ε_in - exp(-κf)/ε_out) qᵢqⱼ (1/f - 1/r_c), f² = r² + BᵢBⱼ exp(-r²/4BᵢBⱼ), and Σ s (ρ/B)⁶ for the
-    surface.
+    """-½ k Σᵢⱼ (1/ε_in - exp(-κf)/ε_out) qᵢqⱼ (1/f - 1/r_c), f² = r² + BᵢBⱼ exp(-r²/4BᵢBⱼ); surface Σ s (ρ/B)⁶.
 
     f: Still et al., J. Am. Chem. Soc. 112, 6127 (1990); κ: Srinivasan et al., Theor. Chem. Acc. 101, 426 (1999);
     the surface: Schaefer, Bartels & Karplus, J. Mol. Biol. 284, 835 (1998), eq. 2, in TINKER's sixth power.
@@ -130,8 +129,7 @@ class GeneralizedBorn(Term):
 
 
 class Descreening(torch.autograd.Function):
-    """What a sphere of radius ``scaled`` at distance r takes from the Coulomb integral outside one of radius ``own``,
-    times 2.
+    """Twice what a sphere of radius ``scaled`` at r takes from the Coulomb integral outside one of radius ``own``.
 
     The integral has kinks where the spheres touch, but its limits do not enter its derivative: writing that by hand
     saves most of the backward pass. Hawkins, Cramer & Truhlar, J. Phys. Chem. 100, 19824 (1996), eqs. 10-13.
@@ -168,7 +166,7 @@ class Descreening(torch.autograd.Function):
 
     @staticmethod
     def limits(r: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse limits of the integral; a neighbour wholly inside the own sphere has equal ones, and so an integral of zero."""
+        """Inverse limits of the integral; equal, so that it is zero, for a neighbour inside the own sphere."""
         return 1 / torch.maximum((r - scaled).abs(), own), 1 / torch.maximum(r + scaled, own)
 
 
@@ -196,8 +194,7 @@ class GBSAOBC(GeneralizedBorn):
 
 
 class CustomGB(GeneralizedBorn):
-    """The CustomGBForce of OpenMM's ``implicit/obc1.xml``, ``obc2.xml``, ``gbn.xml`` or ``gbn2.xml``, with its own
-    constants.
+    """OpenMM's CustomGBForce of ``implicit/obc1.xml``, ``obc2.xml``, ``gbn.xml`` or ``gbn2.xml``, its own constants.
 
     Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in
     them.
@@ -258,7 +255,7 @@ class CustomGB(GeneralizedBorn):
 def necks(
     force: openmm.CustomGBForce, atoms: dict[str, Tensor], constants: dict[str, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Height (nm⁻¹), centre and end (nm) of the neck of each atom (row) with each other, from the tables of the force."""
+    """Height (nm⁻¹), centre and end (nm) of the neck of each atom (row) with each other, from the force's tables."""
     tables = {}
     for n in range(force.getNumTabulatedFunctions()):
         width, depth, values = force.getTabulatedFunction(n).getFunctionParameters()
@@ -309,7 +306,7 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def read(expression: str, *templates: tuple[str, dict]) -> dict[str, float]:
-    """The constants of an expression (assigned and in the place of <name>), with the defaults of the template that it fits."""
+    """The constants of an expression (assigned and in place of <name>), with defaults of the template that fits."""
     formula, constants = [], {}
     for part in "".join(expression.split()).split(";"):
         name, _, value = part.partition("=")
