@@ -105,7 +105,7 @@ def z_scores(values, expected):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_harmonic_molecule_has_its_exact_distribution_at_any_timestep(engine):
-    """The middle scheme is exact for a harmonic potential (ω dt = 0.9): positions, and velocities half a step before."""
+    """The middle scheme is exact for a harmonic potential (ω dt = 0.9), velocities half a step before."""
     n = 100
     temperatures = np.repeat([150.0, 300.0, 600.0], n)
     job = dataclasses.replace(JOB, timestep=0.04, friction=5.0, engine=engine)
@@ -190,7 +190,7 @@ def assert_equal_moments(aldp, duration):
     error = np.sqrt((torchs.var(1) + openmms.var(1)) / (torchs.shape[1] - 1))
     z = (torchs.mean(1) - openmms.mean(1)) / error
     print(
-        f"{duration} ps: mean and variance (300 K, 600 K), kT and kT²: {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}"
+        f"{duration} ps: mean and variance (300, 600 K; kT, kT²): {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}"
     )
     assert np.abs(z).max() < 4
     heat = np.diff(openmms.mean(1)[:, 0])[0]

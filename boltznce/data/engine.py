@@ -149,7 +149,7 @@ def named(path: str) -> Any:
 
 
 def frame_dtype(n_atoms: int) -> np.dtype:
-    """One frame: mean-free positions (nm), energy (kT, no bias), dihedral (rad), window, time (ps from equilibration on)."""
+    """One frame: mean-free positions (nm), energy (kT, no bias), dihedral (rad), window, time (ps)."""
     return np.dtype(
         [("positions", "f4", (n_atoms, 3)), ("energy", "f8"), ("dihedral", "f8"), ("window", "i4"), ("time", "f8")]
     )
@@ -247,9 +247,7 @@ def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Callable[
 
 
 def _unstable(folder: Path) -> UserError:
-    return UserError(
-        f"The simulation in {folder} became unstable (positions or energies are not finite): delete that folder and use a shorter timestep."
-    )
+    return UserError(f"The simulation in {folder} became unstable: delete that folder and use a shorter timestep.")
 
 
 @contextlib.contextmanager
@@ -262,9 +260,7 @@ def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
             lock.acquire(timeout=0.2)
         except Timeout:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"Another process is running the simulation in {folder}: wait for it, or choose another folder."
-                ) from None
+                raise UserError(f"Another process is running the simulation in {folder}: wait for it.") from None
     try:
         yield
     finally:

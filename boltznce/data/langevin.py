@@ -12,7 +12,7 @@ __all__ = ["LangevinSampler"]
 
 
 class LangevinSampler:
-    """Trajectories at the job's temperature; barriers above some 8 kT are out of their reach. Option: ``n_walkers`` (1)."""
+    """Trajectories at one temperature; barriers above some 8 kT are out of reach. Option: ``n_walkers`` (1)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
         self.job, self.start = job, start

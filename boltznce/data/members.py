@@ -64,8 +64,8 @@ def load_data(system: System | PeptideFamily, member: System, folder: Path) -> D
     same = all(made_of.get(key, value) == value for key, value in member.identity.items())
     if not same or dataset.positions.shape[1:] != (member.n_atoms, member.dim):
         raise UserError(
-            f"{place} holds data of another system or force field ({made_of.get('name', 'unknown')}, not {member.name}): "
-            "set data.folder to another folder; data are made there if it does not exist."
+            f"{place} holds data of another system or force field ({made_of.get('name')}, not {member.name}): set "
+            "data.folder to another folder; data are made there if it does not exist."
         )
     return dataset
 

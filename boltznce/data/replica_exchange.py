@@ -17,7 +17,7 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
 
 
 class ReplicaExchangeSampler:
-    """A replica at each temperature of a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
+    """Replicas on a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
 
     ``n_ladders`` (1): independent ladders, all in one batch; a frame's window is the number of its ladder.
     """

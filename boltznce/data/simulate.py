@@ -126,7 +126,7 @@ def plan(
 
     Args:
         method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
-        duration: ps per window, replica or trajectory, after ``equilibration`` ps; raise it to extend an unfinished run.
+        duration: ps per walker, after ``equilibration`` ps; raise it to extend an unfinished run.
         n_repeats: independent repeats.
         engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
@@ -144,9 +144,7 @@ def plan(
     """
     folder = Path(folder)
     if system.exact:
-        raise UserError(
-            f"There is nothing to simulate in {system.name}, which is drawn from exactly: scripts/train.py makes its own data."
-        )
+        raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
@@ -193,9 +191,7 @@ def plan(
     if (folder / "meta.yaml").exists():
         dataset = Dataset.load(folder)
         if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != system.identity:
-            raise UserError(
-                f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew."
-            )
+            raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it.")
         return Plan(system, folder, [], [])
 
     n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
@@ -231,9 +227,7 @@ def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool |
         raise UserError(f"Unknown engine '{engine}': choose one of {', '.join(ENGINES)}, auto.")
     has_torch = system.energy_backend == "torch"
     if engine == "torch" and not has_torch:
-        raise UserError(
-            f"engine=torch cannot simulate {system.name}, whose energy_backend is {system.energy_backend}: set engine=openmm."
-        )
+        raise UserError(f"{system.name} has energy_backend={system.energy_backend}, not torch: set engine=openmm.")
     if engine == "auto":
         if not has_torch:
             return "openmm"
@@ -356,7 +350,7 @@ def _raise_for(status: int, folder: Path) -> None:
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
     raise RuntimeError(
-        f"The simulation process of {folder} ended with status {status}; run again to continue it. Its log:\n{message[-2000:]}"
+        f"The simulation in {folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}"
     )
 
 
@@ -395,9 +389,7 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     if name is None and not required:
         return None
     if name not in system.dihedrals:
-        raise UserError(
-            f"Umbrella sampling needs one of the dihedrals of {system.name}: set dihedral to one of {', '.join(system.dihedrals)}."
-        )
+        raise UserError(f"Umbrella sampling needs a dihedral: set dihedral to one of {', '.join(system.dihedrals)}.")
     return tuple(int(atom) for atom in system.dihedrals[name])
 
 

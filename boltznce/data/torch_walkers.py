@@ -81,7 +81,7 @@ class TorchWalkers:
         return energies
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Kick, half a drift, thermostat, half a drift (Zhang et al. 2019, "LF-Middle"); ``noise`` is standard normal."""
+        """Kick, half a drift, thermostat, half a drift (Zhang et al. 2019, "LF-Middle"); normal ``noise``."""
         v = v - self.kick * self.gradient(x)
         x = x + self.half_step * v
         v = self.kept * v + self.spread * noise

@@ -115,7 +115,7 @@ class UmbrellaResult:
         """ΔF, and how far independent parts of the simulation agree."""
         half = self.block_delta_f.shape[1] // 2
         halves = ", ".join(f"{row[:half].mean():.2f} and {row[half:].mean():.2f}" for row in self.block_delta_f)
-        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (mean over the blocks of each repeat's halves: {halves})"
+        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (blocks of each repeat's halves: {halves})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Ring:
         return np.concatenate([np.where(beyond, WALL, bias), np.where(beyond, bias, WALL)])
 
     def free_energies(self, dihedral: np.ndarray, window: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
-        """Reduced free energies (2 n_windows,) of the states by MBAR from frames (n,); NaN where there are no frames."""
+        """Reduced free energies (2 n_windows,) by MBAR from frames (n,); NaN where there are no frames."""
         logging.getLogger("pymbar").setLevel(logging.ERROR)  # or importing it prints advice on JAX
         from pymbar import MBAR
 

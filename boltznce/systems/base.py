@@ -113,9 +113,7 @@ class System(abc.ABC):
     def require_gradient(self, purpose: str) -> None:
         """Raise UserError if the energy has no gradient; to be called by what needs one, named by ``purpose``."""
         if not self.differentiable:
-            raise UserError(
-                f"The energy of {self.name} has no gradient, which {purpose} needs: choose another system or method."
-            )
+            raise UserError(f"{self.name} has no gradient, which {purpose} needs: choose another system or method.")
 
     def at_temperature(self, temperature: float) -> Self:
         """The same system at another temperature (K; dimensionless in the plane)."""

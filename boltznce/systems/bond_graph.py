@@ -54,7 +54,7 @@ class BondGraph:
     def __init__(self, elements: Sequence[str], bonds: Sequence[tuple[int, int]]):
         if unknown := sorted(set(elements) - set(RADII_NM)):
             raise UserError(
-                f"The bond-graph check has no radius for {', '.join(unknown)}: it knows {', '.join(RADII_NM)}."
+                f"There is no covalent radius for {', '.join(unknown)} here: only for {', '.join(RADII_NM)}."
             )
         n, (first, second) = len(elements), torch.tensor(bonds, dtype=torch.long).view(-1, 2).T
         radii = torch.tensor([RADII_NM[symbol] for symbol in elements], dtype=torch.float64)

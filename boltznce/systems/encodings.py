@@ -57,7 +57,7 @@ VARIANTS = {
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
-    """(n_atoms, width) float32: 5 for ``elements``, 4 n_places + 5 ``backbone``, n_places + 74 ``full``, 3 more ``numbered``.
+    """(n_atoms, width) float32: width 5, 4 n_places + 5, n_places + 74 or n_places + 77, in the order above.
 
     Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a
     class.
@@ -93,9 +93,7 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
 
 def _check_length(topology: mdtraj.Topology, n_places: int) -> None:
     if topology.n_residues > n_places:
-        raise UserError(
-            f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places."
-        )
+        raise UserError(f"The encoding has places for {n_places} residues, not {topology.n_residues}: raise n_places.")
 
 
 def atom_class_names(topology: mdtraj.Topology) -> list[str]:

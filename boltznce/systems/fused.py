@@ -23,7 +23,7 @@ def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fuse(function: Callable, *example: Tensor) -> Callable:
-    """``function`` compiled for tensors like the examples, inner gradients too; itself, with a warning, where that fails."""
+    """``function`` compiled for tensors like the examples; itself, with a warning, where that fails."""
     function(*example)  # tables made at the first call are no part of the graph
     try:
         # torch.compile would not fuse a gradient with what it is of; once the operations of both are written out, it
@@ -37,7 +37,7 @@ def fuse(function: Callable, *example: Tensor) -> Callable:
 
 
 class FusedKernels:
-    """One compiled kernel for each kind of result, dtype and device, for batches of one size; smaller ones are filled up.
+    """A kernel for each kind of result, dtype and device, for batches of one size; smaller ones are filled up.
 
     One size, because each new one costs half a minute. A batch under an eighth of it, or a failure to compile, runs
     eagerly.

@@ -135,9 +135,7 @@ class MolecularSystem(System):
     def energy(self, x: Tensor) -> Tensor:
         """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x."""
         if x.dim() != 3 or x.shape[1:] != (self.n_atoms, 3):
-            raise UserError(
-                f"Positions of {self.name} must have shape (batch, {self.n_atoms}, 3), not {tuple(x.shape)}."
-            )
+            raise UserError(f"{self.name} has positions (batch, {self.n_atoms}, 3), not {tuple(x.shape)}.")
         return self._potential(x) / (GAS_CONSTANT * self.temperature)
 
     def dihedral(self, x: Array, name: str) -> Array:
@@ -173,9 +171,7 @@ class MolecularSystem(System):
 
     def _atoms(self, name: str) -> Four:
         if name not in self.dihedrals:
-            raise UserError(
-                f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals) or 'none'}."
-            )
+            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals)}.")
         return self.dihedrals[name]
 
 
@@ -195,9 +191,7 @@ def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
         pdb = app.PDBFile(str(path))
         return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
-        raise UserError(
-            f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again."
-        ) from error
+        raise UserError(f"{path} cannot be read as a PDB file ({error}): export it again.") from error
 
 
 def build_openmm_system(
@@ -213,15 +207,13 @@ def build_openmm_system(
     try:
         forcefield = app.ForceField(*files)
     except Exception as error:
-        raise UserError(
-            f"The force field {', '.join(files)} cannot be loaded ({error}): check the names of its files."
-        ) from error
+        raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}).") from error
     untyped = forcefield.getUnmatchedResidues(topology)
     if untyped:
         residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
         raise UserError(
             f"The force field {', '.join(files)} has no template for residue {residues}: "
-            "check that its atoms, hydrogens and terminal caps are complete and named as in the force field, or use another force field."
+            "check that its atoms, hydrogens and caps are complete and named as in the force field, or use another."
         )
     try:
         return forcefield.createSystem(

@@ -80,8 +80,8 @@ RESIDUES = {
     "V": Residue("VAL", "CG1 .152 111 175, CG2-CB .152 111 -63", "H HA HB HG11 HG12 HG13 HG21 HG22 HG23"),
     "W": Residue(
         "TRP",
-        "CG .150 114 -65, CD1 .137 127 90, NE1 .137 110 180, CE2 .137 109 0, CZ2 .139 130 180, CH2 .137 117 180, CZ3 .140 122 0, "
-        "CE3 .138 121 0, CD2 .140 119 0",
+        "CG .150 114 -65, CD1 .137 127 90, NE1 .137 110 180, CE2 .137 109 0, CZ2 .139 130 180, CH2 .137 117 180, "
+        "CZ3 .140 122 0, CE3 .138 121 0, CD2 .140 119 0",
         "H HA HB2 HB3 HD1 HE1 HZ2 HH2 HZ3 HE3",
         "CD2-CG CD2-CE2",
     ),
@@ -119,15 +119,11 @@ def parse_sequence(sequence: str) -> tuple[str, bool]:
     capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
     letters = sequence.removeprefix("ACE-").removesuffix("-NME")
     if unknown := sorted(set(letters) - set(LETTERS)):
-        raise UserError(
-            f"{', '.join(unknown)} in {sequence!r} is no amino acid: the letters of a sequence are {LETTERS}."
-        )
+        raise UserError(f"{', '.join(unknown)} in {sequence!r} is no amino acid: letters of a sequence are {LETTERS}.")
     if capped != ends:
         raise UserError(f"{sequence!r} has one cap: give both, ACE-{letters}-NME, or none.")
     if len(letters) < 2 - capped:
-        raise UserError(
-            f"{sequence!r} is too short: give two residues or more, as AK, or one or more between caps, as ACE-A-NME."
-        )
+        raise UserError(f"{sequence!r} is too short: give two residues, as AK, or one between caps, as ACE-A-NME.")
     return letters, capped
 
 
@@ -214,7 +210,7 @@ def _heavy_atoms(
 
 
 def _bearer(hydrogen: str, i: int, heavy: dict[tuple[int, str], Array]) -> tuple[int, str]:
-    """The atom that a hydrogen is on: of the same name from the second letter on (HG21 on CG2, H1 on N), but for a number."""
+    """The atom that a hydrogen is on: of its name from the second letter on (HG21 on CG2, H1 on N)."""
     names = [name for place, name in heavy if place == i]  # N, whose name ends at once, is before C and O
     return next((i, name) for stem in (hydrogen[1:], hydrogen[1:-1]) for name in names if name[1:] == stem)
 

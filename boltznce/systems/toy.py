@@ -233,7 +233,7 @@ class GaussianMixture(PlaneSystem):
         weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
         if len(weights) != len(self.means) or not (weights > 0).all():
             raise UserError(
-                f"{name} needs one positive weight for each of its {len(self.means)} Gaussians, not {weights.tolist()}."
+                f"{name} needs a positive weight for each of {len(self.means)} Gaussians, not {weights.tolist()}."
             )
         self.log_weights = (weights.double() / weights.double().sum()).log()
 
@@ -249,7 +249,7 @@ class GaussianMixture(PlaneSystem):
 
 
 class CircleOfGaussians(GaussianMixture):
-    """Gaussians evenly on a circle from the x axis on: with eight, the first 2D system of BoltzNCE (arXiv 2507.00846)."""
+    """Gaussians evenly on a circle from the x axis on: with eight, BoltzNCE's first in 2D (arXiv 2507.00846)."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class RandomGaussians(GaussianMixture):
 
 
 class TwoMoons(GaussianMixture):
-    """Two interlocked half circles of radius 1, blurred: 32 Gaussians along each, about as far apart as they are wide."""
+    """Two interlocked half circles of radius 1: 32 Gaussians along each, about as far apart as they are wide."""
 
     POINTS = 32
 
@@ -311,7 +311,7 @@ class TwoMoons(GaussianMixture):
 
 
 class MuellerBrown(PlaneSystem):
-    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima, two saddles, in its own units."""
+    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima, two saddle points."""
 
     TERMS = (  # A, a, b, c, x0, y0 of A exp(a (x - x0)² + b (x - x0)(y - y0) + c (y - y0)²)
         (-200.0, -1.0, 0.0, -10.0, 1.0, 0.0),
@@ -371,9 +371,7 @@ class Checkerboard(PlaneSystem):
         super().__init__(name, box, state, temperature, length_scale)
         self.half_width, self.cell, self.n_cells = half_width, cell, round(2 * half_width / cell)
         if not math.isclose(self.n_cells * cell, 2 * half_width):
-            raise UserError(
-                f"The cells of {name} must fill its board: 2 half_width={half_width} must be a multiple of cell={cell}."
-            )
+            raise UserError(f"The board's side 2 half_width={2 * half_width} must be a multiple of cell={cell}.")
 
     def inside(self, r: Tensor) -> Tensor:
         """Whether points (batch, 2) lie on the cells that are occupied."""

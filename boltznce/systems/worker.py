@@ -77,7 +77,7 @@ def _answer(function: Callable[[Any], Any], message: bytes) -> bytes:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception with the worker's traceback as a note, or a RuntimeError with its text where it cannot be pickled."""
+    """The exception with the worker's traceback as a note; a RuntimeError with its text if not picklable."""
     note = "Raised in a worker process:\n" + "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))

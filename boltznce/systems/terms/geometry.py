@@ -82,7 +82,7 @@ class Geometry:
 
 
 def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
-    """Vectors from each atom of a chain to the next, as matrices with -1 and +1: (length of the chains - 1, n, n_atoms).
+    """Vectors from each atom of a chain to the next, as matrices of -1 and +1: (length - 1, n, n_atoms).
 
     A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take
     several times as long.
@@ -131,6 +131,4 @@ def cutoff_of(force: openmm.Force) -> float | None:
 
 
 def unknown(force: str) -> UserError:
-    return UserError(
-        f"The torch energy does not know {force}: set energy_backend=openmm to have OpenMM compute the energy instead."
-    )
+    return UserError(f"The torch energy does not know {force}: set energy_backend=openmm, which does.")
