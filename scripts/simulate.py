@@ -1,4 +1,4 @@
-"""Reference data by simulation. `python scripts/simulate.py system=aldp`; with reference=true also a reference free energy."""
+"""Reference data by simulation. `python scripts/simulate.py system=aldp`; reference=true: also a reference ΔF."""
 
 import shlex
 import sys

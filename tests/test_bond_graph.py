@@ -1,4 +1,4 @@
-"""The bond graph of conformers: thermal ones are right, broken ones are told, exchanged equivalent atoms are put back."""
+"""The bond graph of conformers: thermal ones are right, broken ones are told, exchanged atoms are put back."""
 
 import numpy as np
 import openmm
@@ -52,7 +52,7 @@ def test_frames_of_md_are_right():
 
 
 def test_equivalent_atoms_are_put_back(molecule):
-    """Hydrogens on one atom and the oxygens of a carboxylate, wherever they stand, and atoms of one element anywhere."""
+    """Hydrogens on one atom, the oxygens of a carboxylate, and atoms of one element anywhere."""
     system, graph, x = molecule
     pairs = [("HA", "HB2", 0), ("N", "N", None), ("H1", "HA", 0), ("CA", "CB", 0), ("H1", "H2", 0), ("O", "OXT", 1)]
     for first, second, residue in pairs:
@@ -142,6 +142,21 @@ def test_mirrored_and_reordered_conformers_are_mended(molecule):
     mended = mend_chirality(y, system.chirality(y), mirror=True)
     assert mended.n_mirrored == len(x)
     assert (system.chirality(mended.positions) > 0).all()
+
+
+BONDS_TO_CARBON = {"B": 0.156, "F": 0.138, "Si": 0.187, "P": 0.184, "Cl": 0.179, "Se": 0.195, "Br": 0.194, "I": 0.214}
+
+
+@pytest.mark.parametrize(("symbol", "length"), BONDS_TO_CARBON.items())
+def test_bonds_of_carbon_to_other_elements(symbol, length):
+    """Tetrahedral carbon with three such atoms (of iodine one), nm: bonded to it and not to each other."""
+    symbols = ["H", "H", "H", symbol] if symbol == "I" else ["H", symbol, symbol, symbol]
+    lengths = torch.tensor([0.109 if each == "H" else length for each in symbols]).unsqueeze(1)
+    corners = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5
+    x = torch.cat([torch.zeros(1, 3), lengths * corners])
+    graph = BondGraph(["C", *symbols], [(0, k) for k in range(1, 5)])
+    noise = 0.003 * torch.randn(20, 5, 3, generator=torch.Generator().manual_seed(0))
+    assert graph.check(x + noise).right.all()
 
 
 def test_unknown_element_is_told():

@@ -120,7 +120,7 @@ def test_wrong_number_of_positions(dataset, tmp_path):
 @pytest.mark.parametrize("turn", [0.0, 2.4])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mode_balancing_makes_modes_even(weighted, turn):
-    """1% in the state; as such, or as frames of which half are in it with weights that say 1%. Turned, it is across π."""
+    """1% in the state, or half of the frames with weights that say 1%; turned, the state is across π."""
     rng = np.random.default_rng(1)
     inside = rng.random(50_000) < (0.5 if weighted else 0.01)
     phi = np.where(inside, rng.vonmises(1.0, 20.0, 50_000), rng.vonmises(-1.8, 4.0, 50_000))
@@ -133,6 +133,6 @@ def test_mode_balancing_makes_modes_even(weighted, turn):
 
 
 def test_mode_balancing_without_the_state():
+    phi, rng = np.full(10, -1.0), np.random.default_rng(0)
     with pytest.raises(UserError, match="No frame has 0 < phi < 2 rad"):
-        phi, rng = np.full(10, -1.0), np.random.default_rng(0)
         mode_balanced_indices(phi, np.zeros(10), 5, rng, State("phi", (0.0, 2.0)), c="auto")

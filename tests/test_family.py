@@ -85,7 +85,7 @@ def test_bad_lists_are_one_sentence(settings, message):
 
 
 def run_here(plans, *_):
-    """`run_plans` without processes, whose start takes far longer than these simulations; those are tested in test_simulate."""
+    """`run_plans` without processes, whose start takes longer than these simulations; test_simulate has those."""
     for each in plans:
         for path in each.job_folders:
             run_job(path, lambda: None)
@@ -120,7 +120,7 @@ def test_data_of_many(tmp_path, monkeypatch, processes):
     other = family(forcefield=["amber14-all.xml", "implicit/obc2.xml"])
     with pytest.raises(UserError, match="another system or force field"):
         load_data(other, other.member("AG"), folder)
-    with pytest.raises(UserError, match="no dataset in .*GG"):
+    with pytest.raises(UserError, match=r"no dataset in .*GG"):
         load_data(peptides, peptides.member("GG"), folder)
     (folder / "GA" / "meta.yaml").write_text((folder / "AG" / "meta.yaml").read_text().replace("AG", "GA"))
     with pytest.raises(UserError, match="GA"):

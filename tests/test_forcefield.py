@@ -28,11 +28,17 @@ FIELDS = {
     "amber14+obc1, cutoff": (["amber14-all.xml", "implicit/obc1.xml"], CUT),
     "amber14+obc2, cutoff": (["amber14-all.xml", "implicit/obc2.xml"], CUT),
     "amber14+obc2, salt": (["amber14-all.xml", "implicit/obc2.xml"], {"implicitSolventKappa": 1.2 / unit.nanometer}),
-    "amber14+obc1, salt, cutoff": (["amber14-all.xml", "implicit/obc1.xml"], CUT | {"implicitSolventKappa": 1.2 / unit.nanometer}),
+    "amber14+obc1, salt, cutoff": (
+        ["amber14-all.xml", "implicit/obc1.xml"],
+        CUT | {"implicitSolventKappa": 1.2 / unit.nanometer},
+    ),
     "amber14+gbn": (["amber14-all.xml", "implicit/gbn.xml"], {}),
     "amber14+gbn2": (["amber14-all.xml", "implicit/gbn2.xml"], {}),
     "amber14+gbn2, cutoff": (["amber14-all.xml", "implicit/gbn2.xml"], CUT | {"nonbondedCutoff": 0.6 * unit.nanometer}),
-    "amber14, dielectrics": (["amber14-all.xml", "implicit/gbn2.xml"], {"soluteDielectric": 2.0, "solventDielectric": 40.0}),
+    "amber14, dielectrics": (
+        ["amber14-all.xml", "implicit/gbn2.xml"],
+        {"soluteDielectric": 2.0, "solventDielectric": 40.0},
+    ),
     "amber14, no surface": (["amber14-all.xml", "implicit/obc1.xml"], {"sasaMethod": None}),
     "amber14, reaction field": (["amber14-all.xml"], CUT),
     "amber14, switched": (["amber14-all.xml"], CUT | {"switchDistance": 0.35 * unit.nanometer}),
@@ -70,7 +76,9 @@ def random_born(model):
     force = model(SA="ACE")
     for _ in range(N_ATOMS):
         charge, radius, scale, *curve = torch.rand(6, generator=random).tolist()
-        force.addParticle([charge - 0.5, 0.11 + 0.08 * radius, 2 * scale - 0.5, *curve][: 6 if model is GBSAGBn2Force else 3])
+        force.addParticle(
+            [charge - 0.5, 0.11 + 0.08 * radius, 2 * scale - 0.5, *curve][: 6 if model is GBSAGBn2Force else 3]
+        )
     force.finalize()
     return with_forces(force)
 
@@ -115,7 +123,9 @@ def thermal():
     return torch.stack(frames)
 
 
-@pytest.mark.parametrize(("dtype", "energy_bar", "force_bar"), [(torch.float64, 1e-8, 1e-9), (torch.float32, 1e-2, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "energy_bar", "force_bar"), [(torch.float64, 1e-8, 1e-9), (torch.float32, 1e-2, 1e-3)]
+)
 def test_thermal_conformers_equal_openmm(system, thermal, dtype, energy_bar, force_bar):
     x = thermal.to(dtype)
     expected, forces = reference(system, x)
@@ -125,7 +135,9 @@ def test_thermal_conformers_equal_openmm(system, thermal, dtype, energy_bar, for
     assert relative(force, forces) < force_bar
 
 
-@pytest.mark.parametrize(("dtype", "energy_bar", "force_bar"), [(torch.float64, 1e-12, 1e-9), (torch.float32, 1e-5, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "energy_bar", "force_bar"), [(torch.float64, 1e-12, 1e-9), (torch.float32, 1e-5, 1e-3)]
+)
 def test_distorted_conformers_equal_openmm(system, thermal, dtype, energy_bar, force_bar):
     x = wild(thermal).to(dtype)
     expected, forces = reference(system, x)
@@ -154,7 +166,9 @@ def test_overlapping_and_distant_atoms_give_finite_energies_and_gradients(system
         assert (energy[:3] > 1e8).all()
 
 
-@pytest.mark.parametrize("name", ["amber99+obc", "amber14+obc1, cutoff", "amber14+gbn2", "amber14, switched", "amber19 (CMAP)"])
+@pytest.mark.parametrize(
+    "name", ["amber99+obc", "amber14+obc1, cutoff", "amber14+gbn2", "amber14, switched", "amber19 (CMAP)"]
+)
 def test_derivatives_are_those_of_the_energy(name, thermal):
     build, arguments = SYSTEMS[name]
     field = TorchForceField(build(*arguments))
@@ -189,7 +203,9 @@ def test_larger_system_equals_openmm(thermal, cutoff):
     three = app.Modeller(ALDP.topology, ALDP.positions)
     for _ in range(2):
         three.add(ALDP.topology, ALDP.positions)
-    method = {} if cutoff is None else {"nonbondedMethod": app.CutoffNonPeriodic, "nonbondedCutoff": cutoff * unit.nanometer}
+    method = (
+        {} if cutoff is None else {"nonbondedMethod": app.CutoffNonPeriodic, "nonbondedCutoff": cutoff * unit.nanometer}
+    )
     system = forcefield("amber14-all.xml", "implicit/obc1.xml").createSystem(three.topology, constraints=None, **method)
     apart = 1.2 * torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
     centred = thermal[:4] - thermal[:4].mean(1, keepdim=True)
@@ -222,7 +238,12 @@ def test_switching_goes_to_zero_for_two_atoms_alone():
 def test_molecular_system_with_cutoff_uses_the_torch_energy(thermal):
     files = ["amber14-all.xml", "implicit/obc1.xml"]
     system = MolecularSystem(
-        "aldp", structure="aldp", forcefield=files, temperature=310.0, nonbonded_method="CutoffNonPeriodic", cutoff_nm=2.0
+        "aldp",
+        structure="aldp",
+        forcefield=files,
+        temperature=310.0,
+        nonbonded_method="CutoffNonPeriodic",
+        cutoff_nm=2.0,
     )
     expected, _ = reference(system.openmm_system(), thermal)
     kt = (unit.MOLAR_GAS_CONSTANT_R * 310.0 * unit.kelvin).value_in_unit(unit.kilojoule_per_mole)

@@ -1,4 +1,4 @@
-"""The torch energy against OpenMM over many molecules: what the field's papers simulate, and dipeptides of all 20 residues."""
+"""The torch energy against OpenMM: what the field's papers simulate, and dipeptides of all 20 residues."""
 
 import openmm
 import pytest
@@ -35,7 +35,9 @@ def hot_frames(system, n):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("name", "settings"), MOLECULES, ids=[f"{name}{', no cutoff' if s else ''}" for name, s in MOLECULES])
+@pytest.mark.parametrize(
+    ("name", "settings"), MOLECULES, ids=[f"{name}{', no cutoff' if s else ''}" for name, s in MOLECULES]
+)
 def test_energies_and_forces_equal_openmm(name, settings):
     system = load_system(name, **settings)
     target = system.openmm_system()
@@ -45,7 +47,10 @@ def test_energies_and_forces_equal_openmm(name, settings):
     strained = wild(thermal.double()).float()
     wild_energies, wild_forces = reference(target, strained)
     scale = absolute_terms(target, strained)
-    for dtype, thermal_bar, wild_bar, force_bar in ((torch.float64, 1e-3, 1e-9, 1e-5), (torch.float32, 1e-2, 1e-5, 1e-3)):
+    for dtype, thermal_bar, wild_bar, force_bar in (
+        (torch.float64, 1e-3, 1e-9, 1e-5),
+        (torch.float32, 1e-2, 1e-5, 1e-3),
+    ):
         energy, force = energy_and_force(field, thermal.to(dtype))
         assert (energy - energies).abs().max() < thermal_bar
         assert relative(force, forces) < force_bar

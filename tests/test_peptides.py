@@ -1,4 +1,4 @@
-"""Peptides from sequence: every residue at either end and inside, as the force fields want it, with the geometry that life has."""
+"""Peptides from sequence: every residue at either end and inside, as force fields want it, with life's geometry."""
 
 import collections
 import copy
@@ -17,10 +17,14 @@ from boltznce.config import build, compose
 from boltznce.systems.molecular import read_structure
 from boltznce.systems.peptides import LETTERS, build_peptide, parse_sequence
 
-PAIRS = [first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)]  # every residue at either end
+PAIRS = [
+    first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)
+]  # every residue at either end
 ALL = f"ACE-{LETTERS}-NME"
 CHARGES = {"D": -1, "E": -1, "K": 1, "R": 1}
-HEAVY_ATOMS = dict(zip("ACDEFGHIKLMNPQRSTVWY", [5, 6, 8, 9, 11, 4, 10, 8, 9, 8, 8, 8, 7, 9, 11, 6, 7, 7, 14, 12], strict=True))
+HEAVY_ATOMS = dict(
+    zip("ACDEFGHIKLMNPQRSTVWY", [5, 6, 8, 9, 11, 4, 10, 8, 9, 8, 8, 8, 7, 9, 11, 6, 7, 7, 14, 12], strict=True)
+)
 # Neighbours by falling CIP priority and the label: with the last behind, the others turn clockwise (R) or not (S).
 CIP = {
     "CA": ("N C CB HA", "S"),
@@ -54,7 +58,7 @@ def cip_labels(topology, x):
 
 
 def assert_sound(system):
-    """Minimized: L everywhere, trans, no strained bond (as of a pierced ring), no contact of atoms more than three bonds apart."""
+    """Minimized: L, trans, no strained bond (as of a pierced ring), no contact of atoms over three bonds apart."""
     x = system.positions
     assert (system.chirality(x[None]) == 1).all()
     labels = cip_labels(system.topology, x.numpy())
@@ -99,7 +103,9 @@ def test_longer_and_capped_chains(sequence):
     assert_sound(system)
 
 
-@pytest.mark.parametrize("files", [("amber14-all.xml", "implicit/obc1.xml"), ("amber99sbildn.xml", "amber99_obc.xml"), ("amber96.xml",)])
+@pytest.mark.parametrize(
+    "files", [("amber14-all.xml", "implicit/obc1.xml"), ("amber99sbildn.xml", "amber99_obc.xml"), ("amber96.xml",)]
+)
 @pytest.mark.parametrize("sequence", [ALL, LETTERS, LETTERS[::-1], "PP"])
 def test_force_fields_type_the_topology(files, sequence):
     """Directly, after mdtraj, and after a PDB file such as a dataset's."""
@@ -138,9 +144,11 @@ def test_prochiral_hydrogens():
 
 
 def test_capped_alanine_is_the_shipped_alanine_dipeptide():
-    """Its energy is that of a minimum of the same molecule: the shipped structure's, reached from its angles or not, within a few kT."""
+    """Its energy is that of the shipped structure's minimum, or of one within a few kT."""
     shipped, built = load_system("aldp"), load_system("aldp", structure="ACE-A-NME")
-    assert collections.Counter(a.element for a in built.topology.atoms) == collections.Counter(a.element for a in shipped.topology.atoms)
+    assert collections.Counter(a.element for a in built.topology.atoms) == collections.Counter(
+        a.element for a in shipped.topology.atoms
+    )
     energies = [system.energy(system.positions[None]).item() for system in (shipped, built)]
     assert energies[1] == pytest.approx(energies[0], abs=5.0)
 
@@ -152,12 +160,18 @@ def test_named_peptides(name, letters):
     assert (system.name, system.temperature, system.n_atoms) == (name, 300.0, 12 + 10 * n)
     assert system.forcefield == ["amber99sbildn.xml", "amber99_obc.xml"]
     numbers = ["", *range(2, n + 1)]
-    expected = [f"{kind}{number}" for kind in ("phi", "psi") for number in numbers] + [f"omega{k}" for k in range(1, n + 2)]
+    expected = [f"{kind}{number}" for kind in ("phi", "psi") for number in numbers] + [
+        f"omega{k}" for k in range(1, n + 2)
+    ]
     assert list(system.dihedrals) == expected
     assert system.state == ("phi", (0.0, 2.0))
     assert len(system.methyl_groups) == n + 2
     reference = system.reference()
-    assert (reference["dihedral"], reference["state"], reference["made_by"]["n_repeats"]) == ("phi", list(system.state[1]), 2)
+    assert (reference["dihedral"], reference["state"], reference["made_by"]["n_repeats"]) == (
+        "phi",
+        list(system.state[1]),
+        2,
+    )
     assert reference["delta_f"]["std_error"] < 0.2
     assert system.at_temperature(310.0).reference() is None
     assert_sound(system)

@@ -52,7 +52,9 @@ def test_energy_is_that_of_tblite_in_the_order_of_the_batch(system, x):
     for n in (0, 9, 23):
         energy, gradient = single_point(numbers, x[n])
         assert energies[n].item() == pytest.approx(energy * HARTREE_KJ_MOL, rel=1e-12)
-        torch.testing.assert_close(forces[n], torch.from_numpy(-gradient * HARTREE_KJ_MOL / BOHR_NM), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(
+            forces[n], torch.from_numpy(-gradient * HARTREE_KJ_MOL / BOHR_NM), rtol=1e-6, atol=1e-4
+        )
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     shuffled, shuffled_forces = system._potential.evaluate(x[order])
     assert torch.equal(shuffled, energies[order])
@@ -69,7 +71,9 @@ def test_gradient_fits_the_energy(system, x):
     directions = torch.randn((6, 22, 3), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     step = 1e-4 * directions[:, None]
     ahead, behind = system.energy((x[:2] + step).flatten(0, 1)), system.energy((x[:2] - step).flatten(0, 1))
-    torch.testing.assert_close((directions[:, None] * gradient).sum((2, 3)), ((ahead - behind) / 2e-4).view(6, 2), rtol=1e-3, atol=1.0)
+    torch.testing.assert_close(
+        (directions[:, None] * gradient).sum((2, 3)), ((ahead - behind) / 2e-4).view(6, 2), rtol=1e-3, atol=1.0
+    )
 
 
 @needs_tblite
@@ -90,7 +94,9 @@ def test_dtype_charge_and_pickling(system, x):
 def test_failures_have_infinite_energy_and_are_counted(caplog):
     potential = XTBEnergy([8, 1, 1], n_workers=1)
     coinciding = WATER[[0, 0, 2]]
-    x = torch.stack([WATER, coinciding, WATER * torch.nan, 3 * WATER, WATER]).requires_grad_()  # 3 * WATER: no convergence
+    x = torch.stack(
+        [WATER, coinciding, WATER * torch.nan, 3 * WATER, WATER]
+    ).requires_grad_()  # 3 * WATER: no convergence
     with caplog.at_level(logging.WARNING):
         energy = potential(x)
     (gradient,) = torch.autograd.grad(energy.sum(), x)
@@ -99,7 +105,9 @@ def test_failures_have_infinite_energy_and_are_counted(caplog):
     assert (gradient[0] != 0).any()
     assert energy[4] == energy[0]  # failures leave nothing behind
     assert potential.n_failures == 3
-    assert [record.message for record in caplog.records] == ["GFN2-xTB found no solution for 3 of 5 conformers: their energy is +inf."]
+    assert [record.message for record in caplog.records] == [
+        "GFN2-xTB found no solution for 3 of 5 conformers: their energy is +inf."
+    ]
     potential(WATER[None])
     assert potential.n_failures == 3
 

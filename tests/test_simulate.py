@@ -1,4 +1,4 @@
-"""Simulation: exact resume, the three methods on alanine dipeptide, and umbrella analysis against a known distribution."""
+"""Simulation: exact resume, three methods on alanine dipeptide, umbrella analysis of a known distribution."""
 
 import json
 import os
@@ -12,9 +12,11 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from filelock import FileLock
 from openmm import app, unit
 
 from boltznce.config import load_system
+from boltznce.data import engine
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
 from boltznce.data.reference import load_reference, make_reference, save_reference
 from boltznce.data.simulate import simulate, umbrella_result, working_folder
@@ -122,6 +124,14 @@ def start_worker(folder, parent):
     )
 
 
+def test_a_second_process_is_refused(aldp, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "LOCK_PATIENCE", 0.0)
+    make_job(aldp, tmp_path, "langevin", 1.0)
+    with FileLock(tmp_path / "lock"), pytest.raises(UserError, match="Another process"):
+        run_job(tmp_path)
+    run_job(tmp_path)
+
+
 def test_worker_ends_with_its_parent(aldp, tmp_path):
     make_job(aldp, tmp_path, "langevin", 1e6)
     worker = start_worker(tmp_path, os.getpid() + 1)
@@ -216,9 +226,11 @@ def test_dihedral_and_wrap():
 
 
 class VonMisesWindows:
-    """Samples of umbrella windows on p ∝ a vonMises(-1.5, 3) + b vonMises(1, 8) by inverse distribution function, with exact answers.
+    """Samples of umbrella windows on p ∝ a vonMises(-1.5, 3) + b vonMises(1, 8) by inverse distribution function, with
+    exact answers.
 
-    ``barrier`` adds a Gaussian barrier (kT) at 2.1 rad; ``stuck`` then samples each window on the centre's side of it only.
+    ``barrier`` adds a Gaussian barrier (kT) at 2.1 rad; ``stuck`` then samples each window on the centre's side of it
+    only.
     """
 
     n_windows, kappa, top = 24, 60.0, 2.1

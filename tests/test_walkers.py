@@ -1,4 +1,4 @@
-"""Walkers of both engines: OpenMM's own steps, exact distributions, conserved energy, and exchange that changes no distribution."""
+"""Walkers of both engines: OpenMM's own steps, exact distributions, conserved energy, fair exchange."""
 
 import dataclasses
 import math
@@ -105,7 +105,7 @@ def z_scores(values, expected):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_harmonic_molecule_has_its_exact_distribution_at_any_timestep(engine):
-    """The middle scheme is exact for a harmonic potential (here ω dt = 0.9): positions, and velocities half a step before them."""
+    """The middle scheme is exact for a harmonic potential (ω dt = 0.9), velocities half a step before."""
     n = 100
     temperatures = np.repeat([150.0, 300.0, 600.0], n)
     job = dataclasses.replace(JOB, timestep=0.04, friction=5.0, engine=engine)
@@ -166,14 +166,14 @@ def test_energy_is_conserved_to_second_order_and_float32_suffices(aldp, thermal)
 
 @pytest.mark.slow
 def test_float32_does_not_heat(aldp, thermal):
-    """10 ps without friction: the energy's drift is nothing beside the 80 kJ/mol/ps that a friction of 1/ps exchanges with the bath."""
+    """10 ps without friction: no drift beside the 80 kJ/mol/ps that a friction of 1/ps exchanges with the bath."""
     energies = conserved(aldp, thermal, 0.001, torch.float32, duration=10.0, interval=0.1)
     drift = np.polyfit(0.1 * np.arange(len(energies)), energies, 1)[0]
     assert np.abs(drift).max() < 0.05
 
 
 def energy_moments(aldp, engine, duration, n=12, seed=0):
-    """Mean and variance over time (2 n, 2) of the energy of n walkers at 300 K and n at 600 K, and their φ (frames, 2 n)."""
+    """Mean and variance (2 n, 2) of the energy of n walkers at 300 K and n at 600 K, and their φ (frames, 2 n)."""
     job = dataclasses.replace(JOB, engine=engine, compile=duration > 10)
     temperatures = np.repeat([300.0, 600.0], n)
     walkers = make_walkers(job, aldp.openmm_system(), temperatures)
@@ -189,7 +189,9 @@ def assert_equal_moments(aldp, duration):
     torchs, openmms = (energy_moments(aldp, engine, duration).reshape(2, -1, 2) for engine in ("torch", "openmm"))
     error = np.sqrt((torchs.var(1) + openmms.var(1)) / (torchs.shape[1] - 1))
     z = (torchs.mean(1) - openmms.mean(1)) / error
-    print(f"{duration} ps: mean and variance (300 K, 600 K), kT and kT²: {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}")
+    print(
+        f"{duration} ps: mean and variance (300, 600 K; kT, kT²): {torchs.mean(1)} {openmms.mean(1)} ± {error}, z {z}"
+    )
     assert np.abs(z).max() < 4
     heat = np.diff(openmms.mean(1)[:, 0])[0]
     assert error[:, 0].max() < 0.15 * heat
@@ -208,7 +210,14 @@ def window_angles(aldp, folder, engine, duration, seed):
     """Dihedrals (frames, windows) of umbrella sampling with exchange."""
     options = {"n_windows": 24, "kappa": 60.0, "exchange_interval": 0.5}
     job = dataclasses.replace(
-        JOB, method="umbrella", duration=duration, frame_interval=0.5, segment_length=10.0, equilibration=10.0, seed=seed, options=options
+        JOB,
+        method="umbrella",
+        duration=duration,
+        frame_interval=0.5,
+        segment_length=10.0,
+        equilibration=10.0,
+        seed=seed,
+        options=options,
     )
     job = dataclasses.replace(job, engine=engine, compile=True, dihedral=PHI)
     job.save(folder, aldp.openmm_system(), aldp.positions.double().numpy())
@@ -232,7 +241,7 @@ def test_windows_of_alanine_dipeptide_are_those_of_openmm(aldp, tmp_path):
 
 
 class Drawn:
-    """Walkers that are drawn anew from their own distributions at each run: ideal sampling, so that exchange is all that can go wrong."""
+    """Walkers drawn anew from their distributions at each run, so that exchange is all that can go wrong."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -244,7 +253,7 @@ class Drawn:
 
 
 def exchanges(sampler, n_blocks, seed):
-    """Positions and velocities (n_blocks, K, n_atoms, 3) after each block, and whether each walker's were exchanged (n_blocks, K)."""
+    """Positions and velocities (n_blocks, K, n_atoms, 3) after each block; whether each was exchanged (n_blocks, K)."""
     rng = np.random.default_rng(seed)
     positions, velocities = np.empty((2, *sampler.shape))
     after, speeds, moved = [], [], []
@@ -257,7 +266,7 @@ def exchanges(sampler, n_blocks, seed):
 
 
 def test_replica_exchange_keeps_every_temperature():
-    """Energies of a harmonic chain are Gamma distributed: acceptance by quadrature, and no change in the distributions."""
+    """Energies of a harmonic chain are Gamma distributed: acceptance by quadrature, distributions unchanged."""
     options = {"n_replicas": 3, "max_temperature": 900.0, "exchange_interval": 0.1}
     job = dataclasses.replace(JOB, method="replica_exchange", options=options)
     sampler = ReplicaExchangeSampler(job, chain(), np.zeros((3, 3)))
@@ -288,10 +297,13 @@ def test_replica_exchange_keeps_every_temperature():
 
 
 def test_umbrella_exchange_keeps_every_window():
-    """Without another potential windows are Gaussian: acceptance erfc(δ √(κ/kT) / 2), and no change in the distributions."""
+    """Without a potential windows are Gaussian: acceptance erfc(δ √(κ/kT) / 2), distributions unchanged."""
     n_windows, kappa, n = 12, 20.0, 5_000
     job = dataclasses.replace(
-        JOB, method="umbrella", dihedral=(0, 1, 2, 3), options={"n_windows": n_windows, "kappa": kappa, "exchange_interval": 0.1}
+        JOB,
+        method="umbrella",
+        dihedral=(0, 1, 2, 3),
+        options={"n_windows": n_windows, "kappa": kappa, "exchange_interval": 0.1},
     )
     system = openmm.System()
     for _ in range(4):
@@ -338,7 +350,12 @@ def test_engine_is_torch_on_a_gpu_where_the_energy_is(aldp, monkeypatch):
     openmms = load_system("aldp", energy_backend="openmm")
     monkeypatch.setattr("boltznce.data.simulate.wants_compiling", lambda mode: mode is True)  # there may be no compiler
     compiled = load_system("aldp", compile=True)
-    assert choose_engine("auto", aldp, 24) == choose_engine("auto", openmms, 24) == choose_engine("auto", compiled, 6) == "openmm"
+    assert (
+        choose_engine("auto", aldp, 24)
+        == choose_engine("auto", openmms, 24)
+        == choose_engine("auto", compiled, 6)
+        == "openmm"
+    )
     assert choose_engine("auto", compiled, 24) == "torch"
     assert choose_engine("torch", aldp) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -190,7 +190,9 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script), str(ROOT), end]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == (3 if end == "exit" else 4), parent.communicate()[1]

@@ -14,7 +14,7 @@ __all__ = ["Batches", "size_buckets"]
 
 
 def size_buckets(sizes: Sequence[int], max_padding: float) -> list[list[int]]:
-    """Molecules grouped by size, small ones first: none is padded by more than ``max_padding`` of the atoms of its group's largest."""
+    """Molecules by size, small ones first: none is padded by more than ``max_padding`` of its group's largest."""
     order = sorted(range(len(sizes)), key=lambda k: (-sizes[k], k))
     buckets: list[list[int]] = []
     for k in order:
@@ -27,9 +27,9 @@ def size_buckets(sizes: Sequence[int], max_padding: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone, so that a run is resumed by its step.
+    """Batch ``step`` of an endless stream, a function of ``seed`` and ``step`` alone: a run is resumed by its step.
 
-    In an epoch every frame comes once, but for the last few of each bucket that fill no batch; batches are all of ``batch_size``.
+    In an epoch every frame comes once, but for the last few of each bucket that fill no batch of ``batch_size``.
 
     Args:
         positions: per molecule (n_frames, n_k, dim), arrays or memory maps, in nm.
@@ -51,14 +51,12 @@ class Batches:
     def __post_init__(self) -> None:
         for k, (x, features) in enumerate(zip(self.positions, self.features, strict=True)):
             if x.shape[1] != len(features):
-                raise UserError(
-                    f"Molecule {k} has {x.shape[1]} atoms in its positions and {len(features)} in its features."
-                )
+                raise UserError(f"Molecule {k} has positions of {x.shape[1]} atoms and features of {len(features)}.")
         if not 0 <= self.max_padding < 1:
             raise UserError(f"max_padding must be in [0, 1), not {self.max_padding}.")
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"No group of molecules of similar size has {self.batch_size} frames: lower batch_size or raise max_padding."
+                f"No group of similar molecules has {self.batch_size} frames: lower batch_size or raise max_padding."
             )
 
     @property
@@ -70,7 +68,7 @@ class Batches:
         return sum(sum(len(self.positions[k]) for k in bucket) // self.batch_size for bucket in self.buckets)
 
     def __call__(self, step: int) -> tuple[Tensor, Molecules]:
-        """Positions (batch_size, n, dim) in nm, float32, centred on the mean of the real atoms, and the molecules that they are."""
+        """Positions (batch_size, n, dim) in nm, float32, centred on the mean of the real atoms, and their molecules."""
         epoch, place = divmod(step, self.steps_per_epoch)
         rows = self._epoch(epoch)[place].tolist()
         size = max(self.positions[k].shape[1] for k, _ in rows)

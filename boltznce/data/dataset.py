@@ -1,8 +1,9 @@
 """The dataset on disk, its splits in time, and resampling of its frames.
 
-A folder: ``positions.npy`` (float32, (n, n_atoms, 3), nm), ``energies.npy`` (float64, kT), ``log_weights.npy`` (float64, to the Boltzmann
-distribution; zeros where the frames follow it), ``time.npy`` (float64, ps), ``window.npy`` and ``repeat.npy`` (int32), ``topology.pdb`` and
-``meta.yaml`` (how it was made, and a digest of every file). Frames are in order of time, over all windows and repeats.
+A folder: ``positions.npy`` (float32, (n, n_atoms, 3), nm), ``energies.npy`` (float64, kT), ``log_weights.npy``
+(float64, to the Boltzmann distribution; zeros where the frames follow it), ``time.npy`` (float64, ps), ``window.npy``
+and ``repeat.npy`` (int32), ``topology.pdb`` and ``meta.yaml`` (how it was made, and a digest of every file). Frames are
+in order of time, over all windows and repeats.
 """
 
 import dataclasses
@@ -22,9 +23,19 @@ __all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
-    """Frames of a simulation, in order of time; arrays as in the module's docstring, ``positions`` memory-mapped when loaded."""
+    """Frames in order of time; arrays as in the module's docstring, ``positions`` memory-mapped when loaded.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "data"
+    >>> data = Dataset.write(folder, np.zeros((1000, 22, 3)), np.zeros(1000), meta={"system": {"name": "aldp"}})
+    >>> data
+    Dataset(aldp, 1000 frames of 22 atoms)
+    >>> train, validation, test = data.split(train=0.7, validation=0.1, test=0.2)
+    >>> len(train), len(validation), len(test)
+    (700, 90, 190)
+    """
 
     positions: np.ndarray
     energies: np.ndarray
@@ -37,6 +48,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __repr__(self) -> str:
+        name = self.meta.get("system", {}).get("name", "unknown")
+        return f"Dataset({name}, {len(self)} frames of {self.positions.shape[1]} atoms)"
 
     @staticmethod
     def write(
@@ -88,12 +103,10 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
-        """Open a dataset and check shapes, digests and that all numbers are finite; raises UserError that names the file and the remedy."""
+        """Open a dataset; UserError names the file and the remedy where shapes, digests or numbers are wrong."""
         folder = Path(folder)
         if not (folder / "meta.yaml").is_file():
-            raise UserError(
-                f"There is no dataset in {folder} (no meta.yaml): make one with scripts/simulate.py, or correct the path."
-            )
+            raise UserError(f"There is no dataset in {folder}: make one with scripts/simulate.py, or correct the path.")
         try:
             meta = yaml.safe_load((folder / "meta.yaml").read_text())
             digests, n = dict(meta["digests"]), int(meta["n_frames"])
@@ -122,12 +135,12 @@ class Dataset:
     ) -> tuple["Dataset", "Dataset", "Dataset"]:
         """Three contiguous blocks of time, the same for all windows and repeats.
 
-        The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders, taken from their later
-        side, so that frames on either side have little memory of each other.
+        The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders,
+        taken from their later side, so that frames on either side have little memory of each other.
         """
         if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
             raise UserError(
-                f"The fractions {train}, {validation}, {test} of a split must sum to 1 and each exceed the gap {gap}."
+                f"The shares {train}, {validation}, {test} of a split must sum to 1 and exceed the gap {gap}."
             )
         edges = self.time[0] + (self.time[-1] - self.time[0]) * np.cumsum([0.0, train, validation, test])
         edges[-1] = np.inf
@@ -140,7 +153,7 @@ class Dataset:
 
 
 def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement in proportion to exp(log_weights): frames of the Boltzmann distribution."""
+    """``n`` frame numbers drawn with replacement by exp(log_weights): frames of the Boltzmann distribution."""
     return generator.choice(len(log_weights), size=n, p=_normalized(np.asarray(log_weights, dtype=np.float64)))
 
 
@@ -154,12 +167,12 @@ def mode_balanced_indices(
     kappa: float = 10.0,
     mu: float | None = None,
 ) -> np.ndarray:
-    """``n`` frame numbers drawn with replacement with weights w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
+    """``n`` frame numbers drawn with replacement by w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
 
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
         mu: default the state's centre.
-        c: "auto" takes P(rest) / P(state) of the weighted frames, as BoltzNCE does for peptides; its alanine dipeptide has 150.
+        c: "auto" takes P(rest) / P(state) of the weighted frames (BoltzNCE for peptides; 150 for alanine dipeptide).
 
     Raises UserError if no frame is in the state.
     """
@@ -167,9 +180,7 @@ def mode_balanced_indices(
     if c == "auto":
         inside = _normalized(log_weights)[state.contains(angle)].sum()
         if inside == 0:
-            raise UserError(
-                f"No frame has {state.in_words()}: simulate with method=umbrella or longer, or set c to a number."
-            )
+            raise UserError(f"No frame has {state.in_words()}: simulate by umbrella sampling, or set c to a number.")
         c = (1 - inside) / inside
     from_mode = angle - (state.centre if mu is None else mu)
     density = np.exp(kappa * (np.cos(from_mode) - 1)) / (2 * np.pi * i0e(kappa))
@@ -188,9 +199,7 @@ def _write_positions(path: Path, chunks: Iterable[np.ndarray], n: int) -> None:
             require_free_space(path.parent, 4 * n * int(np.prod(chunk.shape[1:])))
             out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *chunk.shape[1:]))
         if not np.isfinite(chunk).all():
-            raise UserError(
-                "Positions that are not finite cannot be a dataset: the simulation was unstable, use a shorter timestep."
-            )
+            raise UserError("Positions are not finite: the simulation was unstable, use a shorter timestep.")
         if done + len(chunk) <= n:
             out[done : done + len(chunk)] = chunk
         done += len(chunk)
@@ -209,7 +218,7 @@ def _check_arrays(folder: Path, n: int, arrays: dict[str, np.ndarray]) -> None:
             finite |= np.isneginf(value)
         if not finite.all():
             raise UserError(
-                f"{path} has {int((~finite).sum())} values that are not finite (the first at frame {int(np.argmin(finite))}): "
+                f"{path} has {(~finite).sum()} values that are not finite (the first at frame {finite.argmin()}): "
                 "the simulation was unstable, make the dataset anew with a shorter timestep."
             )
 
@@ -224,6 +233,4 @@ def _open(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} is damaged ({what}): delete the folder {path.parent} and make the dataset anew with scripts/simulate.py."
-    )
+    return UserError(f"{path} is damaged ({what}): delete its folder and make the data anew with scripts/simulate.py.")

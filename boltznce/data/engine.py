@@ -1,7 +1,7 @@
 """What all simulations share: the job on disk, its frames, and a loop over segments that a kill cannot harm.
 
-A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds that depend only
-on (seed, repeat, segment), so a run that was killed and continued gives the same frames as one that was not.
+A simulation is cut into segments of fixed length. Each starts from the saved positions and velocities with random seeds
+that depend only on (seed, repeat, segment): a run that was killed and continued gives the same frames.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Job:
         return np.random.default_rng([self.seed, self.repeat, segment + 1])
 
     def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
-        """Write the job to ``folder``; a folder with another simulation is refused, a shorter run of this one is extended."""
+        """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
         xml = openmm.XmlSerializer.serialize(system)
         path = folder / "job.json"
         if path.exists():
@@ -124,7 +124,7 @@ class Unstable(Exception):
 
 
 class Sampler(Protocol):
-    """A method: K walkers with positions and velocities (K, n_atoms, 3) in nm and nm/ps. It calls ``tick(ps)`` after every few steps."""
+    """A method: K walkers, positions and velocities (K, n_atoms, 3) in nm and nm/ps; calls ``tick(ps)`` often."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
 
@@ -149,7 +149,7 @@ def named(path: str) -> Any:
 
 
 def frame_dtype(n_atoms: int) -> np.dtype:
-    """One saved frame: mean-free positions (nm), energy (kT, without bias), dihedral (rad), window, time (ps, end of equilibration = 0)."""
+    """One frame: mean-free positions (nm), energy (kT, no bias), dihedral (rad), window, time (ps)."""
     return np.dtype(
         [("positions", "f4", (n_atoms, 3)), ("energy", "f8"), ("dihedral", "f8"), ("window", "i4"), ("time", "f8")]
     )
@@ -177,7 +177,7 @@ def picoseconds_done(folder: Path) -> float:
 
 
 def read_frames(folder: Path) -> np.ndarray:
-    """Frames saved so far, also by a job that is still running: a memory-mapped array of ``frame_dtype``, ordered by time."""
+    """Frames saved so far, also by a running job: a memory-mapped array of ``frame_dtype``, ordered by time."""
     dtype = frame_dtype(np.load(folder / "start.npy", mmap_mode="r").shape[0])
     path = folder / "frames.bin"
     n = path.stat().st_size // dtype.itemsize if path.exists() else 0
@@ -187,7 +187,7 @@ def read_frames(folder: Path) -> np.ndarray:
 
 
 def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
-    """Start or continue the job of ``folder`` and run it to its end. ``alive`` is called often and may raise to stop the run."""
+    """Start or continue the job of ``folder`` to its end. ``alive`` is called often and may raise to stop the run."""
     folder = Path(folder)
     job = Job.load(folder)
     system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
@@ -247,9 +247,7 @@ def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Callable[
 
 
 def _unstable(folder: Path) -> UserError:
-    return UserError(
-        f"The simulation in {folder} became unstable (positions or energies are not finite): delete that folder and use a shorter timestep."
-    )
+    return UserError(f"The simulation in {folder} became unstable: delete that folder and use a shorter timestep.")
 
 
 @contextlib.contextmanager
@@ -262,9 +260,7 @@ def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
             lock.acquire(timeout=0.2)
         except Timeout:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"Another process is running the simulation in {folder}: wait for it, or choose another folder."
-                ) from None
+                raise UserError(f"Another process is running the simulation in {folder}: wait for it.") from None
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ __all__ = ["LangevinSampler"]
 
 
 class LangevinSampler:
-    """Trajectories at the job's temperature. They cross no barrier above some 8 kT in affordable time. Option: ``n_walkers`` (1)."""
+    """Trajectories at one temperature; barriers above some 8 kT are out of reach. Option: ``n_walkers`` (1)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
         self.job, self.start = job, start
@@ -38,7 +38,7 @@ class LangevinSampler:
         rng: np.random.Generator,
         tick: Callable[[float], None],
     ) -> np.ndarray:
-        """One segment of each trajectory; frames are ordered by time, then walker, whose number stands for the window."""
+        """One segment of each trajectory; frames ordered by time, then walker, whose number stands for the window."""
         self.walkers.reseed(rng)
         n_frames = round(self.job.segment_length / self.job.frame_interval)
         frames = np.zeros((n_frames, self.n_walkers), dtype=frame_dtype(len(self.start)))

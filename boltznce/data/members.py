@@ -48,10 +48,10 @@ def simulate_members(
     """Simulate every member, several at a time, one process for each repeat of each; returns the datasets by name.
 
     Args:
-        method, settings: see `boltznce.data.simulate.simulate`, in place of ``system.simulation``; ``settings["test"]``,
-            if given, replaces some of them for members that are nothing but tests.
+        method, settings: see `boltznce.data.simulate.simulate`, in place of ``system.simulation``;
+            ``settings["test"]``, if given, replaces some of them for members that are nothing but tests.
 
-    A dataset that is there is left alone, and what a killed call left unfinished goes on. Raises UserError as `plan` does.
+    A dataset that is there is left alone, an unfinished one goes on. Raises UserError as `plan` does.
     """
     return _simulate(system, system.all_members(), folder, method, **settings)
 
@@ -64,8 +64,8 @@ def load_data(system: System | PeptideFamily, member: System, folder: Path) -> D
     same = all(made_of.get(key, value) == value for key, value in member.identity.items())
     if not same or dataset.positions.shape[1:] != (member.n_atoms, member.dim):
         raise UserError(
-            f"{place} holds data of another system or force field ({made_of.get('name', 'unknown')}, not {member.name}): "
-            "set data.folder to another folder; data are made there if it does not exist."
+            f"{place} holds data of another system or force field ({made_of.get('name')}, not {member.name}): set "
+            "data.folder to another folder; data are made there if it does not exist."
         )
     return dataset
 

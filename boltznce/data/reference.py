@@ -35,7 +35,7 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
             "std_error": _numbers(result.profile_error),
         },
         "made_by": {
-            "method": "umbrella sampling with exchange of neighbours, MBAR (ring cut at its widest gap), jackknife over blocks of time",
+            "method": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
             "ns_per_window": meta["ps_per_walker"] * settings["n_repeats"] / 1000,
             "n_repeats": settings["n_repeats"],
             "n_windows": options["n_windows"],
@@ -87,6 +87,6 @@ def _validate(reference: dict, source: object) -> dict:
         )
     if fault:
         raise UserError(
-            f"{source} cannot be a reference: {fault}. Make it with scripts/simulate.py reference=true and a longer duration."
+            f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true, perhaps longer."
         )
     return reference

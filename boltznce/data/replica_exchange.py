@@ -1,4 +1,4 @@
-"""Replica exchange in temperature (Sugita and Okamoto, Chem. Phys. Lett. 314, 141 (1999)); frames of the lowest temperature are kept."""
+"""Replica exchange in temperature (Sugita and Okamoto, Chem. Phys. Lett. 314, 141 (1999)); keeps the coldest frames."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
 
 
 class ReplicaExchangeSampler:
-    """One replica at each temperature of a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
+    """Replicas on a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
 
     ``n_ladders`` (1): independent ladders, all in one batch; a frame's window is the number of its ladder.
     """
@@ -67,7 +67,7 @@ class ReplicaExchangeSampler:
         return frames
 
     def _block(self, positions, velocities, block, rng, tick) -> tuple[np.ndarray, np.ndarray]:
-        """Run every replica, exchange neighbours by turns; the lowest replicas' positions and energies before the exchange."""
+        """Run every replica, exchange neighbours by turns; the coldest positions and energies before the exchange."""
         energies = self.walkers.run(positions, velocities, self.interval)
         tick(self.interval)
         lowest = slice(None, None, self.n_replicas)

@@ -66,12 +66,11 @@ def simulate(
     progress: bool = True,
     **settings,
 ) -> Dataset:
-    """Simulate a MolecularSystem and write a dataset to ``folder``; continue where a killed call with the same settings stopped.
+    """Simulate a molecule and write a dataset to ``folder``; go on where a killed call with these settings stopped.
 
-    ``settings`` are those of `plan`; ``n_processes`` is how many repeats run at a time (default: one a core), which changes no result.
+    ``settings`` are those of `plan`; ``n_processes`` repeats run at a time (default: one a core).
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
-    folder, an unstable simulation and a full disk.
+    Raises UserError as `plan` does, for an unstable simulation and for a full disk.
     """
     work = plan(system, folder, method, **settings)
     run_plans([work], n_processes, f"{method} {system.name}", progress)
@@ -80,7 +79,7 @@ def simulate(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A simulation that is to be run or gone on with: its jobs are on disk; or one whose dataset is there, and then it has no jobs."""
+    """A simulation to be run or gone on with, its jobs on disk; or one whose dataset is there, without jobs."""
 
     system: Any
     folder: Path
@@ -126,29 +125,26 @@ def plan(
     """Check the settings of a simulation and write its jobs beside ``folder``, if its dataset is not there yet.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, exchange, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
-        duration: ps per window, replica or trajectory of each repeat, after ``equilibration`` ps; raise it to extend an unfinished run.
-        n_repeats: independent repeats; the result does not depend on ``n_processes``, the number that run at a time (default: one a core).
-        engine: ``openmm``, one walker after another; ``torch``, all of a repeat in one batch; or ``auto``, see `choose_engine`. Both sample
-            the same distribution.
+        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
+        duration: ps per walker, after ``equilibration`` ps; raise it to extend an unfinished run.
+        n_repeats: independent repeats.
+        engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``.
-        frame_interval, segment_length: ps between frames, and between saves of the state that a killed run continues from.
-        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Configurations do not depend on masses; heavy hydrogens allow 2 fs.
+        frame_interval, segment_length: ps between frames, and between saves that a killed run goes on from.
+        timestep, friction, hydrogen_mass: ps, 1/ps, amu. Heavy hydrogens allow 2 fs and change no configuration.
         platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
         n_ladders: replica exchange: independent ladders of each repeat.
         n_walkers: Langevin: trajectories of each repeat.
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in the
-    folder, an unstable simulation and a full disk.
+    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
+    the folder, an unstable simulation and a full disk.
     """
     folder = Path(folder)
     if system.exact:
-        raise UserError(
-            f"There is nothing to simulate in {system.name}, which is drawn from exactly: scripts/train.py makes its own data."
-        )
+        raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
@@ -195,9 +191,7 @@ def plan(
     if (folder / "meta.yaml").exists():
         dataset = Dataset.load(folder)
         if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != system.identity:
-            raise UserError(
-                f"{folder} holds a dataset made with other settings: choose another name, or delete it to make it anew."
-            )
+            raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it.")
         return Plan(system, folder, [], [])
 
     n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
@@ -221,10 +215,11 @@ def run_plans(
 def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool | None = None) -> str:
     """The engine that ``engine`` means for a system: ``auto`` is the faster one, torch where there is a GPU.
 
-    On a CPU torch is faster only where it is compiled (``compile``, or ``system.compile``) and has work enough at a time. µs a step and
-    walker on one core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6 walkers, 35 and 54; hexapeptide, 8 walkers,
-    247 and 141. Compiling takes about 20 seconds; without it torch takes 154, 462 and 705 µs. A `CustomGBForce` (implicit/obc1.xml and the
-    like) OpenMM interprets: dipeptide AG, 8 walkers, 3059 µs, and torch 919 (not compiled) or 90; 32 walkers, 35; compiling takes a minute.
+    On a CPU torch is faster only where it is compiled (``compile``, or ``system.compile``) and has work enough at a
+    time. µs a step and walker on one core, OpenMM and compiled torch: alanine dipeptide, 24 walkers, 35 and 17; 6
+    walkers, 35 and 54; hexapeptide, 8 walkers, 247 and 141. Compiling takes about 20 seconds; without it torch takes
+    154, 462 and 705 µs. A `CustomGBForce` (implicit/obc1.xml and the like) OpenMM interprets: dipeptide AG, 8 walkers,
+    3059 µs, and torch 919 (not compiled) or 90; 32 walkers, 35; compiling takes a minute.
 
     Raises UserError for an unknown engine, and for torch where the system's energy is not the torch energy.
     """
@@ -232,9 +227,7 @@ def choose_engine(engine: str, system, n_walkers: int = 1, compile: str | bool |
         raise UserError(f"Unknown engine '{engine}': choose one of {', '.join(ENGINES)}, auto.")
     has_torch = system.energy_backend == "torch"
     if engine == "torch" and not has_torch:
-        raise UserError(
-            f"engine=torch cannot simulate {system.name}, whose energy_backend is {system.energy_backend}: set engine=openmm."
-        )
+        raise UserError(f"{system.name} has energy_backend={system.energy_backend}, not torch: set engine=openmm.")
     if engine == "auto":
         if not has_torch:
             return "openmm"
@@ -253,7 +246,7 @@ def working_folder(folder: Path) -> Path:
 
 
 def gather(system, folders: list[Path], output: Path) -> Dataset:
-    """Make a dataset of the frames that the jobs in ``folders`` have saved so far, up to the time that all have reached."""
+    """Make a dataset of the frames of the jobs in ``folders``, up to the time that all have reached."""
     jobs = [Job.load(path) for path in folders]
     frames = [read_frames(path) for path in folders]
     end = min(f["time"][-1] for f in frames)
@@ -308,7 +301,7 @@ def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
 
 
 def force_evaluations(meta: dict) -> int:
-    """How often the simulation that ``meta`` of a dataset tells of has computed forces; 0 where nothing was simulated."""
+    """How often the simulation in a dataset's ``meta`` has computed forces; 0 where nothing was simulated."""
     settings = meta["settings"]
     if settings["method"] not in SAMPLERS:
         return 0
@@ -319,7 +312,7 @@ def force_evaluations(meta: dict) -> int:
 
 
 def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, progress: bool) -> None:
-    """Run every job in a process of its own, ``n_processes`` at a time; if one fails or this process is interrupted, end them all."""
+    """Run every job in a process of its own, ``n_processes`` at a time; a failure or an interrupt ends them all."""
     waiting = list(folders)  # a finished job ends at once
     running: dict[Path, subprocess.Popen] = {}
     try:
@@ -357,7 +350,7 @@ def _raise_for(status: int, folder: Path) -> None:
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
     raise RuntimeError(
-        f"The simulation process of {folder} ended with status {status}; run again to continue it. Its log:\n{message[-2000:]}"
+        f"The simulation in {folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}"
     )
 
 
@@ -396,9 +389,7 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     if name is None and not required:
         return None
     if name not in system.dihedrals:
-        raise UserError(
-            f"Umbrella sampling needs one of the dihedrals of {system.name}: set dihedral to one of {', '.join(system.dihedrals)}."
-        )
+        raise UserError(f"Umbrella sampling needs a dihedral: set dihedral to one of {', '.join(system.dihedrals)}.")
     return tuple(int(atom) for atom in system.dihedrals[name])
 
 

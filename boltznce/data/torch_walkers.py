@@ -19,10 +19,11 @@ __all__ = ["TorchWalkers"]
 
 
 class TorchWalkers:
-    """`Walkers` of the same distribution as OpenMM's: same scheme, timestep, masses and bias. OpenMM still prepares their structures.
+    """`Walkers` with OpenMM's scheme, timestep, masses and bias; OpenMM still prepares their structures.
 
-    float32 is enough: without friction its rounding changes the total energy of alanine dipeptide by 4e-4 kJ/mol, a timestep of 2 fs by
-    0.7. Energies are computed in float64. A continued run gives identical frames on a CPU; on a GPU sums have no fixed order.
+    float32 is enough: without friction its rounding changes the total energy of alanine dipeptide by 4e-4 kJ/mol, a
+    timestep of 2 fs by 0.7. Energies are computed in float64. A continued run gives identical frames on a CPU; on a GPU
+    sums have no fixed order.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TorchWalkers:
         return energies
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Kick, half a drift, thermostat, half a drift (Zhang et al. 2019, scheme "LF-Middle"); ``noise`` is standard normal."""
+        """Kick, half a drift, thermostat, half a drift (Zhang et al. 2019, "LF-Middle"); normal ``noise``."""
         v = v - self.kick * self.gradient(x)
         x = x + self.half_step * v
         v = self.kept * v + self.spread * noise

@@ -1,7 +1,7 @@
 """Umbrella sampling along a dihedral, with Hamiltonian exchange between neighbouring windows, and MBAR.
 
-All windows share the molecule's potential, so that MBAR needs the bias energies only (Shirts and Chodera, J. Chem. Phys. 129, 124105
-(2008)).
+All windows share the molecule's potential, so that MBAR needs the bias energies only (Shirts and Chodera, J. Chem.
+Phys. 129, 124105 (2008)).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def window_centres(n_windows: int) -> np.ndarray:
 
 
 def bias_energies(dihedral: np.ndarray, n_windows: int, kappa: float, kT: float) -> np.ndarray:
-    """Reduced bias (n_windows, n) of every window at ``dihedral`` (n,): kappa/2 (wrapped difference)², kappa and kT in kJ/mol."""
+    """Reduced bias (n_windows, n) at ``dihedral`` (n,): kappa/2 (wrapped difference)², kappa and kT in kJ/mol."""
     return 0.5 * kappa / kT * wrap(dihedral[None, :] - window_centres(n_windows)[:, None]) ** 2
 
 
@@ -45,7 +45,7 @@ class UmbrellaSampler:
         self.walkers = make_walkers(job, system, temperatures, Bias(job.dihedral, self.kappa, self.centres))
 
     def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
-        """Drag the dihedral from where it is around the circle, both ways, then run with exchange for the equilibration time."""
+        """Drag the dihedral around the circle, both ways, then run with exchange for the equilibration time."""
         positions, velocities = np.empty((2, self.n_windows, *self.start.shape))
         first = int(np.abs(wrap(self.centres - dihedral_angle(self.start, self.job.dihedral))).argmin())
         half = self.n_windows // 2
@@ -83,7 +83,7 @@ class UmbrellaSampler:
         return frames.ravel()
 
     def _block(self, positions, velocities, block, rng, tick, frame=None) -> None:
-        """Run every window for one exchange interval, record the frames, and exchange neighbours (even and odd pairs by turns)."""
+        """Run every window for one exchange interval, record the frames, exchange even or odd pairs of neighbours."""
         energies = self.walkers.run(positions, velocities, self.interval)
         tick(self.interval)
         angles = dihedral_angle(positions, self.job.dihedral)
@@ -115,16 +115,17 @@ class UmbrellaResult:
         """ΔF, and how far independent parts of the simulation agree."""
         half = self.block_delta_f.shape[1] // 2
         halves = ", ".join(f"{row[:half].mean():.2f} and {row[half:].mean():.2f}" for row in self.block_delta_f)
-        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (mean over the blocks of each repeat's halves: {halves})"
+        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (blocks of each repeat's halves: {halves})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """The windows as MBAR sees them: each is split in two states at the angle ``cut`` (None: not split).
 
-    At a high barrier a window is bistable, and how often its two sides are visited does not settle in affordable time; MBAR would take that
-    share for the truth. Either side by itself is sampled well, and is an ensemble of its own: the window's bias with a wall at the barrier.
-    So the states of the two sides are linked only where the ring is sampled without a gap, and any ``cut`` is valid.
+    At a high barrier a window is bistable, and how often its two sides are visited does not settle in affordable time;
+    MBAR would take that share for the truth. Either side by itself is sampled well, and is an ensemble of its own: the
+    window's bias with a wall at the barrier. So the states of the two sides are linked only where the ring is sampled
+    without a gap, and any ``cut`` is valid.
     """
 
     n_windows: int
@@ -149,7 +150,7 @@ class Ring:
         return np.concatenate([np.where(beyond, WALL, bias), np.where(beyond, bias, WALL)])
 
     def free_energies(self, dihedral: np.ndarray, window: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
-        """Reduced free energies (2 n_windows,) of the states by MBAR from frames (n,); NaN for states without frames."""
+        """Reduced free energies (2 n_windows,) by MBAR from frames (n,); NaN where there are no frames."""
         logging.getLogger("pymbar").setLevel(logging.ERROR)  # or importing it prints advice on JAX
         from pymbar import MBAR
 
@@ -163,7 +164,7 @@ class Ring:
         return f
 
     def log_weights(self, dihedral: np.ndarray, window: np.ndarray, f: np.ndarray) -> np.ndarray:
-        """Log weights (n,) to the ensemble without bias, -log Σ_k N_k exp(f_k - b_k), of mean weight 1; f are the states' free energies."""
+        """Log weights (n,) to the ensemble without bias, -log Σ_k N_k exp(f_k - b_k), of mean weight 1."""
         counts = np.bincount(self.state(dihedral, window), minlength=len(f))
         used = (counts > 0) & ~np.isnan(f)
         terms = (f[used] + np.log(counts[used]))[:, None]
@@ -192,11 +193,11 @@ def analyse(
     max_frames: int = 200_000,
     seed: int = 0,
 ) -> UmbrellaResult:
-    """ΔF and profile by MBAR from frames of the ``ring`` (all arrays (n,)), with standard errors from the jackknife over blocks.
+    """ΔF and profile by MBAR from frames of the ``ring`` (arrays (n,)), with jackknife standard errors over blocks.
 
-    A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries around the ring stay
-    inside a block (``n_blocks`` for each repeat). MBAR is solved on at most ``max_frames`` frames, drawn at random if there are more, to
-    bound its memory; all frames are then weighted.
+    A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries
+    around the ring stay inside a block (``n_blocks`` for each repeat). MBAR is solved on at most ``max_frames`` frames,
+    drawn at random if there are more, to bound its memory; all frames are then weighted.
     """
     rng = np.random.default_rng(seed)
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
@@ -235,6 +236,6 @@ def analyse(
 
 
 def _jackknife_error(left_out: np.ndarray) -> np.ndarray:
-    """Standard error from estimates (n_blocks, ...) that each leave out one block; NaN where one of them saw nothing."""
+    """Standard error from estimates (n_blocks, ...) that each leave out a block; NaN where one saw nothing."""
     with np.errstate(invalid="ignore"):
         return np.sqrt((len(left_out) - 1) * np.var(left_out, axis=0))

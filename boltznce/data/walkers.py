@@ -1,4 +1,4 @@
-"""Walkers: what moves copies of a molecule on. The methods that exchange between walkers know no engine, and an engine no method."""
+"""Walkers: what moves copies of a molecule on. Methods that exchange know no engine, and an engine no method."""
 
 import dataclasses
 from typing import Protocol
@@ -32,10 +32,10 @@ class Bias:
 
 
 class Walkers(Protocol):
-    """K walkers, each at a temperature (K) and under a bias of its own; positions and velocities (K, n_atoms, 3) in nm and nm/ps.
+    """K walkers, each with its temperature (K) and bias; positions and velocities (K, n_atoms, 3) in nm and nm/ps.
 
-    They follow the Langevin middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)), whose velocities are those of half a
-    step before the positions.
+    They follow the Langevin middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)), whose velocities are those
+    of half a step before the positions.
     """
 
     def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None) -> None: ...
@@ -46,10 +46,10 @@ class Walkers(Protocol):
     def prepare(
         self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A structure (n_atoms, 3) minimized under walker k's bias, and thermal velocities; both after ``duration`` ps by itself."""
+        """A structure (n_atoms, 3) minimized under walker k's bias, and thermal velocities, after ``duration`` ps."""
 
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
-        """Move all on by ``duration`` ps, in place, and make them mean-free; energies (K,) without bias, in kT of the job's temperature.
+        """Move all on by ``duration`` ps, in place, mean-free; energies (K,) without bias in the job's kT.
 
         Raises Unstable for energies that are not finite.
         """
@@ -131,7 +131,7 @@ def bias_force(bias: Bias) -> openmm.CustomTorsionForce:
 
 
 def _platform(name: str, n_atoms: int) -> tuple:
-    """What to hand to ``openmm.Context``: nothing, for OpenMM's own choice of the fastest, or a platform and its properties."""
+    """What to hand to ``openmm.Context``: nothing, for OpenMM's own choice, or a platform and its properties."""
     if name == "auto":
         if n_atoms > REFERENCE_PLATFORM_MAX_ATOMS:
             return ()

@@ -1,4 +1,4 @@
-"""A simulation process of its own: ``python -m boltznce.data.worker FOLDER PARENT_PID``. It ends when its parent does."""
+"""A simulation process: ``python -m boltznce.data.worker FOLDER PARENT_PID``. It ends when its parent does."""
 
 import os
 import sys

@@ -35,7 +35,7 @@ class System(abc.ABC):
         differentiable: whether the energy has a gradient that leads anywhere.
         exact: whether `sample` draws from the distribution itself.
         temperature_unit: "K"; "" in the plane.
-        simulation: how it is simulated where nothing else is said: settings of `boltznce.data.simulate.plan`, and ``method``.
+        simulation: default settings of its simulation: those of `boltznce.data.simulate.plan`.
         topology: mdtraj.Topology of a molecule.
         bonds: pairs of bonded atoms.
         dihedrals: name -> four atoms; omegas: names of those about peptide bonds.
@@ -90,7 +90,7 @@ class System(abc.ABC):
         """A named coordinate of positions, (batch,), that tells states apart: for molecules a dihedral, in (-π, π]."""
 
     def coordinate_range(self, name: str) -> Interval | None:
-        """Where a profile along the coordinate begins and ends; None for an angle, whose profile goes round the circle."""
+        """Where a profile along the coordinate begins and ends; None for an angle, which goes round the circle."""
         return None
 
     def chirality(self, x: Array) -> Array:
@@ -107,15 +107,13 @@ class System(abc.ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes data of this system its own, in types that YAML keeps: recorded with a dataset, compared when used."""
+        """What makes data of this system its own, in types that YAML keeps; recorded with a dataset."""
         return {"name": self.name}
 
     def require_gradient(self, purpose: str) -> None:
         """Raise UserError if the energy has no gradient; to be called by what needs one, named by ``purpose``."""
         if not self.differentiable:
-            raise UserError(
-                f"The energy of {self.name} has no gradient, which {purpose} needs: choose another system or method."
-            )
+            raise UserError(f"{self.name} has no gradient, which {purpose} needs: choose another system or method.")
 
     def at_temperature(self, temperature: float) -> Self:
         """The same system at another temperature (K; dimensionless in the plane)."""

@@ -1,10 +1,12 @@
-"""Whether generated conformers are the molecule: the graph of bonds read off distances is that of the topology, elements respected.
+"""Whether conformers are the molecule: bonds read off distances make the graph of the topology, elements respected.
 
-Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans. 2008, 2832). Over 100
-frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum and all other pairs above 1.38 times it.
-Atoms closer than 0.6 times the sum are fused, which no molecule has.
+Two atoms are bonded if they are closer than 1.25 times the sum of their covalent radii (Cordero et al., Dalton Trans.
+2008, 2832). Over 100 frames of 310 K MD of each of KS CM WY DE RH PF NQ IV TL GA, bonds stay below 1.12 times this sum
+and all other pairs above 1.38 times it; two iodines on one carbon, at 1.26 times, would be taken for bonded. Atoms
+closer than 0.6 times the sum are fused, which no molecule has.
 
-Handedness is another question: `MolecularSystem.chirality` on the reordered conformers, mended by `symmetry.mend_chirality`.
+Handedness is another question: `MolecularSystem.chirality` on the reordered conformers, mended by
+`symmetry.mend_chirality`.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from boltznce.errors import UserError
 __all__ = ["BondGraph", "GraphCheck"]
 
 RADII_NM = {"H": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "S": 0.105}
+RADII_NM |= {"B": 0.084, "F": 0.057, "Si": 0.111, "P": 0.107, "Cl": 0.102, "Se": 0.120, "Br": 0.120, "I": 0.139}
 REACH, FUSED = 1.25, 0.6
 N_ROUNDS = (
     16  # of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared
@@ -31,7 +34,7 @@ class GraphCheck:
     """Which conformers are right, and how their atoms are put in the topology's order."""
 
     right: Tensor  # (batch,) bool
-    order: Tensor  # (batch, n) int64: atom order[b, i] of conformer b is the topology's atom i; the identity where it is not right
+    order: Tensor  # (batch, n) int64: atom order[b, i] of conformer b is the topology's atom i; identity where wrong
     # equivalent atoms may end exchanged; Amber's impropers can tell, by up to 0.3 kT for the oxygens of a COO-
     reordered: Tensor  # (batch,) bool: right, but only after reordering
 
@@ -51,7 +54,7 @@ class BondGraph:
     def __init__(self, elements: Sequence[str], bonds: Sequence[tuple[int, int]]):
         if unknown := sorted(set(elements) - set(RADII_NM)):
             raise UserError(
-                f"The bond-graph check has no radius for {', '.join(unknown)}: it knows {', '.join(RADII_NM)}."
+                f"There is no covalent radius for {', '.join(unknown)} here: only for {', '.join(RADII_NM)}."
             )
         n, (first, second) = len(elements), torch.tensor(bonds, dtype=torch.long).view(-1, 2).T
         radii = torch.tensor([RADII_NM[symbol] for symbol in elements], dtype=torch.float64)
@@ -77,8 +80,9 @@ class BondGraph:
     def check(self, x: Tensor, batch_size: int = 1024) -> GraphCheck:
         """Conformers (batch, n, 3) in nm against the topology.
 
-        Nearly all that are right have the bonds in the given order, which needs distances alone. The rest is compared by refined colours,
-        which are equal for isomorphic graphs and rarely else, and only where these are equal by graph matching.
+        Nearly all that are right have the bonds in the given order, which needs distances alone. The rest is compared
+        by refined colours, which are equal for isomorphic graphs and rarely else, and only where these are equal by
+        graph matching.
         """
         right = torch.zeros(len(x), dtype=torch.bool)
         order = torch.arange(x.shape[1]).repeat(len(x), 1)
@@ -111,7 +115,7 @@ class BondGraph:
 
 
 def refine_colours(adjacency: np.ndarray, elements: np.ndarray) -> np.ndarray:
-    """Hashes of each atom's element and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n) uint64.
+    """Hashes of atoms' elements and surroundings (Weisfeiler & Leman): (batch, n, n) bool, (n,) -> (batch, n) uint64.
 
     Atoms that an isomorphism maps onto each other have equal colours, in any graph and in any order of the atoms.
     """

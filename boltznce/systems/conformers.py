@@ -14,8 +14,8 @@ JITTER_NM = 0.003  # of every coordinate: bond lengths then spread as at 300 K
 def rotatable_bonds(bonds: Sequence[tuple[int, int]], n_atoms: int) -> list[tuple[int, int, list[int]]]:
     """Bonds (a, b) about which a molecule turns, each with the atoms on b's side but b itself, the smaller side.
 
-    Those that are in no ring, with more atoms at both ends, but not between two atoms with three neighbours each, which are planar
-    (peptide bonds, amides, guanidinium).
+    Those that are in no ring, with more atoms at both ends, but not between two atoms with three neighbours each, which
+    are planar (peptide bonds, amides, guanidinium).
     """
     graph = networkx.Graph(list(bonds))
     graph.add_nodes_from(range(n_atoms))
@@ -35,7 +35,8 @@ def rotatable_bonds(bonds: Sequence[tuple[int, int]], n_atoms: int) -> list[tupl
 def random_conformers(
     structure: Tensor, bonds: Sequence[tuple[int, int]], n: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``n`` copies of a structure (n_atoms, 3) in nm, turned about every rotatable bond by random angles, atoms jittered: (n, n_atoms, 3).
+    """``n`` copies of a structure (n_atoms, 3) in nm, turned about every rotatable bond by random angles, atoms
+    jittered: (n, n_atoms, 3).
 
     Bond lengths, angles, planes and chirality are those of the structure; clashes are not avoided. Centred.
     """

@@ -1,17 +1,20 @@
-"""Atom encodings for models of many peptides, as in transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426).
+"""Atom encodings for models of many peptides, as in transferable Boltzmann generators (Klein & Noé 2024, arXiv
+2406.14426).
 
 One-hot blocks in a fixed order, which trained weights depend on: never reorder, only append.
 
 - ``elements``: element (H, C, N, O, S).
-- ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of the ``n_places`` residues).
+- ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of the ``n_places``
+residues).
 - ``full``: place of the residue in the chain (``n_places``), residue type (20, by three letters), atom class (54).
-- ``numbered``: ``full``, then the number of the atom among those of its class and residue (3): every atom differs from every other, as
-  networks on named distances want it. The first three are the papers', this one is not.
+- ``numbered``: ``full``, then the number of the atom among those of its class and residue (3): every atom differs from
+  every other, as networks on named distances want it. The first three are the papers', this one is not.
 
-The atom class is the atom's name with equivalent atoms merged. A heavy atom has its Amber name, but both oxygens of Asp (and that of Asn)
-are OD and those of Glu (and Gln) OE. A hydrogen is H and what follows the element in its heavy atom's name: all on CB are HB, all on CG2
-HG2, those on N, H1 to H3 of the ammonium group too, H; that of Thr's OG1 is HG as in Ser. Over the 20 residues with both ends this gives
-exactly the 54 of `ATOM_CLASSES`, the classes and the order of the papers.
+The atom class is the atom's name with equivalent atoms merged. A heavy atom has its Amber name, but both oxygens of Asp
+(and that of Asn) are OD and those of Glu (and Gln) OE. A hydrogen is H and what follows the element in its heavy atom's
+name: all on CB are HB, all on CG2 HG2, those on N, H1 to H3 of the ammonium group too, H; that of Thr's OG1 is HG as in
+Ser. Over the 20 residues with both ends this gives exactly the 54 of `ATOM_CLASSES`, the classes and the order of the
+papers.
 """
 
 from collections import Counter
@@ -54,9 +57,10 @@ VARIANTS = {
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
-    """(n_atoms, width) float32, 5 wide for ``elements``, 4 n_places + 5 for ``backbone``, n_places + 74 for ``full``, 3 more ``numbered``.
+    """(n_atoms, width) float32: width 5, 4 n_places + 5, n_places + 74 or n_places + 77, in the order above.
 
-    Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a class.
+    Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a
+    class.
     """
     if encoding not in ENCODINGS:
         raise UserError(f"Unknown atom encoding {encoding!r}: choose one of {', '.join(ENCODINGS)}.")
@@ -89,9 +93,7 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
 
 def _check_length(topology: mdtraj.Topology, n_places: int) -> None:
     if topology.n_residues > n_places:
-        raise UserError(
-            f"The encoding has {n_places} places and the chain {topology.n_residues} residues: raise n_places."
-        )
+        raise UserError(f"The encoding has places for {n_places} residues, not {topology.n_residues}: raise n_places.")
 
 
 def atom_class_names(topology: mdtraj.Topology) -> list[str]:

@@ -1,4 +1,4 @@
-"""Energies that another program computes outside torch, with forces and so a gradient; large batches go to worker processes."""
+"""Energies that another program computes, with forces and so a gradient; large batches go to worker processes."""
 
 import abc
 
@@ -26,7 +26,7 @@ class ExternalEnergy(abc.ABC):
 
 
 def in_workers(pool: WorkerPool, positions: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Energies and forces of positions (n, n_atoms, 3), in their order, in pieces of ``largest`` conformers or fewer."""
+    """Energies and forces of positions (n, n_atoms, 3), in order, in pieces of ``largest`` conformers or fewer."""
     size = min(
         largest, max(1, len(positions) // (4 * pool.n_workers))
     )  # some pieces a worker, so that all end at about the same time

@@ -1,4 +1,4 @@
-"""Many peptides with one force field: what a model of many molecules is trained on, and which of them it must never see."""
+"""Many peptides with one force field: what a model of many molecules is trained on, and what it must never see."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,8 @@ class PeptideFamily:
         selection: which of ``selections`` is meant.
         selections: name -> role (``train``, ``validation``, ``test``) -> sequences. No sequence has two roles.
         never_trained: sequences that may be nothing but test peptides, in every selection.
-        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and ``method``).
+        simulation: how its peptides are simulated where nothing else is said (see `boltznce.data.simulate.plan`, and
+            ``method``).
         encoding, n_places: see `encodings.encode_atoms`; the model's input for every member.
         settings: those of `MolecularSystem` that all members share.
 
@@ -47,9 +48,7 @@ class PeptideFamily:
             raise UserError(f"{name} has no selection {selection!r}: choose one of {', '.join(selections)}.")
         chosen = selections[selection]
         if unknown := sorted(set(chosen) - set(ROLES)):
-            raise UserError(
-                f"Unknown list of peptides {', '.join(unknown)} in {name}: the lists are {', '.join(ROLES)}."
-            )
+            raise UserError(f"Unknown list of peptides {', '.join(unknown)} in {name}: choose of {', '.join(ROLES)}.")
         if unknown := sorted(set(settings) - set(inspect.signature(MolecularSystem).parameters)):
             raise UserError(f"{name} has no setting {', '.join(unknown)}: its peptides have those of MolecularSystem.")
         self.name, self.selection = name, selection
@@ -65,12 +64,10 @@ class PeptideFamily:
                 parse_sequence(sequence)
                 if sequence in roles:
                     raise UserError(
-                        f"{sequence} is both a {roles[sequence]} and a {role} peptide of {name}: take it out of one list."
+                        f"{sequence} is both a {roles[sequence]} and a {role} peptide: take it out of one list."
                     )
                 if sequence in never_trained and role != "test":
-                    raise UserError(
-                        f"{sequence} is kept for tests and cannot be a {role} peptide: take it out of {name}'s lists."
-                    )
+                    raise UserError(f"{sequence} is kept for tests and cannot be a {role} peptide.")
                 roles[sequence] = role
 
     def __repr__(self) -> str:
@@ -114,10 +111,7 @@ class PeptideFamily:
             return self.member(system)
         member = self.member(system.name)
         if not member.equals(system):
-            raise UserError(
-                f"{system.name} has another force field or temperature than the peptides of this run: "
-                "give its sequence alone."
-            )
+            raise UserError(f"{system.name} has another force field or temperature than this run: give its sequence.")
         return member
 
     @property

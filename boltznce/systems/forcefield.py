@@ -34,12 +34,12 @@ class TorchForceField(nn.Module):
     """Potential energy of an OpenMM System: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Differentiable any number of times; computed in the dtype and on the device of the positions. Atoms closer than
-    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces are
-    computed with the energies where positions require a gradient, so that memory does not grow with the batch.
+    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces
+    are computed with the energies where positions require a gradient, so that memory does not grow with the batch.
 
     Args:
-        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes half a minute
-            at the first call, see `boltznce.systems.fused`.
+        compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes
+            half a minute at the first call, see `boltznce.systems.fused`.
 
     Raises UserError for a force that is not among ``TERMS``, periodic boundaries, constraints and virtual sites.
     """
@@ -90,7 +90,7 @@ class TorchForceField(nn.Module):
 
 
 class _EnergyWithGradient(torch.autograd.Function):
-    """Energies whose gradient is computed with them, piece by piece; higher derivatives go through the terms themselves."""
+    """Energies with their gradient, piece by piece; higher derivatives go through the terms themselves."""
 
     @staticmethod
     def forward(ctx, x: Tensor, field: TorchForceField) -> Tensor:
@@ -110,7 +110,7 @@ class _EnergyWithGradient(torch.autograd.Function):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 would move atoms by 1e-3 of their coordinates."""
+    """Matrix products of float32 in float32: TF32 would move atoms by 1e-3 of their coordinates."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

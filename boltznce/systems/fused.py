@@ -23,10 +23,11 @@ def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fuse(function: Callable, *example: Tensor) -> Callable:
-    """``function`` compiled for tensors like the examples, gradients within it included; itself, with a warning, where that fails."""
+    """``function`` compiled for tensors like the examples; itself, with a warning, where that fails."""
     function(*example)  # tables made at the first call are no part of the graph
     try:
-        # torch.compile would not fuse a gradient with what it is of; once the operations of both are written out, it does
+        # torch.compile would not fuse a gradient with what it is of; once the operations of both are written out, it
+        # does
         kernel = torch.compile(make_fx(lambda *inputs: function(*inputs))(*example), dynamic=False)
         kernel(*example)
     except Exception as error:  # the compiler's failures have no common class
@@ -36,9 +37,10 @@ def fuse(function: Callable, *example: Tensor) -> Callable:
 
 
 class FusedKernels:
-    """One compiled kernel for each kind of result, dtype and device, all for batches of one size; smaller ones are filled up.
+    """A kernel for each kind of result, dtype and device, for batches of one size; smaller ones are filled up.
 
-    One size, because each new one costs half a minute. A batch under an eighth of it, or a failure to compile, runs eagerly.
+    One size, because each new one costs half a minute. A batch under an eighth of it, or a failure to compile, runs
+    eagerly.
     """
 
     def __init__(self, energy: Energy):

@@ -38,35 +38,37 @@ class MolecularSystem(System):
 
     Args:
         name: what to call it; also names its reference file.
-        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence (``AK``,
-            ``ACE-AAA-NME``; see `build_peptide`).
+        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence
+            (``AK``, ``ACE-AAA-NME``; see `build_peptide`).
         forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``.
         temperature: K.
         nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
-        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or ``elements``, ``backbone``,
-            ``full`` or ``numbered`` for models of many peptides (see `encodings`).
+        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or
+            ``elements``, ``backbone``, ``full`` or ``numbered`` for models of many peptides (see `encodings`).
         n_places: residues that the encoding ``full`` has room for.
-        energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or ``xtb``: GFN2-xTB
-            in ALPB water; the force field then gives only the bonds, the total charge and the minimum that ``positions`` is.
+        energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
+            ``xtb``: GFN2-xTB in ALPB water; the force field then gives only the bonds, the total charge and the minimum
+            that ``positions`` is.
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
-        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``, or ``auto`` (where
-            there is a GPU).
+        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``,
+            or ``auto`` (where there is a GPU).
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
         topology: mdtraj.Topology.
         bonds: pairs of bonded atoms.
-        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
+        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus;
+            ``omega1``, ``omega2``, ...
         omegas: names of the peptide-bond dihedrals.
         methyl_groups: triples of equivalent hydrogens on one atom (CH3, and NH3+ alike).
         features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``), or those of ``encoding``.
         stereocentres: (centre, three neighbours), from the bond graph.
 
-    Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not know, and for
-    ``xtb`` where tblite is not installed.
+    Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not
+    know, and for ``xtb`` where tblite is not installed.
     """
 
     dim = 3
@@ -133,13 +135,11 @@ class MolecularSystem(System):
     def energy(self, x: Tensor) -> Tensor:
         """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x."""
         if x.dim() != 3 or x.shape[1:] != (self.n_atoms, 3):
-            raise UserError(
-                f"Positions of {self.name} must have shape (batch, {self.n_atoms}, 3), not {tuple(x.shape)}."
-            )
+            raise UserError(f"{self.name} has positions (batch, {self.n_atoms}, 3), not {tuple(x.shape)}.")
         return self._potential(x) / (GAS_CONSTANT * self.temperature)
 
     def dihedral(self, x: Array, name: str) -> Array:
-        """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensors and arrays alike."""
+        """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensor or array."""
         atoms = list(self._atoms(name))
         angle = dihedral_angle(
             torch.as_tensor(x[..., atoms, :])
@@ -171,14 +171,12 @@ class MolecularSystem(System):
 
     def _atoms(self, name: str) -> Four:
         if name not in self.dihedrals:
-            raise UserError(
-                f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals) or 'none'}."
-            )
+            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals)}.")
         return self.dihedrals[name]
 
 
 def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
-    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, of a PDB file or of a peptide by its sequence."""
+    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, a PDB file or a peptide's sequence."""
     shipped = STRUCTURES / f"{structure}.pdb"
     path = shipped if shipped.is_file() else Path(structure).expanduser()
     if not path.is_file():
@@ -193,9 +191,7 @@ def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
         pdb = app.PDBFile(str(path))
         return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
-        raise UserError(
-            f"{path} cannot be read as a PDB file ({error}): check it in a viewer, or export it again."
-        ) from error
+        raise UserError(f"{path} cannot be read as a PDB file ({error}): export it again.") from error
 
 
 def build_openmm_system(
@@ -211,15 +207,13 @@ def build_openmm_system(
     try:
         forcefield = app.ForceField(*files)
     except Exception as error:
-        raise UserError(
-            f"The force field {', '.join(files)} cannot be loaded ({error}): check the names of its files."
-        ) from error
+        raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}).") from error
     untyped = forcefield.getUnmatchedResidues(topology)
     if untyped:
         residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
         raise UserError(
             f"The force field {', '.join(files)} has no template for residue {residues}: "
-            "check that its atoms, hydrogens and terminal caps are complete and named as in the force field, or use another force field."
+            "check that its atoms, hydrogens and caps are complete and named as in the force field, or use another."
         )
     try:
         return forcefield.createSystem(
@@ -311,7 +305,7 @@ def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:
 
 
 def atom_classes(topology: mdtraj.Topology) -> list[int]:
-    """Class of each atom: its place when every heavy atom is followed by its hydrogens; the three of a methyl share the middle one's.
+    """Class of each atom: its place when hydrogens follow their heavy atoms; three of a methyl share the middle one's.
 
     The BoltzNCE authors' numbering, in which some classes have no atom: 21 classes for alanine dipeptide.
     """
@@ -351,7 +345,7 @@ def dihedral_angle(points: Tensor) -> Tensor:
 
 
 def handedness(x: Tensor, centres: Tensor) -> Tensor:
-    """Sign (±1) of the triple product of each centre's three bonds: (..., n_atoms, 3), (n_centres, 4) -> (..., n_centres)."""
+    """Sign (±1) of the triple product of each centre's bonds: (..., n_atoms, 3), (n_centres, 4) -> (..., n_centres)."""
     corners = x[..., centres[:, 1:], :] - x[..., centres[:, :1], :]
     volume = torch.linalg.det(corners)
     return torch.where(volume > 0, 1.0, -1.0).to(x)

@@ -1,4 +1,4 @@
-"""OpenMM's own energy, one conformer at a time: the reference for the torch energy and the fallback where it does not reach."""
+"""OpenMM's own energy, one conformer at a time: the reference for the torch energy, and its fallback."""
 
 from functools import partial
 
@@ -19,8 +19,9 @@ PIECE = 512
 class OpenMMEnergy(ExternalEnergy):
     """Potential energy on OpenMM's Reference platform: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
-    Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once. Batches of 256 and more
-    are shared by worker processes where there is more than one core; the values are the same to the last bit.
+    Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once. Batches
+    of 256 and more are shared by worker processes where there is more than one core; the values are the same to the
+    last bit.
 
     Args:
         system: openmm.System.

@@ -1,9 +1,10 @@
 """Peptides from their sequence: atoms, bonds and an ideal structure, zwitterionic or capped.
 
-Every heavy atom is placed from three others by a bond length, an angle and a dihedral (natural extension reference frame, Parsons et al.,
-J. Comput. Chem. 26, 1063, 2005), every hydrogen by the geometry of its heavy atom. Lengths and angles are rounded from Engh & Huber, Acta
-Cryst. A47, 392 (1991); ``MolecularSystem.positions`` is then the force field's minimum. Nothing is random, as hydrogens are in OpenMM's
-Modeller: the two of a CH2 keep their stereochemical names.
+Every heavy atom is placed from three others by a bond length, an angle and a dihedral (natural extension reference
+frame, Parsons et al., J. Comput. Chem. 26, 1063, 2005), every hydrogen by the geometry of its heavy atom. Lengths and
+angles are rounded from Engh & Huber, Acta Cryst. A47, 392 (1991); ``MolecularSystem.positions`` is then the force
+field's minimum. Nothing is random, as hydrogens are in OpenMM's Modeller: the two of a CH2 keep their stereochemical
+names.
 """
 
 import re
@@ -21,8 +22,9 @@ class Residue(NamedTuple):
     """A residue beyond N, CA, C and O.
 
     name: three letters; residues that ionize are in their form at pH 7, histidine with its hydrogen on NE2.
-    side_chain: ``ATOM length angle dihedral`` (nm, degrees), bonded to the atom listed before it, or to that in ``ATOM-OTHER``; angle and
-        dihedral are those with the next two atoms on the way to N. CB is implied for all but glycine.
+    side_chain: ``ATOM length angle dihedral`` (nm, degrees), bonded to the atom listed before it, or to that in
+        ``ATOM-OTHER``; angle and dihedral are those with the next two atoms on the way to N. CB is implied for all but
+        glycine.
     hydrogens: named after the heavy atom that they are on.
     rings: bonds that close rings.
     """
@@ -78,8 +80,8 @@ RESIDUES = {
     "V": Residue("VAL", "CG1 .152 111 175, CG2-CB .152 111 -63", "H HA HB HG11 HG12 HG13 HG21 HG22 HG23"),
     "W": Residue(
         "TRP",
-        "CG .150 114 -65, CD1 .137 127 90, NE1 .137 110 180, CE2 .137 109 0, CZ2 .139 130 180, CH2 .137 117 180, CZ3 .140 122 0, "
-        "CE3 .138 121 0, CD2 .140 119 0",
+        "CG .150 114 -65, CD1 .137 127 90, NE1 .137 110 180, CE2 .137 109 0, CZ2 .139 130 180, CH2 .137 117 180, "
+        "CZ3 .140 122 0, CE3 .138 121 0, CD2 .140 119 0",
         "H HA HB2 HB3 HD1 HE1 HZ2 HH2 HZ3 HE3",
         "CD2-CG CD2-CE2",
     ),
@@ -117,15 +119,11 @@ def parse_sequence(sequence: str) -> tuple[str, bool]:
     capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
     letters = sequence.removeprefix("ACE-").removesuffix("-NME")
     if unknown := sorted(set(letters) - set(LETTERS)):
-        raise UserError(
-            f"{', '.join(unknown)} in {sequence!r} is no amino acid: the letters of a sequence are {LETTERS}."
-        )
+        raise UserError(f"{', '.join(unknown)} in {sequence!r} is no amino acid: letters of a sequence are {LETTERS}.")
     if capped != ends:
         raise UserError(f"{sequence!r} has one cap: give both, ACE-{letters}-NME, or none.")
     if len(letters) < 2 - capped:
-        raise UserError(
-            f"{sequence!r} is too short: give two residues or more, as AK, or one or more between caps, as ACE-A-NME."
-        )
+        raise UserError(f"{sequence!r} is too short: give two residues, as AK, or one between caps, as ACE-A-NME.")
     return letters, capped
 
 
@@ -133,12 +131,12 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
     """Topology and ideal structure of a peptide of L-residues with trans peptide bonds.
 
     Args:
-        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are negative, Lys and Arg
-            positive, His has its hydrogen on NE2, Cys is reduced.
+        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are
+            negative, Lys and Arg positive, His has its hydrogen on NE2, Cys is reduced.
 
     Returns:
-        The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions, (n_atoms, 3) in nm,
-        float64, an extended chain, not minimized.
+        The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions,
+        (n_atoms, 3) in nm, float64, an extended chain, not minimized.
 
     Raises UserError for what is no sequence.
     """
@@ -190,7 +188,7 @@ def _backbone(n: int) -> list[list[Array]]:
 def _heavy_atoms(
     residue: Residue, n: Array, ca: Array, c: Array, end: bool
 ) -> tuple[dict[str, Array], list[tuple[str, str]]]:
-    """Name -> position of a residue's heavy atoms, and its bonds, each atom's first with the one nearer to N; ``end``: with OXT."""
+    """Name -> position of a residue's heavy atoms, and its bonds, the one nearer to N first; ``end``: with OXT."""
     x, parent = {"N": n, "CA": ca}, {"CA": "N"}
     if "HB" in residue.hydrogens:
         x["CB"], parent["CB"] = _place(c, n, ca, *BETA_CARBON), "CA"
@@ -212,13 +210,13 @@ def _heavy_atoms(
 
 
 def _bearer(hydrogen: str, i: int, heavy: dict[tuple[int, str], Array]) -> tuple[int, str]:
-    """The atom that a hydrogen is on: that of the same name from the second letter on (HG21 on CG2, H1 on N), perhaps but for a number."""
+    """The atom that a hydrogen is on: of its name from the second letter on (HG21 on CG2, H1 on N)."""
     names = [name for place, name in heavy if place == i]  # N, whose name ends at once, is before C and O
     return next((i, name) for stem in (hydrogen[1:], hydrogen[1:-1]) for name in names if name[1:] == stem)
 
 
 def _place_hydrogens(atom: tuple[int, str], n: int, heavy: dict, bonds: list) -> list[Array]:
-    """Positions of the n hydrogens of a heavy atom: away from its heavy neighbours, a pair in the order of IUPAC's names."""
+    """Positions of a heavy atom's n hydrogens: away from its heavy neighbours, a pair in the order of IUPAC's names."""
     if n == 0:
         return []
     near, *others = [b if a == atom else a for a, b in bonds if atom in (a, b)]

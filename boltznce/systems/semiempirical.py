@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 class XTBEnergy(ExternalEnergy):
     """GFN2-xTB energy with ALPB water, open-source tblite: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
-    Computed in double precision in worker processes of one thread each, returned in the dtype and on the device of x; differentiable
-    once. Energies are total ones, about -86,000 kJ/mol for alanine dipeptide: float32 rounds them to 0.01 kJ/mol.
+    Computed in double precision in worker processes of one thread each, returned in the dtype and on the device of x;
+    differentiable once. Energies are total ones, about -86,000 kJ/mol for alanine dipeptide: float32 rounds them to
+    0.01 kJ/mol.
 
-    A conformer whose self-consistent solution is not found has energy +inf and gradient zero; each call that meets any logs one warning.
-    Such a search takes up to some 100 times as long as one that succeeds.
+    A conformer whose self-consistent solution is not found has energy +inf and gradient zero; each call that meets any
+    logs one warning. Such a search takes up to some 100 times as long as one that succeeds.
 
     Args:
         numbers: atomic numbers, (n_atoms,).
@@ -44,7 +45,8 @@ class XTBEnergy(ExternalEnergy):
         if importlib.util.find_spec("tblite") is None:
             raise UserError('GFN2-xTB needs tblite, which is not installed: pip install "boltznce[xtb]".')
         self.numbers, self.charge = list(numbers), charge
-        # Always in workers: the number of threads of tblite is fixed when it is loaded, and here torch has chosen it already.
+        # Always in workers: the number of threads of tblite is fixed when it is loaded, and here torch has chosen it
+        # already.
         self.pool = WorkerPool(partial(XTBPoints, self.numbers, charge), n_workers)
         self.n_failures = 0
 

@@ -9,13 +9,14 @@ import numpy as np
 
 __all__ = ["OpenMMPoints", "XTBPoints"]
 
-# CODATA 2018 (https://physics.nist.gov/cuu/Constants): Hartree energy 4.3597447222071e-18 J times the Avogadro constant; Bohr radius.
+# CODATA 2018 (https://physics.nist.gov/cuu/Constants): Hartree energy 4.3597447222071e-18 J times the Avogadro
+# constant; Bohr radius.
 HARTREE_KJ_MOL = 4.3597447222071e-18 * 6.02214076e23 / 1000
 BOHR_NM = 0.0529177210903
 
 
 class OpenMMPoints:
-    """OpenMM's Reference platform: positions (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces (n, n_atoms, 3) in kJ/mol/nm.
+    """OpenMM's Reference platform: (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces in kJ/mol/nm.
 
     Args:
         system: openmm.System.
@@ -39,10 +40,12 @@ class OpenMMPoints:
 
 
 class XTBPoints:
-    """GFN2-xTB in ALPB water (Bannwarth et al. 2019, doi 10.1021/acs.jctc.8b01176; Ehlert et al. 2021, doi 10.1021/acs.jctc.1c00471).
+    """GFN2-xTB in ALPB water (Bannwarth et al. 2019, doi 10.1021/acs.jctc.8b01176; Ehlert et al. 2021, doi
+    10.1021/acs.jctc.1c00471).
 
-    Positions (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces (n, n_atoms, 3) in kJ/mol/nm, float64. A conformer for which
-    tblite finds no solution has energy +inf and no force. Each starts from the same guess, so nothing depends on their order.
+    Positions (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces (n, n_atoms, 3) in kJ/mol/nm, float64. A
+    conformer for which tblite finds no solution has energy +inf and no force. Each starts from the same guess, so
+    nothing depends on their order.
 
     Args:
         numbers: atomic numbers.

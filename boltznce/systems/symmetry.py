@@ -1,4 +1,4 @@
-"""What a generator in Cartesian coordinates gets wrong or leaves open about a molecule's symmetry, and how it is mended."""
+"""What a Cartesian generator gets wrong or leaves open about a molecule's symmetry, and how it is mended."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["Mended", "is_trans", "mend_chirality", "rotate_methyls"]
 def rotate_methyls(
     x: Tensor, groups: Sequence[tuple[int, int, int]], generator: torch.Generator | None = None
 ) -> Tensor:
-    """Permute the hydrogens of every methyl cyclically and at random: the relabellings that a methyl's rotation makes, and no others.
+    """Permute the hydrogens of every methyl cyclically and at random, as a methyl's rotation does.
 
     x (batch, n_atoms, 3); groups are triples of atom numbers.
     """
@@ -28,7 +28,7 @@ def rotate_methyls(
 
 @dataclass(frozen=True)
 class Mended:
-    """Conformers with every stereocentre as in the molecule, which of the given ones they are, and how many were mirrored or dropped."""
+    """Conformers with every stereocentre right, which of the given ones they are, how many were mirrored or dropped."""
 
     positions: Tensor
     kept: Tensor  # (batch,) bool
@@ -37,7 +37,7 @@ class Mended:
 
 
 def mend_chirality(x: Tensor, signs: Tensor, mirror: bool) -> Mended:
-    """Keep conformers (batch, n_atoms, 3) whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect first where all are -1.
+    """Keep conformers whose ``signs`` (batch, n_centres) are all +1; with ``mirror`` reflect first where all are -1.
 
     Mirroring is right only where energy and density do not change under x -> -x.
     """
@@ -50,5 +50,5 @@ def mend_chirality(x: Tensor, signs: Tensor, mirror: bool) -> Mended:
 
 
 def is_trans(omegas: Tensor) -> Tensor:
-    """Whether every peptide bond (batch, n_bonds), dihedrals in radians, is nearer to trans than to cis: (batch,) bool."""
+    """Whether every peptide bond (batch, n_bonds), dihedrals in radians, is nearer to trans than cis: (batch,)."""
     return (torch.cos(omegas) < 0).all(dim=-1)

@@ -1,7 +1,8 @@
 """Systems in the plane, on which success and failure can be seen: exact densities, exact draws, known free energies.
 
-One particle, positions (batch, 1, 2); lengths, energies and temperatures are dimensionless with k = 1, so that u = U / T. Whatever the
-system and its temperature, normalizer, populations and draws come from one table of its energy on a fine grid.
+One particle, positions (batch, 1, 2); lengths, energies and temperatures are dimensionless with k = 1, so that u = U /
+T. Whatever the system and its temperature, normalizer, populations and draws come from one table of its energy on a
+fine grid.
 """
 
 import abc
@@ -43,7 +44,8 @@ class PlaneSystem(System):
     Args:
         name: what to call it.
         box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
-        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half plane.
+        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half
+            plane.
         temperature: dimensionless.
         length_scale: a typical size, in which networks measure positions.
     """
@@ -79,7 +81,7 @@ class PlaneSystem(System):
         """U (batch,) of points (batch, 2), in their dtype."""
 
     def mode(self, x: Tensor) -> Tensor:
-        """Number of the mode that each position (batch, 1, 2) belongs to, (batch,); by default 1 inside the state and 0 outside."""
+        """Number of each position's mode, (batch, 1, 2) -> (batch,); by default 1 inside the state and 0 outside."""
         return self.state.contains(self.coordinate(x, self.state.coordinate)).long()
 
     def typical_energy(self) -> float:
@@ -90,7 +92,7 @@ class PlaneSystem(System):
         """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x."""
         if x.dim() != 3 or x.shape[1:] != (1, 2):
             raise UserError(f"Positions of {self.name} must have shape (batch, 1, 2), not {tuple(x.shape)}.")
-        return self.potential(x[:, 0]) / self.temperature
+        return self._reduced(x[:, 0])
 
     def at_temperature(self, temperature: float) -> Self:
         other = super().at_temperature(temperature)
@@ -126,7 +128,8 @@ class PlaneSystem(System):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` independent, exact draws (n, 1, 2), float32, on the generator's device.
 
-        A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with probability density / bound.
+        A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with
+        probability density / bound.
         """
         table = self._table
         draws, missing = [], n
@@ -152,12 +155,15 @@ class PlaneSystem(System):
 
     @cached_property
     def _table(self) -> "_Table":
-        return _Table(lambda r: self.potential(r) / self.temperature, self.box)
+        return _Table(self._reduced, self.box)
+
+    def _reduced(self, r: Tensor) -> Tensor:
+        return self.potential(r) / self.temperature
 
     # ---- what is known ----------------------------------------------------------------------------------------------
 
     def coordinate(self, x: Array, name: str) -> Array:
-        """A named coordinate of positions (batch, 1, 2), (batch,): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
+        """A coordinate (batch,) of (batch, 1, 2): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
         self._check_coordinate(name)
         if not isinstance(x, Tensor):
             return self.coordinate(torch.from_numpy(np.array(x)), name).numpy()
@@ -182,7 +188,7 @@ class PlaneSystem(System):
         return np.bincount(self.mode(self._table.centres.unsqueeze(1)).numpy(), weights=self._table.mass)
 
     def reference(self) -> dict[str, Any]:
-        """The exact ΔF of the state and the profile along its coordinate (100 bins), in the form of the shipped references; no errors."""
+        """The exact ΔF of the state and the profile along its coordinate (100 bins), as a shipped reference."""
         name, mass = self.state.coordinate, self._table.mass
         values = self.coordinate(self._table.centres.unsqueeze(1), name).numpy()
         state = mass[self.state.contains(values)].sum()
@@ -227,7 +233,7 @@ class GaussianMixture(PlaneSystem):
         weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
         if len(weights) != len(self.means) or not (weights > 0).all():
             raise UserError(
-                f"{name} needs one positive weight for each of its {len(self.means)} Gaussians, not {weights.tolist()}."
+                f"{name} needs a positive weight for each of {len(self.means)} Gaussians, not {weights.tolist()}."
             )
         self.log_weights = (weights.double() / weights.double().sum()).log()
 
@@ -243,7 +249,7 @@ class GaussianMixture(PlaneSystem):
 
 
 class CircleOfGaussians(GaussianMixture):
-    """Gaussians at equal distances on a circle, the first on the x axis: with eight, the first 2D system of BoltzNCE (arXiv 2507.00846)."""
+    """Gaussians evenly on a circle from the x axis on: with eight, BoltzNCE's first in 2D (arXiv 2507.00846)."""
 
     def __init__(
         self,
@@ -262,8 +268,8 @@ class CircleOfGaussians(GaussianMixture):
 
 
 class RandomGaussians(GaussianMixture):
-    """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of Midgley et al. 2023
-    (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
+    """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of
+    Midgley et al. 2023 (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
     """
 
     def __init__(
@@ -283,7 +289,7 @@ class RandomGaussians(GaussianMixture):
 
 
 class TwoMoons(GaussianMixture):
-    """Two interlocked half circles of radius 1, blurred: a mixture of 32 Gaussians along each, about as far apart as they are wide."""
+    """Two interlocked half circles of radius 1: 32 Gaussians along each, about as far apart as they are wide."""
 
     POINTS = 32
 
@@ -305,7 +311,7 @@ class TwoMoons(GaussianMixture):
 
 
 class MuellerBrown(PlaneSystem):
-    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima and two saddle points, energies in its own units."""
+    """The surface of Müller and Brown (Theor. Chim. Acta 53, 75 (1979)): three minima, two saddle points."""
 
     TERMS = (  # A, a, b, c, x0, y0 of A exp(a (x - x0)² + b (x - x0)(y - y0) + c (y - y0)²)
         (-200.0, -1.0, 0.0, -10.0, 1.0, 0.0),
@@ -343,9 +349,10 @@ class DoubleWell(PlaneSystem):
 
 
 class Checkerboard(PlaneSystem):
-    """Uniform on every second cell of a square board around the origin, the lower left one among them; U = 0 there, and `WALL` elsewhere.
+    """Uniform on every second cell of a square board, the lower left one among them: U = 0 there, `WALL` elsewhere.
 
-    Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a UserError.
+    Its log-density has no gradient: ``differentiable`` is False, and an energy that is to be differentiated raises a
+    UserError.
     """
 
     WALL = 1e4
@@ -364,9 +371,7 @@ class Checkerboard(PlaneSystem):
         super().__init__(name, box, state, temperature, length_scale)
         self.half_width, self.cell, self.n_cells = half_width, cell, round(2 * half_width / cell)
         if not math.isclose(self.n_cells * cell, 2 * half_width):
-            raise UserError(
-                f"The cells of {name} must fill its board: 2 half_width={half_width} must be a multiple of cell={cell}."
-            )
+            raise UserError(f"The board's side 2 half_width={2 * half_width} must be a multiple of cell={cell}.")
 
     def inside(self, r: Tensor) -> Tensor:
         """Whether points (batch, 2) lie on the cells that are occupied."""
@@ -391,7 +396,7 @@ class Checkerboard(PlaneSystem):
         return ((chosen + place) * self.cell - self.half_width).unsqueeze(1).float()
 
     def mode(self, x: Tensor) -> Tensor:
-        """Number of the occupied cell; positions elsewhere count to the one at their left (at the right in the first column)."""
+        """Number of the occupied cell; elsewhere, of that at the left (at the right in the first column)."""
         column, row = torch.floor((x[:, 0] + self.half_width) / self.cell).long().clamp(0, self.n_cells - 1).unbind(-1)
         return row * ((self.n_cells + 1) // 2) + (column - row % 2).clamp(min=0) // 2
 
@@ -417,7 +422,8 @@ class _Table:
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Upper bound of the log-density in each cell, and the cumulated bounds.
 
-        The bound is the highest of a cell's corners plus what a parabola of the local curvature can rise between them, four times over.
+        The bound is the highest of a cell's corners plus what a parabola of the local curvature can rise between them,
+        four times over.
         """
         axes = [torch.linspace(low, high, N_CELLS + 1, dtype=torch.float64) for low, high in self.box]
         corners = -_in_parts(self._energy, torch.cartesian_prod(*axes)).view(N_CELLS + 1, N_CELLS + 1)

@@ -1,9 +1,9 @@
-"""A worker process of ``workers.WorkerPool``: ``python worker.py PARENT_PID``, with a socket to the parent as standard input.
+"""A worker process of ``workers.WorkerPool``: ``python worker.py PARENT_PID``, its standard input a socket.
 
-The first message is a pickled factory, called once; every later one a pickled argument of what it made, answered by (True, result)
-or (False, exception). The process ends with its parent, however that ends and whatever is being computed.
+The first message is a pickled factory, called once; every later one a pickled argument of what it made, answered by
+(True, result) or (False, exception). The process ends with its parent, however that ends.
 
-Run as a file, not with ``-m``: importing ``boltznce`` brings torch and takes seconds and hundreds of MB, which a worker has no use for.
+Run as a file, not with ``-m``: importing ``boltznce`` brings torch, seconds and hundreds of MB.
 """
 
 import os
@@ -77,7 +77,7 @@ def _answer(function: Callable[[Any], Any], message: bytes) -> bytes:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception with the worker's traceback as a note, or a RuntimeError with its text where it does not survive pickling."""
+    """The exception with the worker's traceback as a note; a RuntimeError with its text if not picklable."""
     note = "Raised in a worker process:\n" + "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))

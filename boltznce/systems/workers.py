@@ -25,12 +25,13 @@ POLL_SECONDS = 1.0
 class WorkerPool:
     """Processes that each hold one ``factory()`` and apply it to batches.
 
-    They are Python processes of their own (neither a fork nor an import of the user's script), started when first needed, with one
-    thread each. They end with ``close``, with the pool's garbage collection and with this process, SIGKILL included. Pickling
-    drops them; a forked child starts its own. Threads take turns.
+    They are Python processes of their own (neither a fork nor an import of the user's script), started when first
+    needed, with one thread each. They end with ``close``, with the pool's garbage collection and with this process,
+    SIGKILL included. Pickling drops them; a forked child starts its own. Threads take turns.
 
     Args:
-        factory: picklable, importable without torch where start-up time matters; called once in every worker, it gives a function.
+        factory: picklable, importable without torch where start-up time matters; called once in every worker, it gives
+            a function.
         n_workers: processes at most; default one a core that this process may use.
     """
 
@@ -53,8 +54,9 @@ class WorkerPool:
     def map(self, batches: Iterable[Any]) -> list[Any]:
         """The function of every batch, in the order of the batches; batches and results are pickled.
 
-        An exception in a worker is raised here with its own type and message (a RuntimeError with both where it cannot be pickled);
-        RuntimeError if a worker dies. After either, and after Ctrl-C, all workers are ended, and the next call starts new ones.
+        An exception in a worker is raised here with its own type and message (a RuntimeError with both where it cannot
+        be pickled); RuntimeError if a worker dies. After either, and after Ctrl-C, all workers are ended, and the next
+        call starts new ones.
         """
         if self._pid != os.getpid():
             self._own()  # in a fork: the workers belong to the parent
@@ -106,7 +108,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process and the socket to it. Its other end is closed here and inherited by nobody, so death of either side is an EOF."""
+    """One process and the socket to it, whose other end nobody inherits, so that death of either side is an EOF."""
 
     def __init__(self):
         self.connection, theirs = Pipe()
@@ -138,7 +140,7 @@ class _Worker:
         return value
 
     def check(self) -> None:
-        """Raise RuntimeError if the process has died without an answer, even where its end of the socket has been forked."""
+        """Raise RuntimeError if the process has died without an answer, even where its socket has been forked."""
         if self.process.poll() is not None and not self.connection.poll():
             raise self._death()
 

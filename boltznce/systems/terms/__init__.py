@@ -1,4 +1,4 @@
-"""The terms of a force field: one class for each kind of OpenMM force, ``Term(force, n_atoms)(geometry) -> (batch,)`` in kJ/mol."""
+"""Terms of a force field: a class for each OpenMM force, ``Term(force, n_atoms)(geometry) -> (batch,)`` in kJ/mol."""
 
 from boltznce.systems.terms.bonded import (
     CMAPTorsions,

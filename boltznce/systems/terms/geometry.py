@@ -1,8 +1,9 @@
 """What every term is made of: the geometry of a batch, the base class, and the reading of OpenMM's parameters.
 
-Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms, batch), so
-that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that is less work than
-gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as in OpenMM.
+Arrays are laid out with the batch last: coordinates (3, n_atoms, batch), one row a term, pairs (n_atoms, n_atoms,
+batch), so that every operation runs over contiguous conformers. All pairs are formed by broadcasting, each twice: that
+is less work than gathering half of them, and most of all than scattering their forces. Lengths nm, energies kJ/mol, as
+in OpenMM.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
 
 
 class Geometry:
-    """Coordinates (3, n_atoms, batch) of conformers x (batch, n_atoms, 3) in nm, and the distances that several terms share."""
+    """Coordinates (3, n_atoms, batch) of conformers (batch, n_atoms, 3) in nm, and distances that terms share."""
 
     def __init__(self, x: Tensor):
         self.xyz = x.permute(2, 1, 0).contiguous()
@@ -81,9 +82,10 @@ class Geometry:
 
 
 def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
-    """Vectors from each atom of a chain to the next, as a matrix over the atoms with -1 and +1: (length of the chains - 1, n, n_atoms).
+    """Vectors from each atom of a chain to the next, as matrices of -1 and +1: (length - 1, n, n_atoms).
 
-    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take several times as long.
+    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take
+    several times as long.
     """
     one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
     return (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1).contiguous()
@@ -129,6 +131,4 @@ def cutoff_of(force: openmm.Force) -> float | None:
 
 
 def unknown(force: str) -> UserError:
-    return UserError(
-        f"The torch energy does not know {force}: set energy_backend=openmm to have OpenMM compute the energy instead."
-    )
+    return UserError(f"The torch energy does not know {force}: set energy_backend=openmm, which does.")

@@ -12,9 +12,10 @@ __all__ = ["Nonbonded"]
 class Nonbonded(Term):
     """Σ qᵢqⱼ / (4πε₀ r) + 4ε ((σ/r)¹² - (σ/r)⁶) over all pairs, exceptions with their own parameters.
 
-    With a cutoff, pairs that are no exceptions end there, their Coulomb energy with the reaction field of a dielectric ε outside,
-    qᵢqⱼ / (4πε₀) (1/r + k r² - c), k = (ε - 1) / (2ε + 1) / r_c³, c = 3ε / (2ε + 1) / r_c (Tironi et al., J. Chem. Phys. 102,
-    5451 (1995), without salt, as in OpenMM), their Lennard-Jones energy abruptly or with OpenMM's switching function.
+    With a cutoff, pairs that are no exceptions end there, their Coulomb energy with the reaction field of a dielectric
+    ε outside, qᵢqⱼ / (4πε₀) (1/r + k r² - c), k = (ε - 1) / (2ε + 1) / r_c³, c = 3ε / (2ε + 1) / r_c (Tironi et al., J.
+    Chem. Phys. 102, 5451 (1995), without salt, as in OpenMM), their Lennard-Jones energy abruptly or with OpenMM's
+    switching function.
     """
 
     def __init__(self, force: openmm.NonbondedForce, n_atoms: int):
@@ -57,7 +58,7 @@ class Nonbonded(Term):
         return ((coulomb + lennard_jones * self.switch(geometry)) * kept + field).sum((0, 1))
 
     def switch(self, geometry: Geometry) -> Tensor | float:
-        """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide, NonbondedForce)."""
+        """1 - 10 t³ + 15 t⁴ - 6 t⁵, t from 0 at the switching distance to 1 at the cutoff (OpenMM user guide)."""
         if self.switch_from is None:
             return 1.0
         t = ((geometry.distances - self.switch_from) / (self.cutoff - self.switch_from)).clamp(0.0, 1.0) * (

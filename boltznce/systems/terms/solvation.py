@@ -1,6 +1,7 @@
 """Generalized Born solvation: one energy, and the Born radii of the OBC1, OBC2, GBn and GBn2 models.
 
-OpenMM has it as GBSAOBCForce (OBC2) and, from ``implicit/*.xml``, as a CustomGBForce whose expressions say which model it is.
+OpenMM has it as GBSAOBCForce (OBC2) and, from ``implicit/*.xml``, as a CustomGBForce whose expressions say which model
+it is.
 """
 
 import math
@@ -23,21 +24,18 @@ NECK_REACH = 2.0  # nm; beyond every neck, whose sixth power would overflow in f
 
 
 class GeneralizedBorn(Term):
-    """-½ k Σᵢⱼ (1/ε_in - exp(-κf)/ε_out) qᵢqⱼ (1/f - 1/r_c), f² = r² + BᵢBⱼ exp(-r²/4BᵢBⱼ), and Σ s (ρ/B)⁶ for the surface.
+    """-½ k Σᵢⱼ (1/ε_in - exp(-κf)/ε_out) qᵢqⱼ (1/f - 1/r_c), f² = r² + BᵢBⱼ exp(-r²/4BᵢBⱼ); surface Σ s (ρ/B)⁶.
 
     f: Still et al., J. Am. Chem. Soc. 112, 6127 (1990); κ: Srinivasan et al., Theor. Chem. Acc. 101, 426 (1999);
     the surface: Schaefer, Bartels & Karplus, J. Mol. Biol. 284, 835 (1998), eq. 2, in TINKER's sixth power.
     Born radii B (``inverse_born_radii``): Onufriev, Bashford & Case 2004, eqs. 2-6.
     With a cutoff r_c, pairs further apart count neither here nor in the radii; terms i = j are not shifted.
 
-    Args (per atom (n_atoms,), nm and kJ/mol):
-        charge: q in elementary charges; radius: ρ; own: ρ less an offset; scaled: ρ less offset, times the descreening factor.
-        curve: α, β, γ, numbers or per atom.
-        coulomb, solute, solvent, kappa: k, ε_in, ε_out, κ in nm⁻¹.
-        surface: s per atom, times ρ⁶.
-        cutoff, shift: r_c and 1/r_c.
-        neck: height, centre and end (nm) of each ordered pair's neck (n_atoms, n_atoms), or None.
-        buried: whether an atom whose sphere lies wholly inside another's loses the volume in between as well.
+    Args (per atom (n_atoms,), nm and kJ/mol): charge: q in elementary charges; radius: ρ; own: ρ less an offset;
+        scaled: ρ less offset, times the descreening factor. curve: α, β, γ, numbers or per atom. coulomb, solute,
+        solvent, kappa: k, ε_in, ε_out, κ in nm⁻¹. surface: s per atom, times ρ⁶. cutoff, shift: r_c and 1/r_c. neck:
+        height, centre and end (nm) of each ordered pair's neck (n_atoms, n_atoms), or None. buried: whether an atom
+        whose sphere lies wholly inside another's loses the volume in between as well.
     """
 
     def __init__(
@@ -105,7 +103,8 @@ class GeneralizedBorn(Term):
     def inverse_born_radii(self, geometry: Geometry) -> Tensor:
         """1/B = 1/ρ̃ - tanh(αΨ - βΨ² + γΨ³) / ρ with Ψ = ρ̃ I; (n_atoms, batch), nm⁻¹.
 
-        I is half the descreening by all others, and in GBn and GBn2 what fills the necks between spheres too close for water.
+        I is half the descreening by all others, and in GBn and GBn2 what fills the necks between spheres too close for
+        water.
         """
         r = geometry.distances
         integral = Descreening.apply(r, self.own[:, None], self.scaled, self.buried)
@@ -130,7 +129,7 @@ class GeneralizedBorn(Term):
 
 
 class Descreening(torch.autograd.Function):
-    """What a sphere of radius ``scaled`` at distance r takes from the Coulomb integral outside one of radius ``own``, times 2.
+    """Twice what a sphere of radius ``scaled`` at r takes from the Coulomb integral outside one of radius ``own``.
 
     The integral has kinks where the spheres touch, but its limits do not enter its derivative: writing that by hand
     saves most of the backward pass. Hawkins, Cramer & Truhlar, J. Phys. Chem. 100, 19824 (1996), eqs. 10-13.
@@ -167,7 +166,7 @@ class Descreening(torch.autograd.Function):
 
     @staticmethod
     def limits(r: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse limits of the integral; a neighbour wholly inside the own sphere has equal ones, and so an integral of zero."""
+        """Inverse limits of the integral; equal, so that it is zero, for a neighbour inside the own sphere."""
         return 1 / torch.maximum((r - scaled).abs(), own), 1 / torch.maximum(r + scaled, own)
 
 
@@ -195,9 +194,10 @@ class GBSAOBC(GeneralizedBorn):
 
 
 class CustomGB(GeneralizedBorn):
-    """The CustomGBForce of OpenMM's ``implicit/obc1.xml``, ``obc2.xml``, ``gbn.xml`` or ``gbn2.xml``, with its own constants.
+    """OpenMM's CustomGBForce of ``implicit/obc1.xml``, ``obc2.xml``, ``gbn.xml`` or ``gbn2.xml``, its own constants.
 
-    Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in them.
+    Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in
+    them.
     """
 
     def __init__(self, force: openmm.CustomGBForce, n_atoms: int):
@@ -255,7 +255,7 @@ class CustomGB(GeneralizedBorn):
 def necks(
     force: openmm.CustomGBForce, atoms: dict[str, Tensor], constants: dict[str, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Height (nm⁻¹), centre and end (nm) of the neck of each atom (row) with each other, from the tables of the force."""
+    """Height (nm⁻¹), centre and end (nm) of the neck of each atom (row) with each other, from the force's tables."""
     tables = {}
     for n in range(force.getNumTabulatedFunctions()):
         width, depth, values = force.getTabulatedFunction(n).getFunctionParameters()
@@ -266,7 +266,8 @@ def necks(
     return constants["neckScale"] * height, centre, radius[:, None] + radius + constants["neckCut"]
 
 
-# The expressions of openmm.app.internal.customgbforces, without spaces and without assignments of numbers. <name> is a number.
+# The expressions of openmm.app.internal.customgbforces, without spaces and without assignments of numbers. <name> is a
+# number.
 SPHERES = (
     "select(step(r+sr2-or1),0.5*(1/L-1/U+0.25*(r-sr2^2/r)*(1/(U^2)-1/(L^2))+0.5*log(L/U)/r),0);U=r+sr2;L=max(or1,D);D=abs(r-sr2)",
     {},
@@ -305,7 +306,7 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def read(expression: str, *templates: tuple[str, dict]) -> dict[str, float]:
-    """The constants of an expression (assigned and in the place of <name>), with the defaults of the template that it fits."""
+    """The constants of an expression (assigned and in place of <name>), with defaults of the template that fits."""
     formula, constants = [], {}
     for part in "".join(expression.split()).split(";"):
         name, _, value = part.partition("=")
