@@ -8,7 +8,8 @@ import torch
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.prior import mean_free
 from boltznce.flows.solvers import SolverSettings
-from boltznce.networks.distance import DistanceEnergy, DistanceVectorField, MolecularGeometry, bonded_quadruples
+from boltznce.networks.distance import DistanceEnergy, DistanceVectorField
+from boltznce.networks.geometry import MolecularGeometry, bonded_quadruples
 
 BONDS = [(0, 1), (1, 2), (1, 3), (1, 4), (4, 5)]
 N = 6

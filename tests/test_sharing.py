@@ -12,7 +12,7 @@ from boltznce.flows.solvers import SolverSettings
 from boltznce.methods import sharing
 from boltznce.methods.sharing import SharedModel
 from boltznce.networks.gvp import GVPVectorField
-from boltznce.networks.shared_distance import FAR, LARGEST, BoundVectorField, SharedDistanceEnergy, SharedDistanceVectorField, bonds_between
+from boltznce.networks.shared_distance import FAR, LARGEST, SharedDistanceEnergy, SharedDistanceVectorField, bonds_between
 from boltznce.systems.conformers import random_conformers
 
 
@@ -148,7 +148,7 @@ def test_prior_has_the_spread_of_the_rough_conformers(molecules, monkeypatch):
     silent = SharedDistanceVectorField(79, width=4, n_rounds=1, embedding_width=4)  # an untrained network is silent
     shared = SharedModel(silent, InterpolantFlow, {"length_scale": 0.16, "whiten": True})
     molecule = molecules[0]
-    monkeypatch.setattr(BoundVectorField, "calibrate", lambda self, positions_at: None)  # of the network, which has no part in it
+    monkeypatch.setattr(SharedDistanceVectorField, "calibrate", lambda self, positions_at: None)  # of the network, which has no part in it
     flow = shared.eval().of(molecule)
     rough = random_conformers(molecule.positions, molecule.bonds, 1024, torch.Generator().manual_seed(0))  # what it is calibrated on
     # what is left of the flow is its linear part, whose samples have the covariance that it was calibrated on

@@ -9,7 +9,7 @@ __all__ = ["BoxCoordinates"]
 
 
 class BoxCoordinates(nn.Module):
-    """The linear map between positions (batch, n, dim) in a box, where all of them live, and the cube (batch, n·dim)."""
+    """The linear map between positions (batch, n, dim) in a box, where all of them are, and the cube (batch, n·dim)."""
 
     def __init__(self, n_atoms: int, low: Sequence[float], high: Sequence[float]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""log q of a flow's own draws, with the gradient that it has at these fixed points, or with that along their path alone.
+"""log q of a flow's own draws, with the gradient that it has at these fixed points, or that along their path alone.
 
 A draw goes through the couplings from z to x, and a gradient of log q(x), in the weights at fixed x as well as in x at
 fixed weights, goes through their inverses: that is from z to x too. So what the draw has computed in each coupling

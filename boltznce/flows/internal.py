@@ -169,13 +169,13 @@ class InternalCoordinates(nn.Module):
         return bond, angle, dihedral(atom, a, b, c)
 
     def _coordinates(self, torsion: Tensor) -> Tensor:
-        """Dihedrals (..., n - 3) -> differences to siblings, on their branch -> a methyl's mean in place of its first."""
+        """Dihedrals (..., n - 3) -> differences to siblings, on their branch -> a methyl's mean for its first."""
         branch = self.branch.to(torsion)
         difference = torsion @ self.differences.to(torsion).T
         return (wrapped(difference - branch) + branch) @ self.means.to(torsion).T
 
     def _place(self, bond: Tensor, angle: Tensor, torsion: Tensor) -> Tensor:
-        """Positions from bonds, angles, dihedrals; the first atom at 0, the second on the x axis, the third at z = 0."""
+        """Positions from bonds, angles, dihedrals; the first at 0, the second on the x axis, the third at z = 0."""
         zero = torch.zeros_like(bond[:, 0])
         x2 = torch.stack([bond[:, 0], zero, zero], -1)
         x3 = x2 + bond[:, 1:2] * torch.stack([-angle[:, 0].cos(), angle[:, 0].sin(), zero], -1)

@@ -22,7 +22,7 @@ SOLVERS = ("dopri5", "heun", "rk4")
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` on the grid (k / steps) ** grid_power."""
+    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` at (k / steps) ** grid_power."""
 
     method: str = "dopri5"
     rtol: float = 1e-5

@@ -278,7 +278,7 @@ def random_masks(groups: dict[str, list[int]], n_pairs: int, generator: torch.Ge
 
 
 def hierarchical(groups: dict[str, list[int]], n_pairs: int, generator: torch.Generator) -> list[Split]:
-    """Torsions among themselves, angles given torsions, bonds given both: three, two and two times for ``n_pairs=8``."""
+    """Torsions among themselves, angles given torsions, bonds given both: three, two and two times if ``n_pairs=8``."""
     if set(groups) != {"bonds", "angles", "torsions"}:
         raise UserError("architecture=hierarchical is for the internal coordinates of molecules: choose random.")
     bonds, angles, torsions = groups["bonds"], groups["angles"], groups["torsions"]

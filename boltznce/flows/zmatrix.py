@@ -116,7 +116,7 @@ def longest_path(neighbours: Sequence[Sequence[int]], among: Collection[int]) ->
 
 
 def spanning_tree(neighbours: Sequence[Sequence[int]], backbone: Sequence[int]) -> tuple[list[int], dict[int, int]]:
-    """Atoms as they are placed, and the atom each hangs on: backbone, then breadth first, chains before single atoms."""
+    """Atoms as placed, and the atom each hangs on: backbone, then breadth first, chains before single atoms."""
     parent = dict(zip(backbone[1:], backbone, strict=False))
     order = list(backbone)
     queue = deque(backbone)

@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 def compile_forward(network: nn.Module, mode: str | bool = "auto") -> None:
     """Compile the network's forward pass in place: ``true``, ``false``, or ``auto``: where there is a GPU.
 
-    On a CPU the first call takes a minute or more. Other shapes than the first, and derivatives of another kind than training's, run
-    eagerly, so that no batch size sets off a recompilation.
+    On a CPU the first call takes a minute or more. Other shapes than the first, and derivatives of another kind than
+    training's, run eagerly, so that no batch size sets off a recompilation.
     """
     if wants_compiling(mode):
         network.forward = _OneShape(network.forward)
@@ -30,7 +30,8 @@ class _OneShape:
 
     def __call__(self, x: Tensor, t: Tensor, features: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         rest = (features,) if mask is None else (features, mask)
-        trains = torch.is_grad_enabled() and not x.requires_grad and torch._C._functorch.peek_interpreter_stack() is None
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        trains = torch.is_grad_enabled() and not x.requires_grad and not transformed
         if not trains or x.shape != (self.shape or x.shape):
             return self.eager(x, t, *rest)
         self.shape = x.shape

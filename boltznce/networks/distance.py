@@ -1,165 +1,34 @@
-"""Networks on the interatomic distances of one molecule: cheap, and sharp where likelihoods are made, in stiff bonds and angles.
+"""Networks on the interatomic distances of one molecule: cheap, and sharp where likelihoods are made, in bonds and
+angles.
 
-All n(n-1)/2 distances, and for chiral networks the signed volumes of bonded quadruples, standardized by their mean and spread at each
-noise level, feed a residual MLP. A vector field moves atoms along the gradients of these coordinates, so rotations and translations (and,
-unless chiral, mirror images) commute with it; an energy is invariant. Atoms are told apart: equal atoms are treated as equal only as
-far as the training data are symmetrized.
+All n(n-1)/2 distances, and for chiral networks the signed volumes of bonded quadruples, standardized by their mean and
+spread at each noise level, feed a residual MLP. A vector field moves atoms along the gradients of these coordinates, so
+rotations and translations (and, unless chiral, mirror images) commute with it; an energy is invariant. Every coordinate
+has rows of weights, which are parameters here and made from what the atoms are in `networks.shared_distance`. Atoms are
+told apart: equal ones are treated as equal only as far as the training data are symmetrized.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import combinations
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from boltznce.networks.geometry import MolecularGeometry, bonded_quadruples, soft_clip
 from boltznce.networks.mlp import ResidualBlocks, ResidualMLP, TimeEmbedding
 
-__all__ = ["DistanceEnergy", "DistanceVectorField", "MolecularGeometry", "bonded_quadruples"]
+__all__ = ["N_TIME", "DistanceEnergy", "DistanceVectorField", "EnergyTrunk", "VectorFieldTrunk"]
 
 N_TIME = 64
 
-
-def bonded_quadruples(bonds: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Chains of four bonded atoms (torsions), and each atom with every three of its neighbours (chirality, planarity)."""
-    neighbours: dict[int, set[int]] = {}
-    for i, j in bonds:
-        neighbours.setdefault(i, set()).add(j)
-        neighbours.setdefault(j, set()).add(i)
-    torsions = [(i, j, k, m) for j, k in bonds for i in sorted(neighbours[j] - {k}) for m in sorted(neighbours[k] - {j}) if i != m]
-    return torsions + [(i, *three) for i in sorted(neighbours) for three in combinations(sorted(neighbours[i]), 3)]
+Layer = Callable[[Tensor], Tensor]
 
 
-class MolecularGeometry(nn.Module):
-    """Distances of all pairs and signed volumes of some quadruples of n atoms, standardized at each time, and their gradients.
+class _OnGeometry(nn.Module, ABC):
+    """What networks with a ``geometry`` can do besides their forward pass."""
 
-    The signed volume of (i, j, k, m) is a·(b×c) with a = x_j - x_i, b = x_k - x_j, c = x_m - x_k; it changes sign in a mirror.
-    ``calibrate`` measures mean and spread on a grid of noise levels; between them they are interpolated.
-
-    Gradients are scaled to about one: a distance's is its connecting vector over the mean distance, and so on. With ``preconditioned``,
-    what they move atoms by, metric @ gradient, is about one spread of the prior: a far pair then pulls little and a bond, along which the
-    prior is narrow, much.
-    """
-
-    N_LEVELS = 65
-    EPSILON = 1e-6  # under the root of a distance, in squared network units
-
-    def __init__(self, n_atoms: int, quadruples: Sequence[tuple[int, int, int, int]] = (), preconditioned: bool = False) -> None:
-        super().__init__()
-        self.preconditioned = preconditioned
-        pairs = torch.triu_indices(n_atoms, n_atoms, 1).T
-        self.n_pairs, self.n_quadruples = len(pairs), len(quadruples)
-        self.n_values = self.n_pairs + self.n_quadruples
-        chains = torch.as_tensor(quadruples, dtype=torch.long).reshape(-1, 4)
-        edges = torch.cat([pairs] + [chains[:, k : k + 2] for k in range(3)])
-        # (atoms, edges): differences and sums over edges as matrix products, fast in every derivative
-        one_hot = nn.functional.one_hot(edges, n_atoms).float()
-        self.register_buffer("incidence", (one_hot[:, 1] - one_hot[:, 0]).T.contiguous(), persistent=False)
-        self.register_buffer("mean", torch.ones(self.N_LEVELS, self.n_values))
-        self.register_buffer("spread", torch.ones(self.N_LEVELS, self.n_values))
-        self.register_buffer("metric", torch.eye(n_atoms))  # covariance of the atoms in the prior, ⟨x_i·x_j⟩ / 3
-        self.register_buffer("steepness", torch.ones(self.N_LEVELS, self.n_values))
-
-    @property
-    def levels(self) -> Tensor:
-        """The grid of times, cubic so that it is fine near the data."""
-        return torch.linspace(0, 1, self.N_LEVELS, device=self.mean.device) ** 3
-
-    @torch.no_grad()
-    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
-        """Measure mean, spread and size of the gradients on ``positions_at(t)`` (batch, n, 3) for every t of the grid."""
-        prior = positions_at(1.0)
-        self.metric.copy_(torch.einsum("bid,bjd->ij", prior, prior) / (3 * len(prior)))
-        for k, t in enumerate(self.levels.tolist()):
-            values, parts = self.values(positions_at(t))
-            self.mean[k] = values.mean(dim=0)
-            self.spread[k] = values.std(dim=0).clamp_min(1e-3)
-            self.steepness[k] = self._size_of_gradients(parts) if self.preconditioned else self._mean_lengths(self.mean[k], parts)
-
-    def _mean_lengths(self, mean: Tensor, parts: list[Tensor]) -> Tensor:
-        areas = torch.stack(parts[1:]).square().sum(dim=-2).mean(dim=(0, 1)) if self.n_quadruples else mean.new_ones(0)
-        return torch.cat([mean[: self.n_pairs], areas.sqrt()])
-
-    def _size_of_gradients(self, parts: list[Tensor]) -> Tensor:
-        """√⟨∇value·(metric @ ∇value)⟩ over the batch, the gradients as `along_gradients` takes them before it scales them: (values,)."""
-        pairs, *chains = self.incidence.split([self.n_pairs, *[self.n_quadruples] * 3], dim=1)
-        squared = [parts[0].square().sum(dim=-2).mean(dim=0) * (pairs * (self.metric @ pairs)).sum(dim=0)]
-        if self.n_quadruples:
-            squared.append(
-                sum(
-                    (parts[1 + a] * parts[1 + b]).sum(dim=-2).mean(dim=0) * (chains[a] * (self.metric @ chains[b])).sum(dim=0)
-                    for a in range(3)
-                    for b in range(3)
-                )
-            )
-        return torch.cat(squared).clamp_min(1e-6).sqrt()
-
-    def values(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Values (batch, values) at ``x`` (batch, n, 3), and what `along_gradients` needs."""
-        vectors = x.transpose(-1, -2) @ self.incidence
-        pairs = vectors[..., : self.n_pairs]
-        distances = torch.sqrt(pairs.square().sum(dim=-2) + self.EPSILON)
-        if not self.n_quadruples:
-            return distances, [pairs]
-        a, b, c = vectors[..., self.n_pairs :].split(self.n_quadruples, dim=-1)
-        areas = [_cross(b, c), _cross(c, a), _cross(a, b)]
-        return torch.cat([distances, (a * areas[0]).sum(dim=-2)], dim=-1), [pairs, *areas]
-
-    def stiff_gradients(self, x: Tensor) -> Tensor:
-        """Gradients (batch, pairs, n, 3) of the distances over their spread in the data: long along what the data hold stiff."""
-        vectors = self.values(x)[1][0]
-        units = vectors * torch.rsqrt(vectors.square().sum(dim=-2, keepdim=True) + self.EPSILON) / self.spread[0, : self.n_pairs]
-        return torch.einsum("bcp,np->bpnc", units, self.incidence[:, : self.n_pairs])
-
-    def along_gradients(self, strengths: Tensor, parts: list[Tensor], steepness: Tensor) -> Tensor:
-        """Σ_k strength_k ∇value_k, each gradient scaled to about one: (batch, n, 3), mean-free."""
-        strengths = (strengths / steepness).unsqueeze(-2)
-        moved = [strengths[..., : self.n_pairs] * parts[0]] + [strengths[..., self.n_pairs :] * area for area in parts[1:]]
-        return (torch.cat(moved, dim=-1) @ self.incidence.T).transpose(-1, -2)
-
-    def bounded(self, total: Tensor, largest: float) -> Tensor:
-        """A covector (batch, n, 3), bent so that what it moves atoms by, metric @ total, stays below ``largest`` of the prior's spread."""
-        mean_square = (total * (self.metric @ total)).sum(dim=(-2, -1), keepdim=True) / (3 * len(self.metric))
-        return total * torch.rsqrt(1 + mean_square / largest**2)
-
-    def statistics(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, spread and steepness (batch, values) at times ``t`` (batch,)."""
-        place = t.clamp(0, 1) ** (1 / 3) * (self.N_LEVELS - 1)
-        low = place.floor().clamp(max=self.N_LEVELS - 2)
-        share = (place - low).unsqueeze(-1)
-        low = low.long()
-        return tuple(torch.lerp(table[low], table[low + 1], share) for table in (self.mean, self.spread, self.steepness))
-
-
-class DistanceVectorField(nn.Module):
-    """Σ_k f_k ∇z_k summed over rounds, z the standardized coordinates of an estimate of the noise-free molecule: (batch, n, 3).
-
-    The first round looks at x, each later one at where the sum so far would take it, standardized for half the noise. In a round,
-    f = a(t) + b(t) z + MLP(z, h, t), and the hidden state h is handed on.
-    """
-
-    def __init__(
-        self,
-        n_atoms: int,
-        width: int = 256,
-        n_rounds: int = 4,
-        n_blocks: int = 1,
-        bonds: Sequence[tuple[int, int]] = (),
-        chiral: bool = False,
-    ) -> None:
-        """``n_blocks``: residual blocks a round. ``chiral``: tell a molecule from its mirror image by signed volumes."""
-        super().__init__()
-        self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
-        n_values = self.geometry.n_values
-        self.time = TimeEmbedding(N_TIME)
-        self.inlets = nn.ModuleList(nn.Linear(n_values, width) for _ in range(n_rounds))
-        self.blocks = nn.ModuleList(ResidualBlocks(width, N_TIME, n_blocks) for _ in range(n_rounds))
-        self.outlets = nn.ModuleList(nn.Linear(width, n_values) for _ in range(n_rounds))
-        self.linear = nn.Linear(N_TIME, 2 * n_values * n_rounds)
-        self.shrink = nn.Linear(N_TIME, n_rounds)
-        # starts at zero: a network that moves atoms at random would be led astray from round to round
-        for layer in (self.linear, self.shrink, *self.outlets):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+    geometry: MolecularGeometry
+    tells_atoms_apart = True
 
     @property
     def parity_equivariant(self) -> bool:
@@ -174,19 +43,111 @@ class DistanceVectorField(nn.Module):
         """See `MolecularGeometry.stiff_gradients`."""
         return self.geometry.stiff_gradients(x)
 
+
+class VectorFieldTrunk(_OnGeometry):
+    """Σ_k f_k ∇z_k summed over rounds, z the standardized coordinates of an estimate of the noise-free molecule.
+
+    The first round looks at x, each later one at where the sum so far would take it, standardized for half the noise.
+    In a round, f = a(t) + b(t) z + MLP(z, h, t), and the hidden state h is handed on. Subclasses have the parts
+    ``time``, ``blocks`` (one a round) and ``shrink``.
+
+    ``largest`` bounds the sum after every round, see `MolecularGeometry.bounded`: gradients of distances grow with the
+    distance and those of volumes with its square, so that a flow along them can run away, and from round to round the
+    estimate, where the network was never trained.
+    """
+
+    largest: float | None = None
+
+    @abstractmethod
+    def rows(self, time: Tensor) -> Iterable[tuple[Layer, Layer, Tensor, Tensor]]:
+        """Of each round: the map from z (batch, n_values) to the hidden width, the one back, a and b, as z."""
+
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
+        """(batch, n, 3), mean-free, at positions x (batch, n, 3) and times t (batch,)."""
+        geometry, time, noise = self.geometry, self.time(t), t.reshape(-1, 1, 1)
+        rows, shrink = self.rows(time), self.shrink(time)
+        total, hidden = torch.zeros_like(x), 0.0
+        for k, (block, (inlet, outlet, a, b)) in enumerate(zip(self.blocks, rows, strict=True)):
+            estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (geometry.metric @ total) if k else x
+            mean, spread, steepness = geometry.statistics(t * 0.5**k)
+            values, parts = geometry.values(estimate)
+            z = soft_clip((values - mean) / spread)
+            hidden = block(hidden + inlet(z), time)
+            strengths = a + b * z + outlet(nn.functional.silu(hidden))
+            total = total + geometry.along_gradients(strengths, parts, steepness)
+            if self.largest is not None:
+                total = geometry.bounded(total, self.largest)
+        return total
+
+
+class EnergyTrunk(_OnGeometry):
+    """log q up to a constant: c(t) + Σ_k [a_k(t) z_k - b_k(t) z_k² / 2] + MLP(z, t), z the standardized coordinates.
+
+    Subclasses have the parts ``time`` and ``mlp``, of which all but the inlet is used here.
+    """
+
+    @abstractmethod
+    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
+        """The map from z (batch, n_values) to the hidden width, a and b (batch, n_values), and c (batch,)."""
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
+        """(batch,) at positions x (batch, n, 3) and times t (batch,)."""
+        mean, spread, _ = self.geometry.statistics(t)
+        z = soft_clip((self.geometry.values(x)[0] - mean) / spread, 10.0)
         time = self.time(t)
-        linear = self.linear(time).split(2 * self.geometry.n_values, dim=-1)
-        return rounds(self.geometry, x, t, time, self.shrink(time), self.inlets, self.blocks, self.outlets, linear)
+        inlet, a, b, c = self.rows(time)
+        well = (a * z - 0.5 * b * z.square()).sum(-1)
+        return well + (self.mlp.outlet(self.mlp.blocks(inlet(z), time)).squeeze(-1) + c)
 
 
-class DistanceEnergy(nn.Module):
-    """Log-likelihood up to a constant (batch,): c(t) + Σ_k [a_k(t) z_k - b_k(t) z_k² / 2] + MLP(z, t), z the standardized coordinates."""
+class DistanceVectorField(VectorFieldTrunk):
+    """The vector field of one molecule.
+
+    Args:
+        width, n_rounds, n_blocks: hidden width, rounds, and residual blocks a round.
+        bonds: pairs of bonded atoms.
+        chiral: tell a molecule from its mirror image by signed volumes.
+    """
 
     def __init__(
-        self, n_atoms: int, width: int = 384, n_blocks: int = 4, bonds: Sequence[tuple[int, int]] = (), chiral: bool = False
+        self,
+        n_atoms: int,
+        width: int = 256,
+        n_rounds: int = 4,
+        n_blocks: int = 1,
+        bonds: Sequence[tuple[int, int]] = (),
+        chiral: bool = False,
     ) -> None:
-        """``chiral``: tell a molecule from its mirror image; right for samples of a chiral flow only."""
+        super().__init__()
+        self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
+        n_values = self.geometry.n_values
+        self.time = TimeEmbedding(N_TIME)
+        self.inlets = nn.ModuleList(nn.Linear(n_values, width) for _ in range(n_rounds))
+        self.blocks = nn.ModuleList(ResidualBlocks(width, N_TIME, n_blocks) for _ in range(n_rounds))
+        self.outlets = nn.ModuleList(nn.Linear(width, n_values) for _ in range(n_rounds))
+        self.linear = nn.Linear(N_TIME, 2 * n_values * n_rounds)
+        self.shrink = nn.Linear(N_TIME, n_rounds)
+        # starts at zero: a network that moves atoms at random would be led astray from round to round
+        for layer in (self.linear, self.shrink, *self.outlets):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def rows(self, time: Tensor) -> Iterable[tuple[Layer, Layer, Tensor, Tensor]]:
+        a_and_b = self.linear(time).split(self.geometry.n_values, dim=-1)
+        return zip(self.inlets, self.outlets, a_and_b[::2], a_and_b[1::2], strict=True)
+
+
+class DistanceEnergy(EnergyTrunk):
+    """The energy of one molecule; arguments as of `DistanceVectorField`; ``chiral`` only for samples of a chiral flow."""
+
+    def __init__(
+        self,
+        n_atoms: int,
+        width: int = 384,
+        n_blocks: int = 4,
+        bonds: Sequence[tuple[int, int]] = (),
+        chiral: bool = False,
+    ) -> None:
         super().__init__()
         self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
         n_values = self.geometry.n_values
@@ -199,60 +160,7 @@ class DistanceEnergy(nn.Module):
             # the standardized coordinates over-count the 3n - 6 degrees of freedom
             self.quadratic.bias[n_values : 2 * n_values] = 3 * n_atoms / n_values
 
-    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
-        """See `MolecularGeometry.calibrate`."""
-        self.geometry.calibrate(positions_at)
-
-    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
-        mean, spread, _ = self.geometry.statistics(t)
-        z = soft_clip((self.geometry.values(x)[0] - mean) / spread, 10.0)
-        time = self.time(t)
+    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
         n = self.geometry.n_values
-        slope, stiffness, level = self.quadratic(time).split([n, n, 1], dim=-1)
-        return (slope * z - 0.5 * stiffness * z.square()).sum(-1) + (self.mlp(z, time) + level).squeeze(-1)
-
-
-def rounds(
-    geometry: MolecularGeometry,
-    x: Tensor,
-    t: Tensor,
-    time: Tensor,
-    shrink: Tensor,
-    inlets: Sequence[Callable[[Tensor], Tensor]],
-    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]],
-    outlets: Sequence[Callable[[Tensor], Tensor]],
-    linear: Sequence[Tensor],
-    largest: float | None = None,
-) -> Tensor:
-    """The sum over rounds of `DistanceVectorField`: (batch, n, 3).
-
-    ``time`` (batch, N_TIME), ``shrink`` (batch, n_rounds); of each round, ``linear`` (batch, 2 n_values) are the coefficients a and b, and
-    an inlet maps (batch, n_values) to the hidden width, an outlet back. ``largest`` bounds the sum after every round, see
-    `MolecularGeometry.bounded`: gradients of distances grow with the distance and those of volumes with its square, so that a flow along
-    them can run away, and from round to round the estimate, where the network was never trained.
-    """
-    noise = t.reshape(-1, 1, 1)
-    total, hidden = torch.zeros_like(x), 0.0
-    for k, (inlet, block, outlet) in enumerate(zip(inlets, blocks, outlets, strict=True)):
-        estimate = (1 + noise * shrink[:, k].reshape(-1, 1, 1)) * x - noise * (geometry.metric @ total) if k else x
-        mean, spread, steepness = geometry.statistics(t * 0.5**k)
-        values, parts = geometry.values(estimate)
-        z = soft_clip((values - mean) / spread)
-        hidden = block(hidden + inlet(z), time)
-        constant, slope = linear[k].chunk(2, dim=-1)
-        strengths = constant + slope * z + outlet(nn.functional.silu(hidden))
-        total = total + geometry.along_gradients(strengths, parts, steepness)
-        if largest is not None:
-            total = geometry.bounded(total, largest)
-    return total
-
-
-def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:
-    """``z`` bent to stay within ±``largest``, so that a molecule far from all data neither upsets later rounds nor gets a wild energy."""
-    return z * torch.rsqrt(1 + (z / largest).square())
-
-
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """Cross product along the second dimension from the end."""
-    (ax, ay, az), (bx, by, bz) = a.unbind(-2), b.unbind(-2)
-    return torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], dim=-2)
+        a, b, c = self.quadratic(time).split([n, n, 1], dim=-1)
+        return self.mlp.inlet, a, b, c.squeeze(-1)

@@ -1,7 +1,8 @@
 """Vector field of an E(n)-equivariant graph network (Satorras et al. 2021, arXiv 2102.09844) on all pairs of atoms.
 
-As transferable Boltzmann generators use it (Klein & Noé 2024, arXiv 2406.14426): attention on messages, bounded steps along normalized
-differences, and the velocity is where the atoms end less where they began. Tensors over pairs are (batch, target, source, ...).
+As transferable Boltzmann generators use it (Klein & Noé 2024, arXiv 2406.14426): attention on messages, bounded steps
+along normalized differences, and the velocity is where the atoms end less where they began. Tensors over pairs are
+(batch, target, source, ...).
 """
 
 import torch
@@ -15,7 +16,7 @@ NORM_FLOOR = 1e-8  # beside a squared distance under the root: an atom's distanc
 class Layer(nn.Module):
     """Messages m_ij = φ_m(h_i, h_j, d²_ij, d²_ij at the start) times their attention, of the sources j != i.
 
-    x_i += Σ_j (x_i - x_j) / (d_ij + 1) φ_x(m_ij), h_i += φ_h(h_i, Σ_j m_ij); the last layer has no φ_h, as nobody reads its features.
+    x_i += Σ_j (x_i - x_j) / (d_ij + 1) φ_x(m_ij), h_i += φ_h(h_i, Σ_j m_ij); the last layer needs no φ_h.
     """
 
     def __init__(self, width: int, longest_step: float, attention: bool, last: bool):
@@ -31,7 +32,7 @@ class Layer(nn.Module):
         self.update = None if last else nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, h: Tensor, x: Tensor, start: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """h (batch, n, width), x (batch, n, 3), squared distances at the start and ``others`` (1 where j counts for i): (…, n, n, 1)."""
+        """h (batch, n, width), x (batch, n, 3); squared distances at the start, ``others``, 1 if j counts (…, n, n, 1)."""
         difference = x.unsqueeze(2) - x.unsqueeze(1)
         squared = difference.square().sum(-1, keepdim=True)
         ends = self.target(h).unsqueeze(2) + self.source(h).unsqueeze(1)
@@ -47,7 +48,7 @@ class Layer(nn.Module):
 
 
 class EGNNVectorField(nn.Module):
-    """The vector field of transferable Boltzmann generators: O(3)-equivariant, translation-invariant, equivariant to permutations.
+    """The field of transferable Boltzmann generators: E(3)-equivariant, and equivariant to permutations.
 
     Args:
         n_features: width F of the atom features.
@@ -56,15 +57,18 @@ class EGNNVectorField(nn.Module):
         attention: whether each message is weighted by a learned number in (0, 1).
     """
 
-    def __init__(self, n_features: int, n_layers: int, width: int, coordinate_range: float = 15.0, attention: bool = True):
+    def __init__(
+        self, n_features: int, n_layers: int, width: int, coordinate_range: float = 15, attention: bool = True
+    ):
         super().__init__()
         self.embedding = nn.Linear(n_features + 1, width)
-        self.layers = nn.ModuleList(Layer(width, coordinate_range / n_layers, attention, last=i == n_layers - 1) for i in range(n_layers))
+        step = coordinate_range / n_layers
+        self.layers = nn.ModuleList(Layer(width, step, attention, last=i == n_layers - 1) for i in range(n_layers))
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,). It is not mean-free.
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, others have no effect.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
         """
         batch, n, _ = x.shape
         inputs = torch.cat([features.to(x).expand(batch, n, -1), t.reshape(batch, 1, 1).expand(batch, n, 1)], dim=-1)

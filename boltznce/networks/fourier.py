@@ -1,8 +1,9 @@
 """Energy and vector field of a particle in the plane on Fourier features that fade with the noise.
 
-Noise of size σ blurs a density's Fourier components by exp(-ω²σ²/2), so that is how much of a wave of frequency ω is shown to the network
-at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at every t from slow ones. A velocity turns
-sharply where the noised modes meet, although the density is smooth there: its waves fade later.
+Noise of size σ blurs a density's Fourier components by exp(-ω²σ²/2), so that is how much of a wave of frequency ω is
+shown to the network at time t. What is sharp (a cell's edge) is learned near t = 0 from fast waves, what is smooth at
+every t from slow ones. A velocity turns sharply where the noised modes meet, although the density is smooth there: its
+waves fade later.
 """
 
 import math
@@ -18,14 +19,14 @@ LATEST = 0.99  # later times count as this one: the ratio σ/α has a pole at t 
 
 
 class FadingWaves(nn.Module):
-    """Points (batch, 2) and times (batch,) -> (batch, n_features): x itself, and sines and cosines along some directions, faded.
+    """Points (batch, 2) and times (batch,) -> (batch, n_features): x and faded sines and cosines along some directions.
 
-    Frequencies are slowest · 2^k in rad per unit of x, k < n_octaves. The noise-to-signal ratio σ/α is taken as tan(πt/2), which is that of
-    the trigonometric interpolant and close to that of the linear one. ``fading`` multiplies the exponent: at 1 a wave fades as that
-    component of the density does.
+    Frequencies are slowest · 2^k in rad per unit of x, k < n_octaves. The noise-to-signal ratio σ/α is taken as
+    tan(πt/2), which is that of the trigonometric interpolant and close to that of the linear one. ``fading`` multiplies
+    the exponent: at 1 a wave fades as that component of the density does.
     """
 
-    def __init__(self, n_octaves: int, fading: float = 1.0, n_directions: int = 4, slowest: float = math.pi / 2) -> None:
+    def __init__(self, n_octaves: int, fading: float = 1, n_directions: int = 4, slowest: float = math.pi / 2) -> None:
         super().__init__()
         self.fading = fading
         angles = math.pi / n_directions * torch.arange(n_directions)
@@ -43,7 +44,7 @@ class FadingWaves(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """h <- h + silu(W h + time), on `FadingWaves`: (batch, 2), (batch,) -> (batch, n_out) and the time embedding (batch, n_time)."""
+    """h <- h + silu(W h + time) on `FadingWaves`: (batch, 2), (batch,) -> (batch, n_out), time embedding (batch, 64)."""
 
     def __init__(self, n_out: int, width: int, n_layers: int, n_octaves: int, fading: float) -> None:
         super().__init__()

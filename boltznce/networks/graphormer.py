@@ -1,4 +1,4 @@
-"""Energy network: a transformer over atoms whose attention is biased by interatomic distances (Graphormer, arXiv:2203.04810)."""
+"""Energy network: a transformer over atoms, attention biased by distances (Graphormer, arXiv:2203.04810)."""
 
 import math
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 __all__ = ["GraphormerEnergy"]
 
-# Å, added to each component of a difference vector: an atom's distance to itself then has a derivative, and energies are invariant
-# to rotations as far as distances may change by 2e-5 Å
+# Å, added to each component of a difference vector: an atom's distance to itself then has a derivative, and energies
+# are invariant to rotations as far as distances may change by 2e-5 Å
 DISTANCE_EPS = 1e-5
 WIDTH_EPS = 1e-5  # added to the width of a Gaussian
 
@@ -18,7 +18,7 @@ def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class PairKernels(nn.Module):
-    """Normalized Gaussians of an affine function of the distance, which is learned for each ordered pair of atom types."""
+    """Normalized Gaussians of an affine function of the distance, learned for each ordered pair of atom types."""
 
     def __init__(self, n_types: int, n_kernels: int):
         super().__init__()
@@ -29,7 +29,7 @@ class PairKernels(nn.Module):
         self.widths = nn.Parameter(3 * torch.rand(n_kernels))
 
     def forward(self, x: Tensor, types: Tensor) -> Tensor:
-        """(batch, n, n, n_kernels) of positions (batch, n, 3) and types (n,) or (batch, n); the second index is the one attended to."""
+        """(batch, n, n, n_kernels) of positions (batch, n, 3), types ([batch,] n); the second index is attended to."""
         distance = (x.unsqueeze(1) - x.unsqueeze(2) + DISTANCE_EPS).square().sum(-1).sqrt()
         pair = types.unsqueeze(-1) * self.n_types + types.unsqueeze(-2)
         width = self.widths.abs() + WIDTH_EPS
@@ -62,18 +62,26 @@ class Layer(nn.Module):
 
 
 class GraphormerEnergy(nn.Module):
-    """The EBM of BoltzNCE: log p_t(x) up to a constant, invariant to rigid motions, mirroring and permutations of atoms.
+    """The EBM of BoltzNCE: log p_t(x) up to a constant, invariant to rigid motions, mirroring and permutations.
 
     Args:
         n_features: width of the atom features.
-        n_types: the last this many features are a one-hot encoding of the atom's type, for which pairs have their own distance scales; the
-            atom's embedding is the sum over all its features. Default: all, the features are the types.
+        n_types: the last this many features are a one-hot encoding of the atom's type, for which pairs have their own
+            distance scales; the atom's embedding is the sum over all its features. Default: all, the features are the
+            types.
         n_layers, width, ffn_width, n_heads: the transformer; ``width`` is a multiple of ``n_heads``.
         n_kernels: Gaussians of a distance.
     """
 
     def __init__(
-        self, n_features: int, n_layers: int, width: int, ffn_width: int, n_heads: int, n_kernels: int, n_types: int | None = None
+        self,
+        n_features: int,
+        n_layers: int,
+        width: int,
+        ffn_width: int,
+        n_heads: int,
+        n_kernels: int,
+        n_types: int | None = None,
     ):
         super().__init__()
         self.n_types = n_types or n_features
@@ -89,7 +97,7 @@ class GraphormerEnergy(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Energy (batch,) at positions x (batch, n, 3) in scaled units and times t (batch,).
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, others have no effect.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
         """
         types = features[..., -self.n_types :].argmax(-1)
         kernels = self.kernels(x, types)

@@ -1,7 +1,8 @@
-"""Vector field of geometric vector perceptrons (Jing et al., ICLR 2021, arXiv:2009.01411) on all directed pairs of atoms.
+"""Vector field of geometric vector perceptrons (Jing et al. 2021, arXiv:2009.01411) on all directed pairs of atoms.
 
-Atoms carry scalar channels (batch, n, s) and vector channels (batch, n, 3, v); tensors over pairs are (batch, source, target, ...).
-Whatever a message takes from its source atom is linear up to the activation, so it is computed once an atom and then spread over the pairs.
+Atoms carry scalar channels (batch, n, s) and vector channels (batch, n, 3, v); tensors over pairs are (batch, source,
+target, ...). Whatever a message takes from its source atom is linear up to the activation, so it is computed once an
+atom and then spread over the pairs.
 """
 
 import torch
@@ -31,7 +32,7 @@ def normalize_vectors(v: Tensor) -> Tensor:
 
 
 class ScalarNorm(nn.Module):
-    """Layer normalization in elementary operations: the fused one has no forward-mode derivative under ``torch.compile``."""
+    """Layer normalization in plain operations: the fused one has no forward-mode derivative when compiled."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,7 +57,7 @@ class Swish(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """One geometric vector perceptron: scalars see the lengths of mixed vectors, vectors are to be gated by the new scalars."""
+    """One geometric vector perceptron: scalars see lengths of mixed vectors, the new scalars are to gate vectors."""
 
     def __init__(self, scalars_in: int, vectors_in: int, scalars_out: int, vectors_out: int, activation: nn.Module):
         super().__init__()
@@ -81,11 +82,14 @@ class Message(Perceptron):
         super().__init__(n_scalars + n_kernels, n_vectors + 1, n_scalars, n_vectors, Swish())
         self.n_scalars = n_scalars
 
-    def forward(self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scalars (batch, n, s) and vectors (batch, n, 3, v) received by each atom from the real ones, ``mask`` (batch, n) where given.
+    def forward(
+        self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars (batch, n, s), vectors (batch, n, 3, v) that atoms receive from real ones, ``mask`` (batch, n) if given.
 
-        The hidden vectors of a pair are H_j + w u_ij, of squared length |H_j|² + w² + 2w u_ij · H_j. The swish is written as
-        silu(βx) / β: β then scales small matrices, and a single fused operation is left on the tensor over pairs.
+        The hidden vectors of a pair are H_j + w u_ij, of squared length |H_j|² + w² + 2w u_ij · H_j. The swish is
+        written as silu(βx) / β: β then scales small matrices, and a single fused operation is left on the tensor over
+        pairs.
         """
         w, from_source = self.hidden.weight[:, 0], self.hidden.weight[:, 1:]
         hidden = nn.functional.linear(v, from_source)
@@ -104,11 +108,12 @@ class Message(Perceptron):
         gates = torch.sigmoid(nn.functional.linear(messages, self.gate.weight / beta, self.gate.bias)) * others
         along_pair = torch.einsum("bjic,bjid->bidc", gates, unit) * (self.vectors.weight @ w)
         from_self = messages.diagonal(dim1=1, dim2=2).mT
-        return (messages.sum(1) - from_self) / beta, torch.einsum("bjic,bjdc->bidc", gates, self.vectors(hidden)) + along_pair
+        vectors = torch.einsum("bjic,bjdc->bidc", gates, self.vectors(hidden)) + along_pair
+        return (messages.sum(1) - from_self) / beta, vectors
 
 
 class Layer(nn.Module):
-    """Messages, a node update, and (``moves``) a step of the positions that the next layer measures its distances on."""
+    """Messages, a node update, and (``moves``) a step of the positions that the next layer measures distances on."""
 
     def __init__(self, n_scalars: int, n_vectors: int, n_kernels: int, message_scale: float, moves: bool):
         super().__init__()
@@ -173,11 +178,12 @@ class GVPVectorField(nn.Module):
         self.register_buffer("centres", torch.linspace(0, cutoff, n_kernels), persistent=False)
         self.embedding = nn.Linear(n_features + 1, n_scalars)
         # the head does not see the positions, so the last layer has no reason to move them
-        self.layers = nn.ModuleList(Layer(n_scalars, n_vectors, n_kernels, message_scale, moves=i < n_layers - 1) for i in range(n_layers))
+        sizes = (n_scalars, n_vectors, n_kernels, message_scale)
+        self.layers = nn.ModuleList(Layer(*sizes, moves=i < n_layers - 1) for i in range(n_layers))
         self.head = Perceptron(n_scalars, n_vectors, n_scalars, 1, nn.SiLU())
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors (batch, source, target, 3) from target to source and radial functions (batch, source, target, n_kernels)."""
+        """Unit vectors from target to source and radial functions, (batch, source, target, 3 and n_kernels)."""
         difference = x.unsqueeze(2) - x.unsqueeze(1)
         distance = norm(difference, dim=-1).unsqueeze(-1) + DISTANCE_EPS
         return difference / distance, torch.exp(-((distance - self.centres) / self.kernel_width).square())
@@ -185,7 +191,7 @@ class GVPVectorField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,). It is not mean-free.
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, others have no effect.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
         """
         batch, n, _ = x.shape
         inputs = torch.cat([features.to(x).expand(batch, n, -1), t.reshape(batch, 1, 1).expand(batch, n, 1)], dim=-1)

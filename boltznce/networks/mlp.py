@@ -9,7 +9,7 @@ __all__ = ["MLPEnergy", "MLPVectorField", "ResidualBlocks", "ResidualMLP", "Time
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of t and, to tell times near the data apart, of log(t + 1e-3), then two layers: (batch,) -> (batch, width)."""
+    """Sines and cosines of t and, for times near 0, of log(t + 1e-3), then two layers: (batch,) -> (batch, width)."""
 
     def __init__(self, width: int = 64, n_frequencies: int = 8) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlocks(nn.Module):
-    """Pre-norm residual blocks, their normalized inputs scaled and shifted by the time embedding: (batch, width) -> (batch, width)."""
+    """Pre-norm residual blocks (batch, width), their normalized inputs scaled and shifted by the time embedding."""
 
     def __init__(self, width: int, n_time: int, n_blocks: int) -> None:
         super().__init__()
@@ -36,14 +36,15 @@ class ResidualBlocks(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        for first, second, modulation in zip(self.first, self.second, self.modulation(time).split(2 * self.width, dim=-1), strict=True):
+        modulations = self.modulation(time).split(2 * self.width, dim=-1)
+        for first, second, modulation in zip(self.first, self.second, modulations, strict=True):
             scale, shift = modulation.chunk(2, dim=-1)
             h = h + second(self.activation(first(standardize(h) * (1 + scale) + shift)))
         return h
 
 
 class ResidualMLP(nn.Module):
-    """`ResidualBlocks` between two linear layers, the last one small at first: (batch, n_in), (batch, n_time) -> (batch, n_out)."""
+    """`ResidualBlocks` between linear layers, the last small at first: (batch, n_in) and time -> (batch, n_out)."""
 
     def __init__(self, n_in: int, n_out: int, n_time: int, width: int, n_blocks: int) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class MLPVectorField(nn.Module):
 
 
 class MLPEnergy(nn.Module):
-    """Log-likelihood up to a constant (batch,) of particles without symmetry: a time-dependent quadratic well plus the MLP."""
+    """Log-likelihood up to a constant (batch,) of particles without symmetry: a quadratic well plus the MLP."""
 
     def __init__(self, n_atoms: int = 1, dim: int = 2, width: int = 256, n_blocks: int = 6) -> None:
         super().__init__()
@@ -85,6 +86,6 @@ class MLPEnergy(nn.Module):
 
 
 def standardize(h: Tensor) -> Tensor:
-    """Layer normalization without weights, in plain operations: forward-mode and double-backward derivatives compile."""
+    """Layer normalization without weights, in plain operations: forward-mode and double-backward compile."""
     h = h - h.mean(dim=-1, keepdim=True)
     return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-5)

@@ -40,7 +40,7 @@ EMPTY = "dropout.vector_dropout.dummy_param"  # a parameter of no elements in ev
 def load_published_vector_field(path: str | Path) -> GVPVectorField:
     """The GVP vector field of a published state dict (a ``.pt`` file), its sizes read off the shapes.
 
-    Lengths are Å for the alanine-dipeptide file, whose atoms are numbered with each methyl's carbon before its hydrogens.
+    Lengths are Å for the alanine-dipeptide file, whose methyls have their carbon before its hydrogens.
 
     Raises:
         UserError: the file is missing, is no plain state dict, or belongs to another architecture.

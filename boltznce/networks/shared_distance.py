@@ -1,27 +1,32 @@
-"""Distance networks that many molecules share: each molecule's first and last layers are made from what its atoms are.
+"""Distance networks that many molecules share: each molecule's rows of weights are made from what its atoms are.
 
-A network of `networks.distance` has a row of weights for every distance and signed volume of its one molecule. Here these rows are
-functions of an embedding of the distance, made from the features of its two atoms and the number of bonds between them (of the volume:
-from its four atoms), as hypernetworks make weights (Ha et al. 2017, arXiv 1609.09106). They are computed once a batch of one molecule,
-so that a conformer costs what it costs the network of one molecule. What lies between, and the dependence on time, is shared.
+A network of `networks.distance` has rows of weights for every distance and signed volume of its one molecule. Here they
+are functions of an embedding of the distance, made from the features of its two atoms and the number of bonds between
+them (of the volume: from its four atoms), as hypernetworks make weights (Ha et al. 2017, arXiv 1609.09106). They are
+computed once a batch of one molecule, so that a conformer costs what it costs the network of one molecule. What lies
+between, and the dependence on time, is shared.
 
-``bind`` makes the network of one molecule. It shares all parameters and has only its `MolecularGeometry` to itself, which wants
-calibrating on rough conformers of the molecule (`systems.conformers.random_conformers`), for which no simulation is needed.
+``bind`` makes the network of one molecule. It shares all parameters and has only its `MolecularGeometry` to itself,
+which wants calibrating on rough conformers of the molecule (`systems.conformers.random_conformers`), for which no
+simulation is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import networkx
 import torch
 from torch import Tensor, nn
 
-from boltznce.networks.distance import N_TIME, MolecularGeometry, bonded_quadruples, rounds, soft_clip
-from boltznce.networks.mlp import ResidualBlocks, TimeEmbedding, standardize
+from boltznce.modules import copy_with
+from boltznce.networks.distance import N_TIME, EnergyTrunk, Layer, VectorFieldTrunk
+from boltznce.networks.geometry import MolecularGeometry, bonded_quadruples
+from boltznce.networks.mlp import ResidualBlocks, ResidualMLP, TimeEmbedding, standardize
 
 __all__ = ["SharedDistanceEnergy", "SharedDistanceVectorField", "bonds_between"]
 
 FAR = 8  # so many bonds apart and more are one class
-LARGEST = 3.0  # mean velocity beyond the best linear one, in units of the prior's spread: a molecule never seen must not be led away
+LARGEST = 3.0  # mean velocity beyond the best linear one, in prior spreads: a molecule never seen must not be led away
 
 
 def bonds_between(bonds: Sequence[tuple[int, int]], n_atoms: int) -> Tensor:
@@ -36,14 +41,18 @@ def bonds_between(bonds: Sequence[tuple[int, int]], n_atoms: int) -> Tensor:
 
 
 class ValueEmbedding(nn.Module):
-    """Embeddings (n_values, width) of a molecule's distances, which do not depend on the order of their atoms, and signed volumes."""
+    """Embeddings (n_values, width) of distances, whatever the order of their atoms, and of signed volumes."""
 
     def __init__(self, n_features: int, width: int, chiral: bool) -> None:
         super().__init__()
         self.atoms = nn.Linear(n_features, width)
         self.separations = nn.Embedding(FAR + 1, width)
-        self.of_pair = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.of_quadruple = nn.Sequential(nn.Linear(5 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()) if chiral else None
+        self.of_pair = self._two_layers(3 * width, width)
+        self.of_quadruple = self._two_layers(5 * width, width) if chiral else None
+
+    @staticmethod
+    def _two_layers(n_in: int, width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, features: Tensor, separations: Tensor, quadruples: Tensor) -> Tensor:
         """features (n, F), separations (n, n), quadruples (n_quadruples, 4) -> (n_pairs + n_quadruples, width)."""
@@ -53,37 +62,44 @@ class ValueEmbedding(nn.Module):
         embedded = self.of_pair(pairs)
         if self.of_quadruple is None:
             return embedded
-        # tells torsions, whose ends are three bonds apart (less in small rings), from a centre with its neighbours, one bond apart
+        # tells torsions, with ends three bonds apart (less in small rings), from a centre and its neighbour, one apart
         ends = self.separations(separations[quadruples[:, 0], quadruples[:, 3]])
         return torch.cat([embedded, self.of_quadruple(torch.cat([atoms[quadruples].flatten(1), ends], dim=-1))])
 
 
-class _Bound(nn.Module):
-    """The network of one molecule; ``weights()`` are remade whenever a parameter has changed."""
+class _MadeRows(nn.Module):
+    """A network whose rows follow from ``features`` (n, F) and bonds of the molecule that it is bound to.
 
-    def __init__(self, shared: nn.Module, features: Tensor, bonds: Sequence[tuple[int, int]]) -> None:
+    Args:
+        n_features: width F of the atom features, which should tell all atoms of a molecule apart (encoding
+        ``numbered``).
+        embedding_width: of distances and volumes.
+        chiral: tell a molecule from its mirror image by signed volumes.
+    """
+
+    def __init__(self, n_features: int, embedding_width: int, chiral: bool) -> None:
         super().__init__()
-        quadruples = bonded_quadruples(bonds) if shared.chiral else ()
-        self.shared = shared
-        self.geometry = MolecularGeometry(len(features), quadruples, preconditioned=True)
-        self.register_buffer("features", features, persistent=False)
-        self.register_buffer("separations", bonds_between(bonds, len(features)), persistent=False)
-        self.register_buffer("quadruples", torch.as_tensor(quadruples, dtype=torch.long).reshape(-1, 4), persistent=False)
+        self.chiral = chiral
+        self.embedding = ValueEmbedding(n_features, embedding_width, chiral)
+        for name in ("features", "separations", "quadruples"):
+            self.register_buffer(name, None, persistent=False)
         self._kept: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None
 
-    def calibrate(self, positions_at: Callable[[float], Tensor]) -> None:
-        """See `MolecularGeometry.calibrate`."""
-        self.geometry.calibrate(positions_at)
-
-    @property
-    def parity_equivariant(self) -> bool:
-        """Whether v(-x) = -v(x), so that the flow makes molecules and mirror images alike."""
-        return not self.shared.chiral
+    def bind(self, features: Tensor, bonds: Sequence[tuple[int, int]]) -> Self:
+        """The network of one molecule: features (n, F) and pairs of bonded atoms."""
+        quadruples = bonded_quadruples(bonds) if self.chiral else ()
+        return copy_with(
+            self,
+            geometry=MolecularGeometry(len(features), quadruples, preconditioned=True),
+            features=features,
+            separations=bonds_between(bonds, len(features)),
+            quadruples=torch.as_tensor(quadruples, dtype=torch.long).reshape(-1, 4),
+        )
 
     def weights(self) -> tuple[Tensor, ...]:
-        """This molecule's rows of weights; kept between calls without gradients, for as long as the parameters stay as they are."""
-        versions = tuple(p._version for p in self.shared.parameters())
-        if not torch.is_grad_enabled() or not self.shared.training:
+        """The molecule's rows; kept between calls without gradients, as long as the parameters stay as they are."""
+        versions = tuple(p._version for p in self.parameters())
+        if not torch.is_grad_enabled() or not self.training:
             if self._kept is not None and self._kept[0] == versions:
                 return self._kept[1]
             if not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
@@ -92,26 +108,25 @@ class _Bound(nn.Module):
         return self._make()
 
     def _make(self) -> tuple[Tensor, ...]:
-        embedded = standardize(self.shared.embedding(self.features, self.separations, self.quadruples))
-        return self.shared.make_weights(embedded, len(self.features))
+        return self.make_weights(standardize(self.embedding(self.features, self.separations, self.quadruples)))
 
 
-class SharedDistanceVectorField(nn.Module):
-    """`DistanceVectorField` for many molecules.
+class SharedDistanceVectorField(_MadeRows, VectorFieldTrunk):
+    """`DistanceVectorField` for many molecules; arguments as there and of `_MadeRows`."""
 
-    Args:
-        n_features: width F of the atom features, which should tell all atoms of a molecule apart (encoding ``numbered``).
-        width, n_rounds, n_blocks: as of `DistanceVectorField`.
-        embedding_width: of distances and volumes.
-        chiral: tell a molecule from its mirror image by signed volumes.
-    """
+    largest = LARGEST
 
     def __init__(
-        self, n_features: int, width: int = 256, n_rounds: int = 4, n_blocks: int = 1, embedding_width: int = 128, chiral: bool = True
+        self,
+        n_features: int,
+        width: int = 256,
+        n_rounds: int = 4,
+        n_blocks: int = 1,
+        embedding_width: int = 128,
+        chiral: bool = True,
     ) -> None:
-        super().__init__()
-        self.chiral, self.width, self.n_rounds = chiral, width, n_rounds
-        self.embedding = ValueEmbedding(n_features, embedding_width, chiral)
+        super().__init__(n_features, embedding_width, chiral)
+        self.width = width
         self.time = TimeEmbedding(N_TIME)
         self.blocks = nn.ModuleList(ResidualBlocks(width, N_TIME, n_blocks) for _ in range(n_rounds))
         self.shrink = nn.Linear(N_TIME, n_rounds)
@@ -123,82 +138,55 @@ class SharedDistanceVectorField(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def bind(self, features: Tensor, bonds: Sequence[tuple[int, int]]) -> "BoundVectorField":
-        """The vector field of one molecule: features (n, F) and pairs of bonded atoms."""
-        return BoundVectorField(self, features, bonds)
-
-    def make_weights(self, embedded: Tensor, n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
+    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width)."""
         scale = len(embedded) ** -0.5
-        # weights made by a layer: without 1 / width a step of Adam would change them width times as strongly as it changes a layer's;
-        # and n_values pulls add up on 3 n_atoms coordinates
-        made = 3 * n_atoms / len(embedded) / embedded.shape[1]
+        # weights made by a layer: without 1 / width a step of Adam would change them width times as strongly as it
+        # changes a layer's; and n_values pulls add up on 3 n_atoms coordinates
+        made = 3 * len(self.features) / len(embedded) / embedded.shape[1]
         return scale * self.into(embedded), made * self.out(embedded), made * self.linear(embedded)
 
-
-class BoundVectorField(_Bound):
-    """The vector field of one molecule, (batch, n, 3); see `SharedDistanceVectorField`."""
-
-    def stiff_gradients(self, x: Tensor) -> Tensor:
-        """See `MolecularGeometry.stiff_gradients`."""
-        return self.geometry.stiff_gradients(x)
-
-    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
-        shared = self.shared
+    def rows(self, time: Tensor) -> Iterable[tuple[Layer, Layer, Tensor, Tensor]]:
         into, out, linear = self.weights()
-        time = shared.time(t)
-        inlets = [lambda z, w=w: z @ w for w in into.split(shared.width, dim=-1)]
-        outlets = [lambda h, w=w: h @ w.T for w in out.split(shared.width, dim=-1)]
-        extended = torch.cat([time, torch.ones_like(time[:, :1])], dim=-1)
-        coefficients = [
-            torch.cat([extended @ part.T for part in of_round.split(N_TIME + 1, dim=-1)], dim=-1)
-            for of_round in linear.split(2 * (N_TIME + 1), dim=-1)
-        ]
-        return rounds(self.geometry, x, t, time, shared.shrink(time), inlets, shared.blocks, outlets, coefficients, LARGEST)
+        a_and_b = _of_time(linear, time)
+        inlets = [lambda z, w=w: z @ w for w in into.split(self.width, dim=-1)]
+        outlets = [lambda h, w=w: h @ w.T for w in out.split(self.width, dim=-1)]
+        return zip(inlets, outlets, a_and_b[::2], a_and_b[1::2], strict=True)
 
 
-class SharedDistanceEnergy(nn.Module):
-    """`DistanceEnergy` for many molecules; arguments as of `SharedDistanceVectorField`."""
+class SharedDistanceEnergy(_MadeRows, EnergyTrunk):
+    """`DistanceEnergy` for many molecules; arguments as there and of `_MadeRows`."""
 
-    def __init__(self, n_features: int, width: int = 384, n_blocks: int = 4, embedding_width: int = 128, chiral: bool = True) -> None:
-        super().__init__()
-        self.chiral = chiral
-        self.embedding = ValueEmbedding(n_features, embedding_width, chiral)
+    def __init__(
+        self, n_features: int, width: int = 384, n_blocks: int = 4, embedding_width: int = 128, chiral: bool = True
+    ) -> None:
+        super().__init__(n_features, embedding_width, chiral)
         self.time = TimeEmbedding(N_TIME)
-        self.into = nn.Linear(embedding_width, width)
-        self.blocks = ResidualBlocks(width, N_TIME, n_blocks)
-        self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(width, 1))
+        self.mlp = ResidualMLP(embedding_width, 1, N_TIME, width, n_blocks)
         self.quadratic = nn.Linear(embedding_width, 2 * (N_TIME + 1))
         self.level = nn.Linear(N_TIME, embedding_width)
         for layer in (self.quadratic, self.level):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            self.outlet[1].weight.mul_(0.1)
-            self.outlet[1].bias.zero_()
 
-    def bind(self, features: Tensor, bonds: Sequence[tuple[int, int]]) -> "BoundEnergy":
-        """The energy of one molecule: features (n, F) and pairs of bonded atoms."""
-        return BoundEnergy(self, features, bonds)
-
-    def make_weights(self, embedded: Tensor, n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width), and the molecule's own embedding."""
+    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width), and the molecule's embedding."""
         made = 1 / embedded.shape[1]
-        return len(embedded) ** -0.5 * self.into(embedded), made * self.quadratic(embedded), made * embedded.mean(dim=0)
+        return (
+            len(embedded) ** -0.5 * self.mlp.inlet(embedded),
+            made * self.quadratic(embedded),
+            made * embedded.mean(0),
+        )
 
-
-class BoundEnergy(_Bound):
-    """Log-likelihood up to a constant (batch,) of one molecule; see `SharedDistanceEnergy`."""
-
-    def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
-        shared = self.shared
+    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
         into, quadratic, molecule = self.weights()
-        mean, spread, _ = self.geometry.statistics(t)
-        z = soft_clip((self.geometry.values(x)[0] - mean) / spread, 10.0)
-        time = shared.time(t)
-        extended = torch.cat([time, torch.ones_like(time[:, :1])], dim=-1)
-        slope, stiffness = (extended @ part.T for part in quadratic.split(N_TIME + 1, dim=-1))
+        a, b = _of_time(quadratic, time)
         # the standardized coordinates over-count the 3n - 6 degrees of freedom
-        stiffness = stiffness + 3 * len(self.features) / self.geometry.n_values
-        hidden = shared.outlet(shared.blocks(z @ into, time)).squeeze(-1)
-        return (slope * z - 0.5 * stiffness * z.square()).sum(-1) + hidden + shared.level(time) @ molecule
+        b = b + 3 * len(self.features) / self.geometry.n_values
+        return lambda z: z @ into, a, b, self.level(time) @ molecule
+
+
+def _of_time(rows: Tensor, time: Tensor) -> list[Tensor]:
+    """Linear functions (batch, n_values) of the time embedding with made rows (n_values, k (N_TIME + 1)): k of them."""
+    extended = torch.cat([time, torch.ones_like(time[:, :1])], dim=-1)
+    return [extended @ part.T for part in rows.split(N_TIME + 1, dim=-1)]
