@@ -73,15 +73,11 @@ def _steps(work: Workspace) -> list[dict]:
 
 def marginals(f: Findings) -> Part:
     """Densities of every pair of torsions."""
-    panels = {} if f.data is None else {f.data_name: (f.data.frames, f.data.frames.log_weights)}
-    panels |= {"flow": (f.samples, None), "flow, weighted": (f.samples, f.samples.log_weights)}
-    figures = {}
+    frames, figures = f.data and f.data.frames, {}
     for view in f.views:
         if view.periodic:
-            points = {
-                label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()
-            }
-            figures[view.figure.replace("ramachandran", "marginals")] = plotting.plot_marginals(points, view.symbols)
+            name = view.figure.replace("ramachandran", "marginals")
+            figures[name] = plotting.plot_marginals(f.panels(view.points, frames), view.symbols)
     return Part({}, figures)
 
 
@@ -146,7 +142,7 @@ def temperatures(f: Findings) -> Part:
     points = {_short(f.system, t): (view.points(samples.positions), None) for t, samples in f.flows}
     points[final], zero = (view.points(f.samples.positions), None), final
     if f.data is not None:
-        zero = f"{view.data}, {_short(f.system)}"
+        zero = f"{f.data_name}, {_short(f.system)}"
         points[zero] = (view.points(f.data.frames.positions), f.data.frames.log_weights)
     return Part({}, {"temperatures": view.draw(points, n_bins=48, zero_of=zero)})
 
