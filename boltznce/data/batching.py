@@ -54,7 +54,7 @@ class Batches:
         if not 0 <= self.max_padding < 1:
             raise UserError(f"max_padding must be in [0, 1), not {self.max_padding}.")
         if self.steps_per_epoch == 0:
-            raise UserError(f"Lower batch_size or raise max_padding: no group has {self.batch_size} frames.")
+            raise UserError(f"No group has {self.batch_size} frames: lower batch_size or raise max_padding.")
 
     @property
     def buckets(self) -> list[list[int]]:
