@@ -25,6 +25,7 @@ def main(config: DictConfig) -> None:
     for name, dataset in datasets.items():
         print(f"{len(dataset)} frames of {name} in {folder}")
     if config.reference:
+        dataset = datasets[system.name]
         result = umbrella_result(dataset, **({"state": system.state.interval} if system.state else {}))
         command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
         output = Path(config.output) if config.output else REFERENCE_FOLDER / f"{system.name}.json"
