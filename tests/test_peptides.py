@@ -17,9 +17,8 @@ from boltznce.config import build, compose
 from boltznce.systems.molecular import read_structure
 from boltznce.systems.peptides import LETTERS, build_peptide, parse_sequence
 
-PAIRS = [
-    first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)
-]  # every residue at either end
+# every residue at either end
+PAIRS = [first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)]
 ALL = f"ACE-{LETTERS}-NME"
 CHARGES = {"D": -1, "E": -1, "K": 1, "R": 1}
 HEAVY_ATOMS = dict(

@@ -320,9 +320,8 @@ def test_mbar_weights_are_the_exact_ones(cut):
     w = np.exp(ring.log_weights(toy.dihedral, toy.window, f))
     for function in (np.cos, np.sin):
         expected = np.trapezoid(function(toy.grid) * np.exp(toy.log_p(toy.grid)), toy.grid) / toy.mass(-np.pi, np.pi)
-        assert (w * function(toy.dihedral)).sum() / w.sum() == pytest.approx(
-            expected, abs=0.1
-        )  # standard deviation over independent samples: 0.02 to 0.03
+        # standard deviation over independent samples: 0.02 to 0.03
+        assert (w * function(toy.dihedral)).sum() / w.sum() == pytest.approx(expected, abs=0.1)
 
 
 def test_window_centres_are_even_on_the_circle():

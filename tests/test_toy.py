@@ -52,7 +52,9 @@ def test_mixtures_are_their_own_densities(systems, name):
 
 def test_a_gaussian_at_another_temperature_is_a_gaussian():
     """p^(1/T) has the variance T σ²."""
-    system = GaussianMixture("one", [[0.3, -0.2]], 0.5, [[-5, 5], [-5, 5]], ["x", [0.3, math.inf]]).at_temperature(2.0)
+    system = GaussianMixture(
+        name="one", means=[[0.3, -0.2]], std=0.5, box=[[-5, 5], [-5, 5]], state=["x", [0.3, math.inf]]
+    ).at_temperature(2.0)
     x = torch.randn(200, 1, 2, dtype=torch.float64, generator=generator())
     squares = (x[:, 0] - torch.tensor([0.3, -0.2], dtype=torch.float64)).square().sum(-1)
     torch.testing.assert_close(
@@ -117,14 +119,15 @@ def test_the_reference_is_what_draws_give(systems, name):
 def test_known_free_energies(systems):
     delta_f = {name: system.reference()["delta_f"]["value"] for name, system in systems.items()}
     assert delta_f["gaussians8"] == pytest.approx(0.0, abs=1e-9)  # by symmetry
-    assert delta_f["gaussians8_unequal"] == pytest.approx(
-        math.log(0.74 / 0.26), abs=1e-3
-    )  # up to the overlap of neighbours
+    # up to the overlap of neighbours
+    assert delta_f["gaussians8_unequal"] == pytest.approx(math.log(0.74 / 0.26), abs=1e-3)
     assert delta_f["checkerboard"] == pytest.approx(math.log(1.5), abs=1e-9)  # 20 of 50 cells
     np.testing.assert_allclose(
         systems["gaussians8_unequal"].mode_weights, [0.02, 0.05, 0.08, 0.11, 0.13, 0.15, 0.18, 0.28], atol=2e-4
     )
-    well = DoubleWell("even", 5.0, 0.0, 4.0, [[-2, 2], [-2, 2]], ["x", [0, math.inf]])
+    well = DoubleWell(
+        name="even", barrier=5.0, tilt=0.0, stiffness=4.0, box=[[-2, 2], [-2, 2]], state=["x", [0, math.inf]]
+    )
     assert well.reference()["delta_f"]["value"] == pytest.approx(0.0, abs=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Microseconds a conformer for the energy and for energy and forces: the batched torch energy and OpenMM in the same run."""
+"""Microseconds a conformer for the energy and for energy and forces: batched torch energy and OpenMM in one run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,8 +39,8 @@ def measure_energy(
 
     Args:
         molecules: label -> keywords of ``load_system``; its name under ``system``.
-        backends: of ``torch``, ``torch, compiled`` and ``openmm`` (the Reference platform, in processes on all cores for batches that
-            are worth it).
+        backends: of ``torch``, ``torch, compiled`` and ``openmm`` (the Reference platform, in processes on all cores
+            for batches that are worth it).
 
     Raises UserError for an unknown backend.
     """
@@ -60,7 +60,8 @@ def measure_energy(
                     for kind in KINDS:
                         timing = time_call(lambda: _evaluate(system, x, kind), min_seconds)  # noqa: B023 (called at once)
                         rows.append(
-                            {"molecule": label, "n_atoms": system.n_atoms, "backend": backend, "batch_size": size, "kind": kind}
+                            {"molecule": label, "n_atoms": system.n_atoms, "backend": backend}
+                            | {"batch_size": size, "kind": kind}
                             | timing.per(size)
                         )
                     bar.update()
@@ -81,7 +82,7 @@ def _evaluate(system, x: Tensor, kind: str) -> Tensor:
 
 
 def energy_table(rows: Sequence[Mapping]) -> str:
-    """Markdown: a line for each molecule, batch size and kind, a column for each backend, and OpenMM's time over the best of the others."""
+    """Markdown: lines for molecules, batch sizes and kinds, columns for backends and OpenMM over the best other."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     cells = {(r["molecule"], r["batch_size"], r["kind"], r["backend"]): r for r in rows}
     lines = [
@@ -99,7 +100,7 @@ def energy_table(rows: Sequence[Mapping]) -> str:
 
 
 def _growth(rows: Sequence[Mapping]) -> list[str]:
-    """How the largest batch's time grows with the number of atoms, as the exponent of a straight line through logarithms."""
+    """How the largest batch's time grows with the number of atoms: the exponent, from a line through logarithms."""
     size = max(row["batch_size"] for row in rows)
     lines = []
     for backend, kind in dict.fromkeys((row["backend"], row["kind"]) for row in rows):

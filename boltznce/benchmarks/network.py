@@ -1,4 +1,4 @@
-"""Milliseconds a step of the networks for many molecules: padded batches of unlike molecules against batches of equal sizes."""
+"""Milliseconds a step of networks for many molecules: padded batches of unlike ones against batches of equal sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.plotting import plot_energy_cost
 from boltznce.benchmarks.timing import time_call
-from boltznce.config import load_system
+from boltznce.config import build, load_system
 from boltznce.data.batching import Batches
 from boltznce.ebm import EnergyBasedModel
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.molecules import Molecules
-from boltznce.networks.build import build_network
 
 __all__ = ["measure_network", "network_figure", "network_table"]
 
@@ -34,15 +33,15 @@ def measure_network(
     min_seconds: float = 1.0,
     seed: int = 0,
 ) -> list[dict]:
-    """One row a network and kind: ms a step on a padded batch, what the same rows cost in batches of equal sizes, and the padding's cost.
+    """One row a network and kind: ms a step on padded batches and on the same rows in batches of equal sizes.
 
     Args:
-        family: ``system``, the name of a family of peptides, and settings in place of its own; its training peptides are measured, all in
-            as many frames.
-        networks: label -> config of a network. One whose label begins with ``ebm`` is trained as an energy, the others as vector fields.
-        max_padding: largest share of a row that is padding, see `Batches`; the batches of one epoch are measured in turn.
+        family: ``system``, the name of a family of peptides, and settings in place of its own; its training peptides
+            are measured, all in as many frames.
+        networks: label -> config of a network. Those with a label ``ebm...`` are energies, the others vector fields.
+        max_padding: largest share of padding in a row, see `Batches`; the batches of one epoch are measured in turn.
 
-    What equal sizes cost is the mean over the rows of the padded batches of the time that a batch of one such molecule alone takes a row.
+    What equal sizes cost is the mean, over rows of padded batches, of what a row of a batch of that molecule takes.
     """
     peptides = load_system(family["system"], **{key: value for key, value in family.items() if key != "system"})
     members = peptides.members("train")
@@ -57,7 +56,7 @@ def measure_network(
     with tqdm(total=len(networks) * len(KINDS), desc="network", unit="case") as bar:
         for label, settings in networks.items():
             torch.manual_seed(seed)
-            network = build_network(settings, n_features=peptides.n_features).to(device)
+            network = build(settings, nn.Module, {"n_features": peptides.n_features}).to(device)
             calls = _calls(network, label.startswith("ebm"), max(examples), generator)
             for kind in KINDS:
                 equal = {}
@@ -89,7 +88,8 @@ def measure_network(
 
 
 def _calls(network: nn.Module, is_energy: bool, largest: int, generator: torch.Generator) -> dict[str, Callable]:
-    model = (EnergyBasedModel if is_energy else InterpolantFlow)(network, largest, 3, length_scale=0.1).to(generator.device)
+    model = (EnergyBasedModel if is_energy else InterpolantFlow)(network, largest, length_scale=0.1)
+    model.to(generator.device)
 
     def forward(x: torch.Tensor, molecules: Molecules) -> None:
         with torch.no_grad():
@@ -107,15 +107,16 @@ def network_table(rows: Sequence[Mapping]) -> str:
     """Markdown: a line for each network and kind."""
     lines = ["| network | parameters | what | padded (ms) | equal sizes (ms) | cost of padding |", "|---" * 6 + "|"]
     for r in rows:
-        cells = [r["network"], f"{r['n_parameters']:,}", r["kind"], f"{r['padded_ms']:.1f}", f"{r['equal_ms']:.1f}", f"{r['cost']:+.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        times = f"{r['padded_ms']:.1f} | {r['equal_ms']:.1f} | {r['cost']:+.1%}"
+        lines.append(f"| {r['network']} | {r['n_parameters']:,} | {r['kind']} | {times} |")
     return "\n".join([*lines, "", f"Batches of {rows[0]['batch_size']}, {rows[0]['padding']:.1%} of them padding."])
 
 
 def network_figure(rows: Sequence[Mapping]) -> Figure:
-    """µs a sample over the number of atoms, for batches of equal sizes: a panel for each kind, a line for each network."""
+    """µs a sample over the number of atoms, for batches of equal sizes: panels for kinds, lines for networks."""
     points = [
-        {"molecule": n, "n_atoms": int(n), "backend": row["network"], "kind": row["kind"], "batch_size": row["batch_size"]}
+        {"molecule": n, "n_atoms": int(n), "backend": row["network"]}
+        | {key: row[key] for key in ("kind", "batch_size")}
         | dict.fromkeys(("median", "low", "high"), 1e3 * ms / row["batch_size"])
         for row in rows
         for n, ms in row["by_size"].items()

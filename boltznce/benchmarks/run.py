@@ -39,7 +39,8 @@ def run_benchmark(config: DictConfig) -> str:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     machine = machine_description(device)
-    text = f"{table(rows)}\n\nMeasured on {date.today()}: {', '.join(f'{key} {value}' for key, value in machine.items())}.\n"
+    where = ", ".join(f"{key} {value}" for key, value in machine.items())
+    text = f"{table(rows)}\n\nMeasured on {date.today()}: {where}.\n"
     with atomic_file(folder / f"{config.what}.json") as path:
         path.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1))
     with atomic_file(folder / f"{config.what}.md") as path:
@@ -51,7 +52,8 @@ def run_benchmark(config: DictConfig) -> str:
 def machine_description(device: torch.device) -> dict[str, str | int]:
     """What a number must be read with: processor or GPU, threads, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads()} | versions
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Microseconds a sample of the spline flow on a molecule's internal coordinates: draws, likelihoods and steps of training."""
+"""Microseconds a sample of the spline flow on internal coordinates: draws, likelihoods and steps of training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,9 +46,11 @@ def measure_spline(
                 for mode in modes:
                     torch.manual_seed(seed)
                     flow = SplineFlow(coordinates, **settings, compile=mode == "compiled").to(device)
-                    for kind, call in _calls(flow, system, batch_size, torch.Generator(device).manual_seed(seed)).items():
-                        case = {"molecule": name, "n_atoms": system.n_atoms, "flow": label, "backend": mode, "kind": kind}
-                        rows.append(case | {"batch_size": batch_size} | time_call(call, min_seconds).per(batch_size))
+                    generator = torch.Generator(device).manual_seed(seed)
+                    case = {"molecule": name, "n_atoms": system.n_atoms, "flow": label, "backend": mode}
+                    for kind, call in _calls(flow, system, batch_size, generator).items():
+                        timing = time_call(call, min_seconds).per(batch_size)
+                        rows.append(case | {"kind": kind, "batch_size": batch_size} | timing)
                     bar.update()
     return rows
 
@@ -77,8 +79,10 @@ def _calls(flow: SplineFlow, system: System, n: int, generator: torch.Generator)
         flow.zero_grad()
         path_kl(log_q, system.energy(x))["loss"].backward()
 
-    calls = (lambda: flow.sample(n, generator, batch_size=n), likelihood, reverse_kl_step, log_variance_step, path_kl_step)
-    return dict(zip(KINDS, calls, strict=True))
+    def draw() -> None:
+        flow.sample(n, generator, batch_size=n)
+
+    return dict(zip(KINDS, (draw, likelihood, reverse_kl_step, log_variance_step, path_kl_step), strict=True))
 
 
 def spline_table(rows: Sequence[Mapping]) -> str:

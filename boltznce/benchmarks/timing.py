@@ -21,11 +21,12 @@ class Timing:
 
     def per(self, n: int) -> dict[str, float]:
         """Microseconds for each of ``n`` things done in a call."""
-        return {"median": 1e6 * self.median / n, "low": 1e6 * self.low / n, "high": 1e6 * self.high / n, "repeats": self.repeats}
+        seconds = {"median": self.median, "low": self.low, "high": self.high}
+        return {name: 1e6 * value / n for name, value in seconds.items()} | {"repeats": self.repeats}
 
 
 def time_call(call: Callable[[], object], min_seconds: float = 1.0, min_repeats: int = 3) -> Timing:
-    """Repeat ``call`` for at least ``min_seconds`` and ``min_repeats`` times; the first call (compilation, caches) is not counted."""
+    """Repeat ``call`` for at least ``min_seconds`` and ``min_repeats`` times; the first call does not count."""
     call()
     _synchronize()
     seconds = []

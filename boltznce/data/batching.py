@@ -44,9 +44,8 @@ class Batches:
     seed: int
     per_molecule: int = 1
     max_padding: float = 0.2
-    _cache: dict = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # the epoch that was last asked for
+    # the epoch that was last asked for
+    _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for k, (x, features) in enumerate(zip(self.positions, self.features, strict=True)):
@@ -55,9 +54,7 @@ class Batches:
         if not 0 <= self.max_padding < 1:
             raise UserError(f"max_padding must be in [0, 1), not {self.max_padding}.")
         if self.steps_per_epoch == 0:
-            raise UserError(
-                f"No group of similar molecules has {self.batch_size} frames: lower batch_size or raise max_padding."
-            )
+            raise UserError(f"Lower batch_size or raise max_padding: no group has {self.batch_size} frames.")
 
     @property
     def buckets(self) -> list[list[int]]:

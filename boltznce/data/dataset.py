@@ -139,9 +139,7 @@ class Dataset:
         taken from their later side, so that frames on either side have little memory of each other.
         """
         if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
-            raise UserError(
-                f"The shares {train}, {validation}, {test} of a split must sum to 1 and exceed the gap {gap}."
-            )
+            raise UserError(f"Shares {train}, {validation}, {test} of a split must sum to 1 and exceed gap={gap}.")
         edges = self.time[0] + (self.time[-1] - self.time[0]) * np.cumsum([0.0, train, validation, test])
         edges[-1] = np.inf
         skip = gap * (self.time[-1] - self.time[0])

@@ -25,6 +25,7 @@ from boltznce.units import GAS_CONSTANT
 __all__ = [
     "Job",
     "Sampler",
+    "Tick",
     "Unstable",
     "dihedral_angle",
     "frame_dtype",
@@ -38,6 +39,7 @@ __all__ = [
 
 LOCK_PATIENCE = 30.0  # s
 PROGRESS_INTERVAL = 1.0  # s
+Tick = Callable[[float], None]  # told the picoseconds that have passed
 SAMPLERS = {
     "umbrella": "boltznce.data.umbrella:UmbrellaSampler",
     "replica_exchange": "boltznce.data.replica_exchange:ReplicaExchangeSampler",
@@ -128,16 +130,11 @@ class Sampler(Protocol):
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
 
-    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+    def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Positions and velocities from which sampling starts."""
 
     def advance(
-        self,
-        positions: np.ndarray,
-        velocities: np.ndarray,
-        segment: int,
-        rng: np.random.Generator,
-        tick: Callable[[float], None],
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
         """Move all walkers on by one segment, in place; return the frames (an array of ``frame_dtype``)."""
 
@@ -230,7 +227,7 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
             _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started)
 
 
-def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Callable[[float], None]:
+def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Tick:
     """A ``tick`` that asks whether to go on and tells the progress, about once a second."""
     told = -PROGRESS_INTERVAL
 

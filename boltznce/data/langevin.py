@@ -1,11 +1,9 @@
 """Plain Langevin dynamics: independent walkers, no bias."""
 
-from collections.abc import Callable
-
 import numpy as np
 import openmm
 
-from boltznce.data.engine import Job, dihedral_angle, frame_dtype
+from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype
 from boltznce.data.walkers import make_walkers
 
 __all__ = ["LangevinSampler"]
@@ -19,7 +17,7 @@ class LangevinSampler:
         self.n_walkers = job.options.get("n_walkers", 1)
         self.walkers = make_walkers(job, system, np.full(self.n_walkers, job.temperature))
 
-    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+    def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Minimize, give thermal velocities, run for the equilibration time."""
         self.walkers.reseed(rng)
         positions, velocities = np.empty((2, self.n_walkers, *self.start.shape))
@@ -31,12 +29,7 @@ class LangevinSampler:
         return positions, velocities
 
     def advance(
-        self,
-        positions: np.ndarray,
-        velocities: np.ndarray,
-        segment: int,
-        rng: np.random.Generator,
-        tick: Callable[[float], None],
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
         """One segment of each trajectory; frames ordered by time, then walker, whose number stands for the window."""
         self.walkers.reseed(rng)

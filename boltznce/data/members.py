@@ -96,14 +96,11 @@ def _simulate(
     test: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Dataset]:
-    defaults = {"method": "umbrella"} | dict(system.simulation)
-    settings = defaults | settings | ({"method": method} if method else {})
+    settings = {"method": "umbrella", **system.simulation, **settings, **({"method": method} if method else {})}
     trained = [*system.members("train"), *system.members("validation")]
-    plans = {
-        member.name: plan(
-            member, _place(system, member, folder), **(settings if member in trained else settings | dict(test or {}))
-        )
-        for member in members
-    }
+    plans = {}
+    for member in members:
+        more = {} if member in trained else test or {}
+        plans[member.name] = plan(member, _place(system, member, folder), **{**settings, **more})
     run_plans(list(plans.values()), n_processes, f"{settings['method']} {system.name}", progress)
     return {name: each.finish() for name, each in plans.items()}

@@ -62,13 +62,9 @@ def load_reference(path: Path) -> dict:
     try:
         return _validate(json.loads(Path(path).read_text()), path)
     except FileNotFoundError as error:
-        raise UserError(
-            f"There is no reference file {path}: make it with scripts/simulate.py reference=true."
-        ) from error
+        raise UserError(f"There is no reference {path}: make it with scripts/simulate.py reference=true.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a reference file: make it anew with scripts/simulate.py reference=true."
-        ) from error
+        raise UserError(f"{path} is no reference file: make it with scripts/simulate.py reference=true.") from error
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -86,7 +82,5 @@ def _validate(reference: dict, source: object) -> dict:
             "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
         )
     if fault:
-        raise UserError(
-            f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true, perhaps longer."
-        )
+        raise UserError(f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true.")
     return reference

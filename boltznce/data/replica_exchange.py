@@ -1,11 +1,9 @@
 """Replica exchange in temperature (Sugita and Okamoto, Chem. Phys. Lett. 314, 141 (1999)); keeps the coldest frames."""
 
-from collections.abc import Callable
-
 import numpy as np
 import openmm
 
-from boltznce.data.engine import Job, dihedral_angle, frame_dtype
+from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype
 from boltznce.data.walkers import make_walkers
 
 __all__ = ["ReplicaExchangeSampler", "temperature_ladder"]
@@ -32,7 +30,7 @@ class ReplicaExchangeSampler:
         self.interval = job.options["exchange_interval"]
         self.walkers = make_walkers(job, system, self.temperatures)
 
-    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+    def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Every replica from the minimized structure, then with exchange for the equilibration time."""
         self.walkers.reseed(rng)
         positions, velocities = np.empty((2, len(self.temperatures), *self.start.shape))
@@ -43,12 +41,7 @@ class ReplicaExchangeSampler:
         return positions, velocities
 
     def advance(
-        self,
-        positions: np.ndarray,
-        velocities: np.ndarray,
-        segment: int,
-        rng: np.random.Generator,
-        tick: Callable[[float], None],
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
         """One segment; frames of the lowest temperature, by time, then ladder; energies in kT of that temperature."""
         self.walkers.reseed(rng)

@@ -349,9 +349,7 @@ def _raise_for(status: int, folder: Path) -> None:
     message = (folder / "log").read_text().strip()
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
-    raise RuntimeError(
-        f"The simulation in {folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}"
-    )
+    raise RuntimeError(f"{folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}")
 
 
 def _check(jobs: list[Job]) -> None:

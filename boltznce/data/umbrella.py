@@ -6,13 +6,12 @@ Phys. 129, 124105 (2008)).
 
 import dataclasses
 import logging
-from collections.abc import Callable
 
 import numpy as np
 import openmm
 from scipy.special import logsumexp
 
-from boltznce.data.engine import Job, dihedral_angle, frame_dtype, wrap
+from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype, wrap
 from boltznce.data.walkers import Bias, make_walkers
 from boltznce.states import in_interval
 
@@ -44,7 +43,7 @@ class UmbrellaSampler:
         temperatures = np.full(self.n_windows, job.temperature)
         self.walkers = make_walkers(job, system, temperatures, Bias(job.dihedral, self.kappa, self.centres))
 
-    def equilibrate(self, rng: np.random.Generator, tick: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+    def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Drag the dihedral around the circle, both ways, then run with exchange for the equilibration time."""
         positions, velocities = np.empty((2, self.n_windows, *self.start.shape))
         first = int(np.abs(wrap(self.centres - dihedral_angle(self.start, self.job.dihedral))).argmin())
@@ -62,12 +61,7 @@ class UmbrellaSampler:
         return positions, velocities
 
     def advance(
-        self,
-        positions: np.ndarray,
-        velocities: np.ndarray,
-        segment: int,
-        rng: np.random.Generator,
-        tick: Callable[[float], None],
+        self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
         """One segment; frames are ordered by time, then window."""
         self.walkers.reseed(rng)

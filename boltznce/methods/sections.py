@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
 def weights(f: Findings) -> Part:
     """Effective sample sizes, of the weights as they are and with the top ones removed or clipped, and their distributions."""
-    name, drawn, figures = WEIGHTS[f.likelihood], f.samples, {f.likelihood: f.drawn.log_weights}
+    name, drawn, figures = WEIGHTS[f.likelihood], f.drawn, {f.likelihood: f.drawn.log_weights}
     rows = {name: ess_row(drawn.log_weights)}
     if f.likelihood == "ebm":
         rows[f"{name}, top {REMOVED:.1%} removed"] = ess_row(drawn.remove_top(REMOVED).log_weights)

@@ -138,7 +138,7 @@ class DistanceVectorField(VectorFieldTrunk):
 
 
 class DistanceEnergy(EnergyTrunk):
-    """The energy of one molecule; arguments as of `DistanceVectorField`; ``chiral`` only for samples of a chiral flow."""
+    """The energy of one molecule; arguments as of `DistanceVectorField`; ``chiral`` for samples of a chiral flow."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Layer(nn.Module):
         self.update = None if last else nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, h: Tensor, x: Tensor, start: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """h (batch, n, width), x (batch, n, 3); squared distances at the start, ``others``, 1 if j counts (…, n, n, 1)."""
+        """h (batch, n, width), x (batch, n, 3); squared distances at first, ``others``, 1 if j counts (…, n, n, 1)."""
         difference = x.unsqueeze(2) - x.unsqueeze(1)
         squared = difference.square().sum(-1, keepdim=True)
         ends = self.target(h).unsqueeze(2) + self.source(h).unsqueeze(1)
@@ -58,7 +58,7 @@ class EGNNVectorField(nn.Module):
     """
 
     def __init__(
-        self, n_features: int, n_layers: int, width: int, coordinate_range: float = 15, attention: bool = True
+        self, n_features: int, n_layers: int, width: int, coordinate_range: float = 15.0, attention: bool = True
     ):
         super().__init__()
         self.embedding = nn.Linear(n_features + 1, width)
@@ -68,7 +68,7 @@ class EGNNVectorField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,). It is not mean-free.
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for the real atoms.
         """
         batch, n, _ = x.shape
         inputs = torch.cat([features.to(x).expand(batch, n, -1), t.reshape(batch, 1, 1).expand(batch, n, 1)], dim=-1)

@@ -44,7 +44,7 @@ class FadingWaves(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """h <- h + silu(W h + time) on `FadingWaves`: (batch, 2), (batch,) -> (batch, n_out), time embedding (batch, 64)."""
+    """h <- h + silu(W h + time) on `FadingWaves`: (batch, 2), (batch,) -> (batch, n_out), time embedding."""
 
     def __init__(self, n_out: int, width: int, n_layers: int, n_octaves: int, fading: float) -> None:
         super().__init__()

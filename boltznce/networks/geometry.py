@@ -125,7 +125,7 @@ class MolecularGeometry(nn.Module):
         return (torch.cat(moved, dim=-1) @ self.incidence.T).transpose(-1, -2)
 
     def bounded(self, total: Tensor, largest: float) -> Tensor:
-        """A covector (batch, n, 3), bent so that metric @ total, what it moves atoms by, is below ``largest`` spreads."""
+        """A covector (batch, n, 3), bent so that metric @ total, what it moves atoms by, is below ``largest``."""
         mean_square = (total * (self.metric @ total)).sum(dim=(-2, -1), keepdim=True) / (3 * len(self.metric))
         return total * torch.rsqrt(1 + mean_square / largest**2)
 

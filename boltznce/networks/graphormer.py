@@ -97,7 +97,7 @@ class GraphormerEnergy(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Energy (batch,) at positions x (batch, n, 3) in scaled units and times t (batch,).
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for the real atoms.
         """
         types = features[..., -self.n_types :].argmax(-1)
         kernels = self.kernels(x, types)

@@ -85,7 +85,7 @@ class Message(Perceptron):
     def forward(
         self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scalars (batch, n, s), vectors (batch, n, 3, v) that atoms receive from real ones, ``mask`` (batch, n) if given.
+        """Scalars (batch, n, s), vectors (batch, n, 3, v) that atoms receive from real ones, see ``mask`` (batch, n).
 
         The hidden vectors of a pair are H_j + w u_ij, of squared length |H_j|² + w² + 2w u_ij · H_j. The swish is
         written as silu(βx) / β: β then scales small matrices, and a single fused operation is left on the tensor over
@@ -191,7 +191,7 @@ class GVPVectorField(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Velocity (batch, n, 3) at positions x (batch, n, 3) and times t (batch,). It is not mean-free.
 
-        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for real atoms, the only ones seen.
+        features: (n, F), or (batch, n, F) for unlike molecules; mask: (batch, n), true for the real atoms.
         """
         batch, n, _ = x.shape
         inputs = torch.cat([features.to(x).expand(batch, n, -1), t.reshape(batch, 1, 1).expand(batch, n, 1)], dim=-1)

@@ -24,9 +24,8 @@ __all__ = ["BondGraph", "GraphCheck"]
 RADII_NM = {"H": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "S": 0.105}
 RADII_NM |= {"B": 0.084, "F": 0.057, "Si": 0.111, "P": 0.107, "Cl": 0.102, "Se": 0.120, "Br": 0.120, "I": 0.139}
 REACH, FUSED = 1.25, 0.6
-N_ROUNDS = (
-    16  # of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared
-)
+# of refinement: bonds that a colour looks around; the same for every graph, so that colours can be compared
+N_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class BondGraph:
 
     def __init__(self, elements: Sequence[str], bonds: Sequence[tuple[int, int]]):
         if unknown := sorted(set(elements) - set(RADII_NM)):
-            raise UserError(
-                f"There is no covalent radius for {', '.join(unknown)} here: only for {', '.join(RADII_NM)}."
-            )
+            raise UserError(f"There is no radius for {', '.join(unknown)} here: only for {', '.join(RADII_NM)}.")
         n, (first, second) = len(elements), torch.tensor(bonds, dtype=torch.long).view(-1, 2).T
         radii = torch.tensor([RADII_NM[symbol] for symbol in elements], dtype=torch.float64)
         self.thresholds = REACH * (radii.unsqueeze(0) + radii.unsqueeze(1))  # nm

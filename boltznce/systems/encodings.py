@@ -1,11 +1,9 @@
-"""Atom encodings for models of many peptides, as in transferable Boltzmann generators (Klein & Noé 2024, arXiv
-2406.14426).
+"""Atom encodings for many peptides, as in transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426).
 
 One-hot blocks in a fixed order, which trained weights depend on: never reorder, only append.
 
 - ``elements``: element (H, C, N, O, S).
-- ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of the ``n_places``
-residues).
+- ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of ``n_places``).
 - ``full``: place of the residue in the chain (``n_places``), residue type (20, by three letters), atom class (54).
 - ``numbered``: ``full``, then the number of the atom among those of its class and residue (3): every atom differs from
   every other, as networks on named distances want it. The first three are the papers', this one is not.

@@ -27,9 +27,8 @@ class ExternalEnergy(abc.ABC):
 
 def in_workers(pool: WorkerPool, positions: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
     """Energies and forces of positions (n, n_atoms, 3), in order, in pieces of ``largest`` conformers or fewer."""
-    size = min(
-        largest, max(1, len(positions) // (4 * pool.n_workers))
-    )  # some pieces a worker, so that all end at about the same time
+    # some pieces a worker, so that all end at about the same time
+    size = min(largest, max(1, len(positions) // (4 * pool.n_workers)))
     pieces = np.array_split(positions, max(1, -(-len(positions) // size)))
     energies, forces = zip(*pool.map(pieces), strict=True)
     return np.concatenate(energies), np.concatenate(forces)

@@ -63,9 +63,7 @@ class PeptideFamily:
             for sequence in sequences:
                 parse_sequence(sequence)
                 if sequence in roles:
-                    raise UserError(
-                        f"{sequence} is both a {roles[sequence]} and a {role} peptide: take it out of one list."
-                    )
+                    raise UserError(f"{sequence} is both a {roles[sequence]} and a {role} peptide: leave one out.")
                 if sequence in never_trained and role != "test":
                     raise UserError(f"{sequence} is kept for tests and cannot be a {role} peptide.")
                 roles[sequence] = role

@@ -46,26 +46,16 @@ class MolecularSystem(System):
         cutoff_nm: cutoff in nm for the methods that have one.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
-        encoding: how atoms are told apart in ``features``: ``None`` (``atom_classes``, for one molecule), or
-            ``elements``, ``backbone``, ``full`` or ``numbered`` for models of many peptides (see `encodings`).
+        encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.
         n_places: residues that the encoding ``full`` has room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
-            ``xtb``: GFN2-xTB in ALPB water; the force field then gives only the bonds, the total charge and the minimum
-            that ``positions`` is.
+            ``xtb`` (GFN2-xTB in ALPB water; bonds, total charge and ``positions`` are then the force field's).
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
-        compile: fuse the ``torch`` energy, and the steps of simulations with it, by torch.compile: ``true``, ``false``,
-            or ``auto`` (where there is a GPU).
+        compile: the ``torch`` energy and simulations with it, by torch.compile; ``auto``: where there is a GPU.
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
-        topology: mdtraj.Topology.
-        bonds: pairs of bonded atoms.
-        dihedrals: name -> four atoms: ``phi``, ``phi2``, ... and ``psi``, ``psi2``, ... from the N-terminus;
-            ``omega1``, ``omega2``, ...
-        omegas: names of the peptide-bond dihedrals.
-        methyl_groups: triples of equivalent hydrogens on one atom (CH3, and NH3+ alike).
-        features: (n_atoms, n_classes) float32, one-hot atom classes (see ``atom_classes``), or those of ``encoding``.
-        stereocentres: (centre, three neighbours), from the bond graph.
+        dihedrals: ``phi``, ``phi2``, ..., ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
 
     Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not
     know, and for ``xtb`` where tblite is not installed.
@@ -104,9 +94,8 @@ class MolecularSystem(System):
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
         self.n_atoms = self.topology.n_atoms
         self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
-        self.dihedrals = backbone_dihedrals(self.topology) | {
-            key: tuple(atoms) for key, atoms in (dihedrals or {}).items()
-        }
+        more = {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
+        self.dihedrals = backbone_dihedrals(self.topology) | more
         self.omegas = [key for key in self.dihedrals if key.startswith("omega")]
         self.methyl_groups = [group for group in attached_hydrogens(self.topology).values() if len(group) == 3]
         if encoding is None:
@@ -141,9 +130,8 @@ class MolecularSystem(System):
     def dihedral(self, x: Array, name: str) -> Array:
         """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensor or array."""
         atoms = list(self._atoms(name))
-        angle = dihedral_angle(
-            torch.as_tensor(x[..., atoms, :])
-        )  # indexed first: a copy, as a dataset's arrays are read-only
+        # indexed first: a copy, as a dataset's arrays are read-only
+        angle = dihedral_angle(torch.as_tensor(x[..., atoms, :]))
         return angle if isinstance(x, Tensor) else angle.numpy()
 
     def coordinate(self, x: Array, name: str) -> Array:

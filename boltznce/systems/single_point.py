@@ -58,9 +58,8 @@ class XTBPoints:
         from tblite.interface import Calculator
 
         apart = np.zeros((len(numbers), 3))
-        apart[:, 0] = 10.0 * np.arange(
-            len(numbers)
-        )  # Bohr; a calculator wants some positions, and refuses atoms on top of each other
+        # Bohr; a calculator wants some positions, and refuses atoms on top of each other
+        apart[:, 0] = 10.0 * np.arange(len(numbers))
         self._calculator = Calculator("GFN2-xTB", np.asarray(numbers), apart, charge=float(charge))
         self._calculator.set("verbosity", 0)
         self._calculator.add("alpb-solvation", "water")

@@ -8,6 +8,7 @@ fine grid.
 import abc
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
@@ -38,14 +39,14 @@ SEEN = 1e-11  # a bin of a profile with less probability is a gap
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PlaneSystem(System):
     """A particle in a potential U(x, y), the density proportional to exp(-U / T).
 
     Args:
         name: what to call it.
         box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
-        state: a coordinate of `COORDINATES` and the interval of it whose free energy is asked for; (0, inf) is a half
-            plane.
+        state: a coordinate of `COORDINATES` and an interval of it; (0, inf) is a half plane.
         temperature: dimensionless.
         length_scale: a typical size, in which networks measure positions.
     """
@@ -55,23 +56,22 @@ class PlaneSystem(System):
     exact = True
     temperature_unit = ""
 
-    def __init__(
-        self,
-        name: str,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        if not temperature > 0:
-            raise UserError(f"A temperature must be positive, not {temperature}.")
-        self.name, self.temperature, self.length_scale = name, float(temperature), float(length_scale)
-        self.box: tuple[Interval, Interval] = tuple((float(low), float(high)) for low, high in box)
-        coordinate, (low, high) = state
+    name: str
+    box: tuple[Interval, Interval] = field()
+    state: State = field()
+    temperature: float = 1.0
+    length_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"A temperature must be positive, not {self.temperature}.")
+        self.temperature, self.length_scale = float(self.temperature), float(self.length_scale)
+        self.box = tuple((float(low), float(high)) for low, high in self.box)
+        coordinate, interval = self.state
         self._check_coordinate(coordinate)
-        if coordinate != "angle" and math.isinf(low) == math.isinf(high):
-            raise UserError(f"A state of {name} along {coordinate} is a half plane, as (0, inf): got ({low}, {high}).")
-        self.state = State.of(state)
+        if coordinate != "angle" and math.isfinite(sum(interval)):
+            raise UserError(f"A state along {coordinate} is a half plane, as (0, inf), not {interval}.")
+        self.state = State.of(self.state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, a point in the plane, T = {self.temperature:g})"
@@ -206,6 +206,7 @@ class PlaneSystem(System):
             raise UserError(f"{self.name} has no coordinate {name!r}: choose one of {', '.join(COORDINATES)}.")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GaussianMixture(PlaneSystem):
     """Gaussians of one width; U = -log p, so that at T = 1 it is the mixture itself and at another temperature p^(1/T).
 
@@ -217,24 +218,16 @@ class GaussianMixture(PlaneSystem):
     A position belongs to the mode of the mean that is nearest.
     """
 
-    def __init__(
-        self,
-        name: str,
-        means: Sequence[Sequence[float]],
-        std: float,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        weights: Sequence[float] | None = None,
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        super().__init__(name, box, state, temperature, length_scale)
-        self.means, self.std = torch.as_tensor(means, dtype=torch.float64), float(std)
-        weights = torch.ones(len(self.means)) if weights is None else torch.as_tensor(weights)
+    means: Sequence[Sequence[float]]
+    std: float
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.means = torch.as_tensor(self.means, dtype=torch.float64)
+        weights = torch.as_tensor([1.0] * len(self.means) if self.weights is None else self.weights)
         if len(weights) != len(self.means) or not (weights > 0).all():
-            raise UserError(
-                f"{name} needs a positive weight for each of {len(self.means)} Gaussians, not {weights.tolist()}."
-            )
+            raise UserError(f"{self.name} needs a positive weight for each of {len(self.means)} Gaussians.")
         self.log_weights = (weights.double() / weights.double().sum()).log()
 
     def potential(self, r: Tensor) -> Tensor:
@@ -248,63 +241,53 @@ class GaussianMixture(PlaneSystem):
         return torch.cdist(x[:, 0], self.means.to(x)).argmin(-1)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CircleOfGaussians(GaussianMixture):
     """Gaussians evenly on a circle from the x axis on: with eight, BoltzNCE's first in 2D (arXiv 2507.00846)."""
 
-    def __init__(
-        self,
-        name: str,
-        weights: Sequence[float],
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        radius: float = 1.0,
-        std: float = 0.1,
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        angles = 2 * math.pi / len(weights) * torch.arange(len(weights), dtype=torch.float64)
-        means = radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
-        super().__init__(name, means, std, box, state, weights, temperature, length_scale)
+    means: Tensor = field(init=False)
+    weights: Sequence[float] = field()
+    radius: float = 1.0
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        angles = 2 * math.pi / len(self.weights) * torch.arange(len(self.weights), dtype=torch.float64)
+        self.means = self.radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
+        super().__post_init__()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RandomGaussians(GaussianMixture):
     """Gaussians with means uniform in a square: with 40, half width 40, seed 0 and std softplus(1), the "GMM-40" of
     Midgley et al. 2023 (arXiv 2208.01893), on which TA-BG (arXiv 2501.19077) is checked.
     """
 
-    def __init__(
-        self,
-        name: str,
-        n_modes: int,
-        half_width: float,
-        std: float,
-        seed: int,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        means = (2 * torch.rand(n_modes, 2, generator=torch.Generator().manual_seed(seed)) - 1) * half_width
-        super().__init__(name, means, std, box, state, None, temperature, length_scale)
+    means: Tensor = field(init=False)
+    weights: None = field(init=False, default=None)
+    n_modes: int
+    half_width: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        places = torch.rand(self.n_modes, 2, generator=torch.Generator().manual_seed(self.seed))
+        self.means = (2 * places - 1) * self.half_width
+        super().__post_init__()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TwoMoons(GaussianMixture):
     """Two interlocked half circles of radius 1: 32 Gaussians along each, about as far apart as they are wide."""
 
     POINTS = 32
 
-    def __init__(
-        self,
-        name: str,
-        std: float,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
+    means: Tensor = field(init=False)
+    weights: None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
         angles = math.pi / self.POINTS * (torch.arange(self.POINTS, dtype=torch.float64) + 0.5)
         upper = torch.stack([angles.cos() - 0.5, angles.sin() - 0.25], dim=-1)
-        super().__init__(name, torch.cat([upper, -upper]), std, box, state, None, temperature, length_scale)
+        self.means = torch.cat([upper, -upper])
+        super().__post_init__()
 
     def mode(self, x: Tensor) -> Tensor:
         return super().mode(x) // self.POINTS
@@ -326,28 +309,20 @@ class MuellerBrown(PlaneSystem):
         return (amplitude * torch.exp(a * dx**2 + b * dx * dy + c * dy**2)).sum(-1)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DoubleWell(PlaneSystem):
     """U = barrier (x² - 1)² + tilt x + stiffness y² / 2."""
 
-    def __init__(
-        self,
-        name: str,
-        barrier: float,
-        tilt: float,
-        stiffness: float,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        super().__init__(name, box, state, temperature, length_scale)
-        self.barrier, self.tilt, self.stiffness = barrier, tilt, stiffness
+    barrier: float
+    tilt: float
+    stiffness: float
 
     def potential(self, r: Tensor) -> Tensor:
         x, y = r.unbind(-1)
         return self.barrier * (x**2 - 1) ** 2 + self.tilt * x + self.stiffness / 2 * y**2
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Checkerboard(PlaneSystem):
     """Uniform on every second cell of a square board, the lower left one among them: U = 0 there, `WALL` elsewhere.
 
@@ -358,20 +333,14 @@ class Checkerboard(PlaneSystem):
     WALL = 1e4
     differentiable = False
 
-    def __init__(
-        self,
-        name: str,
-        half_width: float,
-        cell: float,
-        box: Sequence[Sequence[float]],
-        state: tuple[str, Sequence[float]],
-        temperature: float = 1.0,
-        length_scale: float = 1.0,
-    ) -> None:
-        super().__init__(name, box, state, temperature, length_scale)
-        self.half_width, self.cell, self.n_cells = half_width, cell, round(2 * half_width / cell)
-        if not math.isclose(self.n_cells * cell, 2 * half_width):
-            raise UserError(f"The board's side 2 half_width={2 * half_width} must be a multiple of cell={cell}.")
+    half_width: float
+    cell: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.n_cells = round(2 * self.half_width / self.cell)
+        if not math.isclose(self.n_cells * self.cell, 2 * self.half_width):
+            raise UserError(f"The board's side {2 * self.half_width} must be a multiple of cell={self.cell}.")
 
     def inside(self, r: Tensor) -> Tensor:
         """Whether points (batch, 2) lie on the cells that are occupied."""

@@ -151,9 +151,7 @@ class _Worker:
             return RuntimeError(f"Worker process {self.process.pid} no longer answers.")
         how = f"was ended by {_signal_name(-code)}" if code < 0 else "ended"
         memory = "; out of memory is the usual cause" if code == -signal.SIGKILL else ""
-        return RuntimeError(
-            f"Worker process {self.process.pid} {how} (exit code {code}) before its work was done{memory}."
-        )
+        return RuntimeError(f"Worker process {self.process.pid} {how} (exit code {code}) before it was done{memory}.")
 
 
 def available_cores() -> int:

@@ -114,9 +114,8 @@ class CMAPTorsions(Term):
 
     def forward(self, geometry: Geometry) -> Tensor:
         cos, sin = geometry.torsions(self.edges)
-        undefined = (
-            cos.square() + sin.square() < 0.5
-        )  # atoms on a line: any angle will do, as long as its gradient is finite
+        # atoms on a line: any angle will do, as long as its gradient is finite
+        undefined = cos.square() + sin.square() < 0.5
         angle = torch.atan2(sin.masked_fill(undefined, 0.0), cos.masked_fill(undefined, 1.0))
         place = (angle * self.size / (2 * math.pi)).remainder(self.size)
         # Rounding can make ``place`` equal to the size: that is the end of the last patch.
@@ -144,7 +143,6 @@ def bicubic(energy: Tensor) -> Tensor:
     rows = torch.cat((rows, rows.roll(-1, dims=1)))
     both = torch.stack((rows, rows @ slope.T), dim=1)
     both = torch.cat((both, both.roll(-1, dims=3)), dim=1)
-    hermite = energy.new_tensor(
-        [[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2, 1]]
-    )  # from value, slope, next value, next slope
+    # from value, slope, next value, next slope
+    hermite = energy.new_tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2, 1]])
     return torch.einsum("pi,qj,ijab->pqab", hermite, hermite, both)

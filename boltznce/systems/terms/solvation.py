@@ -1,7 +1,6 @@
 """Generalized Born solvation: one energy, and the Born radii of the OBC1, OBC2, GBn and GBn2 models.
 
-OpenMM has it as GBSAOBCForce (OBC2) and, from ``implicit/*.xml``, as a CustomGBForce whose expressions say which model
-it is.
+OpenMM has it as GBSAOBCForce (OBC2) and, from ``implicit/*.xml``, as a CustomGBForce whose expressions tell the model.
 """
 
 import math
@@ -31,11 +30,14 @@ class GeneralizedBorn(Term):
     Born radii B (``inverse_born_radii``): Onufriev, Bashford & Case 2004, eqs. 2-6.
     With a cutoff r_c, pairs further apart count neither here nor in the radii; terms i = j are not shifted.
 
-    Args (per atom (n_atoms,), nm and kJ/mol): charge: q in elementary charges; radius: ρ; own: ρ less an offset;
-        scaled: ρ less offset, times the descreening factor. curve: α, β, γ, numbers or per atom. coulomb, solute,
-        solvent, kappa: k, ε_in, ε_out, κ in nm⁻¹. surface: s per atom, times ρ⁶. cutoff, shift: r_c and 1/r_c. neck:
-        height, centre and end (nm) of each ordered pair's neck (n_atoms, n_atoms), or None. buried: whether an atom
-        whose sphere lies wholly inside another's loses the volume in between as well.
+    Args (per atom (n_atoms,), nm and kJ/mol):
+        charge: q in elementary charges; radius: ρ; own: ρ less an offset; scaled: own times the descreening factor.
+        curve: α, β, γ, numbers or per atom.
+        coulomb, solute, solvent, kappa: k, ε_in, ε_out, κ in nm⁻¹.
+        surface: s per atom, times ρ⁶.
+        cutoff, shift: r_c and 1/r_c.
+        neck: height, centre and end (nm) of each ordered pair's neck (n_atoms, n_atoms), or None.
+        buried: whether an atom whose sphere lies wholly inside another's loses the volume in between as well.
     """
 
     def __init__(
@@ -103,8 +105,7 @@ class GeneralizedBorn(Term):
     def inverse_born_radii(self, geometry: Geometry) -> Tensor:
         """1/B = 1/ρ̃ - tanh(αΨ - βΨ² + γΨ³) / ρ with Ψ = ρ̃ I; (n_atoms, batch), nm⁻¹.
 
-        I is half the descreening by all others, and in GBn and GBn2 what fills the necks between spheres too close for
-        water.
+        I is half the descreening by all others, and in GBn and GBn2 what fills necks too narrow for water.
         """
         r = geometry.distances
         integral = Descreening.apply(r, self.own[:, None], self.scaled, self.buried)
@@ -115,9 +116,8 @@ class GeneralizedBorn(Term):
         if self.cutoff is not None:
             integral = integral * geometry.within(self.cutoff)
         psi = 0.5 * self.own * integral.sum(1)
-        return (
-            1 / self.own - torch.tanh(psi * (self.alpha + psi * (-self.beta + psi * self.gamma))) * self.inverse_radius
-        )
+        curve = psi * (self.alpha + psi * (-self.beta + psi * self.gamma))
+        return 1 / self.own - torch.tanh(curve) * self.inverse_radius
 
     def neck_integral(self, r: Tensor) -> Tensor:
         """S m₀ / (1 + (r - d₀)² + 0.3 (r - d₀)⁶), lengths in Å (Mongan et al., J. Chem. Theory Comput. 3, 156 (2007)).
@@ -140,12 +140,8 @@ class Descreening(torch.autograd.Function):
         ctx.save_for_backward(r, own, scaled)
         ctx.buried = buried
         lower, upper = Descreening.limits(r, own, scaled)
-        integral = (
-            lower
-            - upper
-            + 0.25 * (r - scaled * scaled / r) * (upper * upper - lower * lower)
-            + 0.5 * torch.log(upper / lower) / r
-        )
+        squares, log_ratio = upper * upper - lower * lower, torch.log(upper / lower)
+        integral = lower - upper + 0.25 * (r - scaled * scaled / r) * squares + 0.5 * log_ratio / r
         return integral + 2.0 * (r < scaled) * (1 / own - lower) if buried else integral
 
     @staticmethod
@@ -155,10 +151,8 @@ class Descreening(torch.autograd.Function):
         inverse_r = 1 / r
         ratio = scaled * inverse_r
         square = lower * lower
-        slope = (
-            0.25 * (1 + ratio * ratio) * (upper * upper - square)
-            - 0.5 * torch.log(upper / lower) * inverse_r * inverse_r
-        )
+        of_logs = 0.5 * torch.log(upper / lower) * inverse_r * inverse_r
+        slope = 0.25 * (1 + ratio * ratio) * (upper * upper - square) - of_logs
         if not ctx.buried:
             # Inside the other sphere the lower limit does enter, unless the buried volume is added, which cancels it.
             slope = slope.addcmul((r < scaled - own).to(r.dtype), square, value=2.0)
@@ -196,25 +190,19 @@ class GBSAOBC(GeneralizedBorn):
 class CustomGB(GeneralizedBorn):
     """OpenMM's CustomGBForce of ``implicit/obc1.xml``, ``obc2.xml``, ``gbn.xml`` or ``gbn2.xml``, its own constants.
 
-    Recognized by its expressions, which must be those of ``openmm.app.internal.customgbforces`` up to the numbers in
-    them.
+    Recognized by its expressions: those of ``openmm.app.internal.customgbforces`` up to their numbers.
     """
 
     def __init__(self, force: openmm.CustomGBForce, n_atoms: int):
         names = [force.getPerParticleParameterName(n) for n in range(force.getNumPerParticleParameters())]
         values = [force.getComputedValueParameters(n) for n in range(force.getNumComputedValues())]
-        if [(name, kind) for name, _, kind in values] != [
-            ("I", force.ParticlePairNoExclusions),
-            ("B", force.SingleParticle),
-        ]:
+        wanted = [("I", force.ParticlePairNoExclusions), ("B", force.SingleParticle)]
+        if [(name, kind) for name, _, kind in values] != wanted:
             raise unrecognized()
         if force.getNumGlobalParameters() or not {"charge", "or", "sr"} <= set(names):
             raise unrecognized()
         atoms = {name: column(v) for name, v in zip(names, columns(force.getParticleParameters, n_atoms), strict=True)}
-        integral, born = (
-            read(expression, *templates)
-            for (_, expression, _), templates in zip(values, (INTEGRALS, RADII), strict=True)
-        )
+        integral, born = (read(v[1], *templates) for v, templates in zip(values, (INTEGRALS, RADII), strict=True))
         energies = {}
         for n in range(force.getNumEnergyTerms()):
             expression, kind = force.getEnergyTermParameters(n)
@@ -266,8 +254,7 @@ def necks(
     return constants["neckScale"] * height, centre, radius[:, None] + radius + constants["neckCut"]
 
 
-# The expressions of openmm.app.internal.customgbforces, without spaces and without assignments of numbers. <name> is a
-# number.
+# The expressions of openmm.app.internal.customgbforces without spaces and assignments of numbers. <name> is a number.
 SPHERES = (
     "select(step(r+sr2-or1),0.5*(1/L-1/U+0.25*(r-sr2^2/r)*(1/(U^2)-1/(L^2))+0.5*log(L/U)/r),0);U=r+sr2;L=max(or1,D);D=abs(r-sr2)",
     {},
