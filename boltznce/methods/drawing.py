@@ -98,7 +98,7 @@ def draw_batches(
     n_done: int = 0,
     batches_done: int = 0,
 ) -> Iterator[Batch]:
-    """Batches until ``n`` samples are kept, the last one cut; batch k takes its random numbers from ``generator_of(k)``.
+    """Batches until ``n`` samples are kept, the last one cut; batch k takes its numbers from ``generator_of(k)``.
 
     ``n_done`` and ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be
     kept.
@@ -112,7 +112,7 @@ def draw_batches(
         barren = 0 if len(batch.energy) else barren + 1
         if barren == BARREN_BATCHES:
             raise UserError(
-                f"None of {barren * batch_size} samples of {models.system.name} has the molecule's bonds and chirality: "
+                f"None of {barren * batch_size} samples of {models.system.name} has its bonds and chirality: "
                 "train the flow longer (flow.fit.steps), or on more molecules."
             )
 

@@ -27,7 +27,7 @@ SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are draw
 
 
 def evaluate(work: Workspace) -> dict:
-    """Draw fresh weighted samples of every member to test; where the weights are an EBM's, give two subsets exact likelihoods.
+    """Draw weighted samples of every member to test; give two subsets exact likelihoods, where weights are an EBM's.
 
     The subset drawn uniformly (as many in the state as in the rest) measures how far EBM and exact likelihood are
     apart; that drawn by weight, with repeats, corrects the free energy.

@@ -1,4 +1,4 @@
-"""What a report of one system is made from: its draws, data and exact likelihoods, loaded, filtered and weighed once."""
+"""What a report of one system is made from: draws, data and exact likelihoods, loaded, filtered and weighed once."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""A baseline of TA-BG: its flow trained by forward KL, that is by maximum likelihood, on data; compared with data held out.
+"""A baseline of TA-BG: its flow trained by forward KL, that is by maximum likelihood, on data.
 
 Stages: data -> flow -> evaluation -> report.
 """

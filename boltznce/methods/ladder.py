@@ -68,7 +68,7 @@ def _steps(work: Workspace) -> list[dict]:
     return work.folder.stages.get("annealing", {}).get("steps", [])
 
 
-# ---- sections ---------------------------------------------------------------------------------------------------------
+# ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def marginals(f: Findings) -> Part:
@@ -96,9 +96,9 @@ def torsion_divergences(f: Findings) -> Part:
             "floor": torsion_kl_of_halves(angles, shares, first),
         }
     note = (
-        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with 1e-4 of the "
-        "uniform. The floor is that between the halves. Of the flow's samples so many are taken that their histogram is as noisy as "
-        "that of a half: value and floor have the same noise."
+        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with "
+        "1e-4 of the uniform. The floor is that between the halves. Of the flow's samples so many are taken that their "
+        "histogram is as noisy as that of a half: value and floor have the same noise."
     )
     return Part({"distances": rows}, {}, (note,))
 
@@ -110,7 +110,7 @@ def held_out(f: Findings) -> Part:
     log_weights = f.data.frames.log_weights
     effective = 1 / np.square(normalized_weights(log_weights)).sum()
     note = (
-        f"Distances, divergences and NLL are to {len(log_weights)} {f.data_name} points ({effective:.0f} effective ones) "
+        f"Distances, divergences and NLL are to {len(log_weights)} {f.data_name} points ({effective:.0f} effective) "
         + ("drawn exactly." if f.system.exact else "that the flow was not trained on.")
     )
     rows = {f"flow at {f.system.temperature:g}": held_out_likelihood(f.frames_log_prob, log_weights)}
@@ -163,7 +163,7 @@ def _short(system: System, temperature: float | None = None) -> str:
     return f"{t:.0f} {system.temperature_unit}".strip() if t >= 100 else f"{t:.3g} {system.temperature_unit}".strip()
 
 
-# ---- what concerns the whole run --------------------------------------------------------------------------------------
+# ---- what concerns the whole run ------------------------------------------------------------------------------------
 
 
 def _energy_evaluations(work: Workspace) -> dict[str, int]:

@@ -43,7 +43,7 @@ class Part(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# ---- weights ----------------------------------------------------------------------------------------------------------
+# ---- weights --------------------------------------------------------------------------------------------------------
 
 
 def weights(f: Findings) -> Part:
@@ -72,7 +72,7 @@ def _exact_log_weights(f: Findings) -> np.ndarray:
     return log_importance_weights(f.samples.energy[index], f.exact.log_prob) + strata
 
 
-# ---- free energies ----------------------------------------------------------------------------------------------------
+# ---- free energies --------------------------------------------------------------------------------------------------
 
 
 def free_energies(f: Findings) -> Part:
@@ -132,7 +132,7 @@ def _profile(f: Findings) -> Figure:
     )
 
 
-# ---- likelihood -------------------------------------------------------------------------------------------------------
+# ---- likelihood -----------------------------------------------------------------------------------------------------
 
 
 def likelihood_of_ebm(f: Findings) -> Part:
@@ -141,11 +141,13 @@ def likelihood_of_ebm(f: Findings) -> Part:
         return Part()
     ebm, exact, inside = f.samples.log_prob[f.exact.index], f.exact.log_prob, f.inside[f.exact.index]
     results = {"likelihood": likelihood_agreement(ebm, exact, inside, **f.bootstrap)}
-    results["counts"] = {f"exact likelihoods, {kind}": len(np.unique(subset.index)) for kind, subset in f.subsets.items()}
+    results["counts"] = {
+        f"exact likelihoods, {kind}": len(np.unique(subset.index)) for kind, subset in f.subsets.items()
+    }
     return Part(results, {"likelihood": plotting.plot_likelihood_agreement(ebm, exact, inside)})
 
 
-# ---- against data -----------------------------------------------------------------------------------------------------
+# ---- against data ---------------------------------------------------------------------------------------------------
 
 
 def surfaces(f: Findings) -> Part:
@@ -236,11 +238,11 @@ def slow_features(member: System, positions: np.ndarray) -> np.ndarray:
     return torch.cat([angles.sin(), angles.cos(), apart], dim=-1).numpy()
 
 
-# ---- conformers, costs ------------------------------------------------------------------------------------------------
+# ---- conformers, costs ----------------------------------------------------------------------------------------------
 
 
 def conformers(f: Findings) -> Part:
-    """Shares of the draws that are the molecule; of what figures leave out by count and by weight, of the data by weight."""
+    """Shares of the draws that are the molecule; of what is left out by count and by weight, of data by weight."""
     counts, shares, rows = f.drawn.meta["counts"], f.drawn.weights, {}
     for why, mask in f.excluded.items():
         rows[why] = {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(shares[mask].sum())}
@@ -278,8 +280,8 @@ def costs(f: Findings) -> Part:
         result["md_seconds"] = float(n * frames.meta["cpu_seconds"] / len(frames))
         result["speed_up"] = result["md_seconds"] / spent
     note = (
-        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's samples, "
-        "over the CPU time of these. The training is not counted."
+        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's "
+        "samples, over the CPU time of these. The training is not counted."
     )
     return Part({"timing": timing, "md": result}, {}, (note,))
 

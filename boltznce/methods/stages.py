@@ -1,4 +1,4 @@
-"""The stages that methods share: data, a flow trained on them, its draws, an EBM trained on these; over the members of a system.
+"""The stages that methods share, over the members of a system: data, flow, its draws, EBM.
 
 A single system is its own only member, with every role. Each stage leaves its result in the run's folder, and a killed
 one goes on.
@@ -47,7 +47,7 @@ def make_data(work: Workspace) -> dict:
 
 
 def train_flow(work: Workspace) -> dict:
-    """Fit the flow to frames of the members to train on, states balanced; or take it as it begins, where it gets no steps.
+    """Fit the flow to balanced frames of the members to train on; or take it as it begins, where it gets no steps.
 
     Validation losses are of held-out frames of these members and, as ``unseen``, of those to validate with.
     """
@@ -158,7 +158,7 @@ def minibatch(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return x[_places(len(x), size, generator, x.device)]
 
 
-# ---- how a model begins -----------------------------------------------------------------------------------------------
+# ---- how a model begins ---------------------------------------------------------------------------------------------
 
 
 def _begun(work: Workspace, name: str) -> Model | OneMolecule:
@@ -174,7 +174,7 @@ def _as_it_begins(work: Workspace, name: str, model: nn.Module) -> dict:
     return {"steps": 0, "skipped_steps": 0, "validation_loss": None}
 
 
-# ---- positions to train on --------------------------------------------------------------------------------------------
+# ---- positions to train on ------------------------------------------------------------------------------------------
 
 
 def _frames_to_train_on(work: Workspace) -> tuple[dict, dict, dict, list[str]]:
@@ -224,14 +224,14 @@ def _balanced(section: DictConfig, member: System, frames: Dataset, n: int, rng:
 
 
 def _draws(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions and log q (float32) of a folder of the flow's draws, without those of no finite energy or likelihood."""
+    """Positions and log q (float32) of a folder of the flow's draws, without those that are not finite."""
     samples = WeightedSamples.load(folder)
     fine = np.isfinite(samples.energy) & (np.isfinite(samples.log_prob) | np.isnan(samples.log_prob).all())
     x, log_q = torch.from_numpy(samples.positions[fine]), torch.from_numpy(samples.log_prob[fine]).float()
     return x.to(device), log_q.to(device)
 
 
-# ---- losses over members ----------------------------------------------------------------------------------------------
+# ---- losses over members --------------------------------------------------------------------------------------------
 
 
 def _chosen(all_members: Sequence[System], section: DictConfig, generator: torch.Generator) -> list[tuple[System, int]]:

@@ -1,4 +1,4 @@
-"""TA-BG (arXiv 2501.19077): a spline flow on internal coordinates, trained on the energy alone at high temperature, then annealed.
+"""TA-BG (arXiv 2501.19077): a spline flow trained on the energy alone at high temperature, then annealed.
 
 Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
 With a ladder of no steps (``annealing.n_steps=0``) it is the paper's baseline: reverse KL at the system's own
@@ -101,7 +101,7 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
 STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate_ladder, "report": report_ladder}
 
 
-# ---- objectives -------------------------------------------------------------------------------------------------------
+# ---- objectives -----------------------------------------------------------------------------------------------------
 
 
 def _reverse_kl_loss(section: DictConfig, system: System) -> Loss:
