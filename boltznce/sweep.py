@@ -1,4 +1,4 @@
-"""What a sweep of ``method=density`` over systems, objectives and seeds ends with: a figure and a table of all its runs."""
+"""What a sweep of ``method=density`` ends with: a figure and a table of all its runs."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def draw_sweep(folder: Path) -> str:
     with atomic_file(folder / "table.md") as path:
         path.write_text(text + "\n", encoding="utf-8")
     with atomic_file(folder / "figure.png") as path:
-        plotting.plotdensities(rows, boxes, notes).savefig(path, format="png", dpi=200)
+        plot_densities(rows, boxes, notes).savefig(path, format="png", dpi=200)
     return f"{text}\n\nFigure: {folder / 'figure.png'}"
 
 

@@ -1,7 +1,4 @@
-"""Drawing from trained models of any method.
-
-Samples with energies and the likelihood that was asked for, in batches to disk.
-"""
+"""Drawing from trained models of any method: samples with energies and a likelihood, in batches to disk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

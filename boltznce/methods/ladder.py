@@ -96,9 +96,9 @@ def torsion_divergences(f: Findings) -> Part:
             "floor": torsion_kl_of_halves(angles, shares, first),
         }
     note = (
-        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with "
-        "1e-4 of the uniform. The floor is that between the halves. Of the flow's samples so many are taken that their "
-        "histogram is as noisy as that of a half: value and floor have the same noise."
+        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed "
+        "with 1e-4 of the uniform. The floor is that between the halves. Of the flow's samples so many are taken that "
+        "their histogram is as noisy as that of a half: value and floor have the same noise."
     )
     return Part({"distances": rows}, {}, (note,))
 
@@ -148,10 +148,7 @@ def temperatures(f: Findings) -> Part:
 
 
 def _first_half(frames: Dataset) -> np.ndarray:
-    """Mask of one of two independent halves.
-
-    Half of the repeats, or the first half of the time where there is one repeat.
-    """
+    """Mask of one of two independent halves: half of the repeats, or of the time where there is one repeat."""
     repeats = np.unique(frames.repeat)
     if len(repeats) > 1:
         return np.isin(frames.repeat, repeats[: len(repeats) // 2])

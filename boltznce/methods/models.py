@@ -201,10 +201,7 @@ class FlowGenerator:
 
     @property
     def mirrors(self) -> bool:
-        """Whether the flow makes mirror images of a molecule as often as the molecule.
-
-        Its density is then that of both together.
-        """
+        """Whether the flow makes mirror images of a molecule as often as it: its density is then that of both."""
         return bool(self.system.stereocentres) and self.flow.parity_equivariant
 
     @property
@@ -256,7 +253,7 @@ class FlowGenerator:
         return log_prob + math.log(2) if self.mirrors else log_prob
 
     def mend(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
-        """Draws (n, atoms, dim) as the molecule: right bonds and chirality, reordered or mirrored where that mends them.
+        """Draws (n, atoms, dim) as the molecule: right bonds and chirality, reordered or mirrored if that mends them.
 
         Returns those that can be had so, which of the given ones they are, (n,) bool, and counts. Reordering exchanges
         atoms that the network takes for equal, so it changes no density; where it tells them apart, conformers that

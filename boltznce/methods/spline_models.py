@@ -72,8 +72,8 @@ class SplineGenerator:
     def notes(self) -> tuple[str, ...]:
         """Sentences for a report."""
         text = (
-            "log q is normalized modulo rigid motion, on the domain of the internal coordinates (one hand, one labelling "
-            "of equivalent hydrogens): an NLL is comparable with those of such flows only."
+            "log q is normalized modulo rigid motion, on the domain of the internal coordinates (one hand, one "
+            "labelling of equivalent hydrogens): an NLL is comparable with those of such flows only."
         )
         return (text,) if self.system.bonds else ()
 
