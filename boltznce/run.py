@@ -84,7 +84,8 @@ class Run:
 
         Raises UserError before any is trained.
         """
-        return self._work.models.of(self.system.choose(system))
+        member = self.system.choose(system)
+        return self._work.models.of(member)
 
     @property
     def metrics(self) -> dict:

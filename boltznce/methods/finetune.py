@@ -24,15 +24,14 @@ def start_finetuning(
     Its config is the parent's, of the one peptide, with the sections of ``settings`` (see configs/finetune.yaml) in
     place of the parent's.
 
-    Raises UserError for a parent whose flow is not trained, or has the scales of one molecule alone, and for a peptide
-    that cannot be built.
+    Raises UserError for a parent that is of one molecule or whose flow is not trained, and for a peptide that cannot be
+    built.
     """
     run = RunFolder.open(Path(parent))
     config, starts = run.config, {name: weights_path(run.path, name) for name in ("flow", "ebm")}
-    if "scales" not in config.get("flow", {}) or config.flow.scales != "conformers":
-        raise UserError(
-            f"{parent} is no run of many molecules (flow.scales=conformers): there is nothing to fine-tune."
-        )
+    family = build(config.system)
+    if not family.is_family:
+        raise UserError(f"{parent} is a run of {family.name} alone: only runs of many molecules are fine-tuned to one.")
     if not starts["flow"].exists():
         raise UserError(f"{parent} has no trained flow yet: finish it with scripts/train.py resume={parent}.")
     has_ebm = "ebm" in config and starts["ebm"].exists()
@@ -40,7 +39,6 @@ def start_finetuning(
         raise UserError(
             f"{parent} has no EBM to fine-tune: set finetune.flow_steps, which trains its flow on a simulation."
         )
-    family = build(config.system)
     family.choose(peptide)
     steps, lr = settings.finetune, settings.finetune.lr
     with open_dict(config):

@@ -113,20 +113,20 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
 
     Raises UserError for settings that contradict each other or the system.
     """
-    section, members = config[name], system.all_members()
-    published, first = section.get("published_weights"), members[0]
+    section, first = config[name], system.example
+    published = section.get("published_weights")
     settings = OmegaConf.to_container(section.model, resolve=True)
     if published and settings["whiten"]:
         raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
     if section.scales not in MOLECULE_SCALES:
         raise UserError(f"Unknown {name}.scales={section.scales}: choose one of {', '.join(MOLECULE_SCALES)}.")
-    if section.scales == "frames" and len(members) > 1:
+    if section.scales == "frames" and system.is_family:
         raise UserError(
             f"{name}.scales=frames are those of one molecule, and {system.name} has more: set {name}.scales=conformers."
         )
     n_features = None if first.features is None else first.features.shape[1]
     offered = {"dim": first.dim, "n_features": n_features}
-    if len(members) == 1:
+    if not system.is_family:
         offered |= {"n_atoms": first.n_atoms, "bonds": first.bonds}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

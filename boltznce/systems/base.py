@@ -31,6 +31,7 @@ class System(abc.ABC):
     Positions x have shape (batch, n_atoms, dim), in nm for molecules. Subclasses set the attributes without a default.
 
     Attributes:
+        is_family: whether it stands for many members (see `PeptideFamily`).
         state: the state whose free energy is asked for, or None.
         differentiable: whether the energy has a gradient that leads anywhere.
         exact: whether `sample` draws from the distribution itself.
@@ -61,6 +62,7 @@ class System(abc.ABC):
     dim: int
     temperature: float
     translation_invariant: bool
+    is_family: bool = False
     state: State | None = None
     differentiable: bool = True
     exact: bool = False
@@ -135,6 +137,11 @@ class System(abc.ABC):
         return contents if all(contents.get(key, value) == value for key, value in made_for.items()) else None
 
     # ---- a family of one --------------------------------------------------------------------------------------------
+
+    @property
+    def example(self) -> "System":
+        """A member, to be asked what is the same for all."""
+        return self
 
     def members(self, role: str) -> list["System"]:
         """What is trained on, validated on or tested on, by a role of `ROLES`: the system itself."""

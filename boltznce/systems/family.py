@@ -32,6 +32,7 @@ class PeptideFamily:
 
     dim = 3
     translation_invariant = True
+    is_family = True
 
     def __init__(
         self,
@@ -85,6 +86,11 @@ class PeptideFamily:
         encoding = {"encoding": self.encoding, "n_places": self.n_places}
         return {"name": sequence, "structure": sequence, **encoding, **self.settings}
 
+    @property
+    def example(self) -> MolecularSystem:
+        """The first to train on, to be asked what is the same for all: to make a member takes half a second."""
+        return self.member(self.sequences["train"][0])
+
     def members(self, role: str) -> list[MolecularSystem]:
         """The peptides of a role, in the order of their list."""
         return [self.member(sequence) for sequence in self.sequences[role]]
@@ -119,9 +125,9 @@ class PeptideFamily:
     @cached_property
     def state(self) -> State | None:
         """That of every member."""
-        return self.members("train")[0].state
+        return self.example.state
 
     @cached_property
     def n_features(self) -> int:
         """Width of the atom features, the same for all members."""
-        return self.members("train")[0].features.shape[1]
+        return self.example.features.shape[1]
