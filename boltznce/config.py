@@ -232,7 +232,7 @@ def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[
     if isinstance(error, OverrideParseException):
         return UserError(f"{error.override!r} cannot be read: write key=value, with quotes around special characters.")
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-        key = text.rpartition(" ")[2]
+        key = (isinstance(error, MissingMandatoryValue) and error.full_key) or text.rpartition(" ")[2]
         return UserError(f"{key}= is missing: add {key}=... to the command line.")
     return UserError(f"{text} Check its spelling: --cfg job prints every setting there is.")
 

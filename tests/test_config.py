@@ -9,10 +9,8 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-from boltznce import UserError, config, load_system
+from boltznce import UserError, cli, config, load_system
 from boltznce.systems.base import System
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture
@@ -130,7 +128,9 @@ def test_reverse_kl_costs_as_many_energies_as_annealing():
 
 
 def test_a_method_that_is_not_for_a_system_is_told_in_a_sentence():
-    message = r"method=tabg has no size for system=dipeptides \(a family\) with budget=cpu: .*size/tabg has molecule/cpu"
+    message = (
+        r"method=tabg has no size for system=dipeptides \(a family\) with budget=cpu: .*size/tabg has molecule/cpu"
+    )
     with pytest.raises(UserError, match=message):
         config.compose("train", ["method=tabg", "system=dipeptides", "budget=cpu"])
 
@@ -196,17 +196,11 @@ def test_networks_and_methods_of_the_user(tmp_path, monkeypatch):
         assert config.locate(composed.method._target_, ModuleType).STAGES == {}
 
 
-def launch(script, *words, cwd):
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
         ("sample", [], "run= is missing"),
-        ("finetune", ["run=here"], "peptide= is missing"),
+        ("finetune", ["run=."], "peptide= is missing"),
         ("train", ["-m", "system=aldp,dipeptides", "method=tabg"], "method=tabg has no size for system=dipeptides"),
         ("train", ["-m", "seed=1,2", "system=nope"], "Unknown system 'nope'"),
         ("train", ["-m", "network@flow.network=custom,gvp", "seed=1"], r"flow.network._target_= is missing"),
@@ -214,13 +208,17 @@ def launch(script, *words, cwd):
         ("train", ["resume=seed=1,threads=1"], "There is no run folder seed=1,threads=1"),
     ],
 )
-def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, script, words, message):
+def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, monkeypatch, capfd, script, words, message):
     (tmp_path / "file").touch()
-    done = launch(script, *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.launch(script, lambda composed: pytest.fail("it started"), home="resume" if script == "train" else "run")
+    assert ended.value.code == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert error.strip().splitlines()[-1].startswith("Error: ")
 
 
 def test_importing_all_names_loads_nothing_that_only_runs_need():
@@ -228,6 +226,6 @@ def test_importing_all_names_loads_nothing_that_only_runs_need():
         "import sys, boltznce; [getattr(boltznce, name) for name in boltznce.__all__];"
         "print({'lightning_fabric', 'wandb', 'matplotlib', 'deeptime', 'ot'} & set(sys.modules), file=sys.stderr)"
     )
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stderr.strip() == "set()"
