@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from boltznce.networks.build import build_network
+from boltznce.config import build
 from boltznce.networks.egnn import EGNNVectorField
 
 N_ATOMS, N_FEATURES = 6, 4
@@ -82,6 +82,6 @@ def test_gradients_reach_every_parameter_and_time_matters(case):
 
 def test_the_config_builds_the_published_size():
     settings = OmegaConf.load(Path(__file__).parents[1] / "configs" / "network" / "egnn.yaml")
-    network = build_network(settings, n_features=76, n_atoms=30)
+    network = build(settings, offered={"n_features": 76, "n_atoms": 30})
     assert len(network.layers) == 9
     assert network.embedding.weight.shape == (128, 77)

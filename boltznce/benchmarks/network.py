@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.plotting import plot_energy_cost
 from boltznce.benchmarks.timing import time_call
-from boltznce.config import load_system
+from boltznce.config import build, load_system
 from boltznce.data.batching import Batches
 from boltznce.ebm import EnergyBasedModel
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.molecules import Molecules
-from boltznce.networks.build import build_network
 
 __all__ = ["measure_network", "network_figure", "network_table"]
 
@@ -57,7 +56,7 @@ def measure_network(
     with tqdm(total=len(networks) * len(KINDS), desc="network", unit="case") as bar:
         for label, settings in networks.items():
             torch.manual_seed(seed)
-            network = build_network(settings, n_features=peptides.n_features).to(device)
+            network = build(settings, offered={"n_features": peptides.n_features}).to(device)
             calls = _calls(network, label.startswith("ebm"), peptides.largest(), generator)
             for kind in KINDS:
                 equal = {}
