@@ -11,7 +11,7 @@ import torch
 
 import boltznce as bz
 from boltznce.analysis.metrics import density_errors, plane_w2
-from boltznce.config import compose, fit_budget
+from boltznce.config import compose
 from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.sweep import draw_sweep
@@ -61,17 +61,6 @@ def test_plane_w2_of_shifted_points():
 
 
 # ---- configs ----------------------------------------------------------------------------------------------------------
-
-
-def test_budgets_fit_method_and_system():
-    assert fit_budget(["budget=cpu", "system=aldp"]) == ["budget=cpu", "system=aldp"]
-    assert fit_budget(["system=AK", "budget=cpu"]) == ["system=AK", "budget=cpu"]
-    assert fit_budget(["system=two_moons", "budget=smoke"]) == ["system=two_moons", "budget=plane/smoke"]
-    assert fit_budget(["system=gaussians8,checkerboard", "budget=cpu,smoke"])[1] == "budget=plane/cpu,plane/smoke"
-    assert fit_budget(["system=gaussians8"]) == ["system=gaussians8", "budget=plane/cpu"]
-    assert fit_budget(["system=gaussians8", "method=density", "budget=smoke"])[2] == "budget=density/smoke"
-    assert fit_budget(["experiment=boltznce/fig_toy"]) == ["experiment=boltznce/fig_toy"]
-    assert fit_budget(["experiment=boltznce/fig_toy", "budget=smoke"])[1] == "budget=density/smoke"
 
 
 @pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])

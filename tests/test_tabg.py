@@ -84,6 +84,8 @@ class DoubleWell(System):
     def coordinate(self, x, name):
         return x[..., 0, 0]
 
+BASELINES = {"forward_kl": "method=forward_kl", "reverse_kl": "experiment=tabg/reverse_kl"}
+
 
 def work_in(path, system):
     config = OmegaConf.create(CONFIG)
@@ -264,7 +266,7 @@ def test_baseline_forward_kl(flow_as_data, tmp_path):
 
 
 def test_baseline_reverse_kl(tmp_path):
-    metrics = run_in(tmp_path, ["system=aldp_amber96", "method=reverse_kl", *SPLINE, f"data_dir={tmp_path}"])
+    metrics = run_in(tmp_path, ["system=aldp_amber96", "experiment=tabg/reverse_kl", *SPLINE, f"data_dir={tmp_path}"])
     run = bz.load_run(tmp_path)
     assert run.models.flows == {"hot": 300.0}
     assert run.config.generator.coordinates.temperature == 1200.0  # the flow is TA-BG's
@@ -285,7 +287,7 @@ def test_a_run_in_the_plane(tmp_path):
 def test_baselines_in_the_plane(tmp_path, method):
     small = "evaluation={n_samples: 400, n_reference: 400, n_bootstrap: 20, n_torus: 100}"
     fits = ["hot.fit.steps=4", *(["flow.fit.steps=4"] if method == "forward_kl" else [])]
-    settings = [f"method={method}", "budget=smoke", "threads=1", f"data_dir={tmp_path}", *fits, small]
+    settings = [BASELINES[method], "budget=smoke", "threads=1", f"data_dir={tmp_path}", *fits, small]
     metrics = run_in(tmp_path / "run", ["system=gaussians8", *settings])
     assert len(metrics["modes"]["exact"]) == 8
 
@@ -314,10 +316,10 @@ def test_every_budget_composes(budget):
     plane = compose("train", ["system=gaussians40", "method=tabg", f"budget={budget}"])
     assert (plane.hot.temperature, plane.annealing.temperature, plane.budget) == (30.0, 1.0, budget)
     for method in ("forward_kl", "reverse_kl"):
-        baseline = compose("train", ["system=aldp_amber96", f"method={method}", f"budget={budget}"])
+        baseline = compose("train", ["system=aldp_amber96", BASELINES[method], f"budget={budget}"])
         assert (baseline.method.name, baseline.budget) == (method, budget)
         assert OmegaConf.to_container(baseline.generator, resolve=True) == OmegaConf.to_container(config.generator, resolve=True)
-        planar = compose("train", ["system=gaussians40", f"method={method}", f"budget={budget}"])
+        planar = compose("train", ["system=gaussians40", BASELINES[method], f"budget={budget}"])
         assert (planar.generator.model, planar.generator.box) == (plane.generator.model, plane.generator.box)
     larger = [compose("train", [f"system={name}", "method=tabg", f"budget={budget}"]) for name in ("tetrapeptide", "hexapeptide")]
     sizes = [part.annealing.fit.steps for part in (config, *larger)]
