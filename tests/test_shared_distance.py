@@ -137,7 +137,7 @@ def test_a_flow_with_any_weights_stays_near(molecules, size):
     solver, seed = SolverSettings("heun", steps=4), 1
     x, log_q = flow.sample(8, torch.Generator().manual_seed(seed), solver=solver, likelihood="hutchinson")
     start = flow.prior.sample(8, torch.Generator().manual_seed(seed))
-    # dx/dt = linear(t) x + w with |w| <= LARGEST: the linear part alone takes a length to itself and on the way below it
+    # dx/dt = linear(t) x + w with |w| <= LARGEST: the linear part alone takes a length to itself
     moved = flow._scale(x) - start
     n = 3 * molecules[1].n_atoms
     assert log_q.isfinite().all()
