@@ -16,8 +16,7 @@ OBJECTIVES = ("both", "nce", "score")
 
 
 class EnergyBasedModel(ContextModel):
-    """E_θ(x, t), the log-density of samples interpolated to time t up to a constant; at t = 0 it is that of the
-    samples.
+    """E_θ(x, t), log-density of samples interpolated to time t, up to a constant; at t = 0 that of the samples.
 
     ``network(x, t, features) -> (batch,)`` works in scaled units ``x / length_scale``, see `ContextModel`. ``log_prob``
     lives on the same space as the flow (mean-free where ``centred``) and has an unknown additive constant:
