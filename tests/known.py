@@ -72,7 +72,11 @@ def _turned(x, bond, angle):
 
 def nearest(x):
     """Number (n,) of the conformer that each of x (n, atoms, 3) is about."""
-    return torch.cdist(torch.as_tensor(x).double().flatten(1), conformers().flatten(1)).argmin(1).numpy()
+    return (
+        torch.cdist(torch.tensor(np.asarray(x), dtype=torch.float64).flatten(1), conformers().flatten(1))
+        .argmin(1)
+        .numpy()
+    )
 
 
 def log_mixture(x, shares, centres=None):
@@ -160,7 +164,8 @@ class Spring(GaussianMixture):
     MEAN = 0.4
 
     def __init__(self):
-        super().__init__("spring", [[self.MEAN, 0.0]], 1.0, [[-7.0, 7.0], [-7.0, 7.0]], ("x", (0.0, math.inf)))
+        shape = {"box": [[-7.0, 7.0], [-7.0, 7.0]], "state": ("x", (0.0, math.inf))}
+        super().__init__(name="spring", means=[[self.MEAN, 0.0]], std=1.0, **shape)
         self.asked = []
 
     def energy(self, x):
