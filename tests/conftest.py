@@ -1,4 +1,7 @@
-"""One tiny finished run, shared by every test that needs a run folder; one thread a test process, as there is one on every core."""
+"""One tiny finished run, shared by every test that needs a run folder.
+
+One thread a test process, as there is one on every core.
+"""
 
 import os
 

@@ -12,9 +12,9 @@ import torch
 import boltznce as bz
 from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose, fit_budget
-from boltznce.data.exact import draw_dataset
+from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
-from boltznce.methods.density import draw_sweep
+from boltznce.sweep import draw_sweep
 from boltznce.methods.free_energy import write_free_energy
 
 ROOT = Path(__file__).parents[1]

@@ -117,7 +117,9 @@ def test_divergence_is_the_trace_of_the_jacobian(case):
 
 def test_second_derivatives(case):
     network, x, t, features = case
-    assert torch.autograd.gradgradcheck(lambda y: network(y, t[:1], features).square().sum(), x[:1].requires_grad_(), atol=1e-4)
+    assert torch.autograd.gradgradcheck(
+        lambda y: network(y, t[:1], features).square().sum(), x[:1].requires_grad_(), atol=1e-4
+    )
 
 
 @needs_reference
@@ -134,7 +136,8 @@ def test_published_file_that_does_not_fit(tmp_path):
 
     state = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
     name = "convs.1.node_update.0.Wh"
-    for broken in ({**state, "convs.0.extra.weight": torch.zeros(2)}, {**state, name: torch.zeros(3, 3)}, {"weight": torch.zeros(2)}):
+    extra, reshaped = {"convs.0.extra.weight": torch.zeros(2)}, {name: torch.zeros(3, 3)}
+    for broken in (state | extra, state | reshaped, {"weight": torch.zeros(2)}):
         torch.save(broken, path)
         with pytest.raises(UserError, match="does not hold the weights"):
             load_published_vector_field(path)
@@ -149,11 +152,12 @@ def test_published_weights_draw_sound_molecules():
     """Through config, flow and our atom order: bond lengths of the draws are those of alanine dipeptide."""
     from boltznce.config import compose, load_system
     from boltznce.flows.solvers import SolverSettings
-    from boltznce.methods.models import make_flow
+    from boltznce.methods.models import make
 
     config = compose("train", ["budget=paper", f"flow.published_weights={WEIGHTS}"])
     system = load_system("aldp")
-    x, _ = make_flow(config, system).eval().sample(16, torch.Generator().manual_seed(0), solver=SolverSettings("heun", steps=20))
+    flow = make(config, system, "flow").eval().of(system)
+    x, _ = flow.sample(16, torch.Generator().manual_seed(0), solver=SolverSettings("heun", steps=20))
     first, second = torch.tensor(system.bonds).T
     lengths = (x[:, first] - x[:, second]).norm(dim=-1)
     expected = (system.positions[first] - system.positions[second]).norm(dim=-1)

@@ -18,7 +18,7 @@ import boltznce as bz
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
 from boltznce.flows.solvers import SolverSettings
-from boltznce.methods.models import FlowModels, make_ebm, make_flow
+from boltznce.methods.models import FlowGenerator, make
 from boltznce.run import RunFolder, train
 
 ROOT = Path(__file__).parents[1]
@@ -45,14 +45,15 @@ def test_samples_of_a_loaded_run(tiny_run):
     samples = run.sample(50, likelihood="ebm", seed=3)
     assert samples.positions.shape == (50, 22, 3)
     np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
-    np.testing.assert_allclose(samples.energy, run.system.energy(torch.from_numpy(samples.positions)).numpy(), rtol=1e-4, atol=1e-2)
+    energy = run.system.energy(torch.from_numpy(samples.positions)).numpy()
+    np.testing.assert_allclose(samples.energy, energy, rtol=1e-4, atol=1e-2)
     assert (run.system.chirality(samples.positions) > 0).all()
     np.testing.assert_array_equal(run.sample(50, likelihood="none", seed=3).positions, samples.positions)
     assert np.isnan(run.sample(4, likelihood="none").log_prob).all()
 
 
 def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
-    flow = bz.load_run(tiny_run).models.flow
+    flow = bz.load_run(tiny_run).generator().flow
     fine = SolverSettings("rk4", steps=12)
     x, log_q = flow.sample(4, torch.Generator().manual_seed(0), solver=fine, likelihood="exact")
     assert (flow.log_prob(x, solver=fine) - log_q).abs().max() < 0.2
@@ -61,7 +62,7 @@ def test_likelihoods_along_the_path_and_of_given_positions_agree(tiny_run):
 def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, monkeypatch):
     run = bz.load_run(tiny_run)
     whole = run.sample(90, batch_size=32, folder=tmp_path / "whole")
-    draw, calls = FlowModels.draw, []
+    draw, calls = FlowGenerator.draw, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -69,11 +70,11 @@ def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, 
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(FlowModels, "draw", interrupted)
+    monkeypatch.setattr(FlowGenerator, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.sample(90, batch_size=32, folder=tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(FlowModels, "draw", draw)
+    monkeypatch.setattr(FlowGenerator, "draw", draw)
     resumed = run.sample(90, batch_size=32, folder=tmp_path / "cut")
     np.testing.assert_array_equal(whole.positions, resumed.positions)
     assert resumed.meta["counts"] == whole.meta["counts"] == run.sample(90, batch_size=32).meta["counts"]
@@ -84,7 +85,8 @@ def test_scripts_sample_and_free_energy(tiny_run, tmp_path):
     done = script("sample", f"run={tiny_run}", "n_samples=64", "format=dcd", f"output={tmp_path / 'samples'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "samples" / "trajectory.dcd").exists()
-    done = script("free_energy", f"run={tiny_run}", f"samples={tmp_path / 'samples'}", f"output={tmp_path / 'fe'}", "n_bootstrap=50")
+    given = [f"samples={tmp_path / 'samples'}", f"output={tmp_path / 'fe'}", "n_bootstrap=50"]
+    done = script("free_energy", f"run={tiny_run}", *given)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fe" / "figures" / "profile.png").exists()
     assert "ΔF" in done.stdout
@@ -135,7 +137,7 @@ def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
     config = compose("train", ["budget=paper"])
     run = bz.load_run(tiny_run)
     x = torch.from_numpy(np.array(Dataset.load(Path(run.config.data.folder)).positions[:8]))
-    flow, ebm = make_flow(config, run.system), make_ebm(config, run.system).train()
+    flow, ebm = (make(config, run.system, name).train().of(run.system) for name in ("flow", "ebm"))
     for loss in (flow.loss(x), ebm.loss(x)["loss"]):
         assert loss.isfinite()
         loss.backward()
@@ -147,10 +149,14 @@ def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
 @pytest.mark.parametrize("phase", ["data", "flow", "ebm"])
 def test_killed_in_any_phase_and_resumed_gives_the_same_weights(tiny_run, tiny_overrides, tmp_path, phase):
     folder, data = tmp_path / "run", tmp_path / "data"
-    overrides = [o for o in tiny_overrides if not o.startswith("data_dir=")] + [f"data_dir={data}", f"hydra.run.dir={folder}"]
+    overrides = [word for word in tiny_overrides if not word.startswith("data_dir=")]
+    overrides += [f"data_dir={data}", f"hydra.run.dir={folder}"]
     overrides += ["flow.fit.checkpoint_every=10", "ebm.fit.checkpoint_every=5"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     sign = {
         "data": lambda: any((data / "aldp-smoke.unfinished").glob("*/state.npz")),

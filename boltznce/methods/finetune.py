@@ -19,7 +19,7 @@ __all__ = ["start_finetuning"]
 def start_finetuning(
     parent: Path | str, peptide: str, settings: DictConfig, folder: Path | str | None = None
 ) -> RunFolder:
-    """The folder of a fine-tuning, ``finetuned/<peptide>`` of the parent run unless told otherwise; to be handed to `boltznce.run.train`.
+    """The folder of a fine-tuning, by default ``finetuned/<peptide>`` of the parent run, for `boltznce.run.train`.
 
     Its config is the parent's, of the one peptide, with the sections of ``settings`` (see configs/finetune.yaml) in
     place of the parent's.
@@ -31,7 +31,7 @@ def start_finetuning(
     config, starts = run.config, {name: weights_path(run.path, name) for name in ("flow", "ebm")}
     if "scales" not in config.get("flow", {}) or config.flow.scales != "conformers":
         raise UserError(
-            f"{parent} is no run whose flow serves many molecules (flow.scales=conformers): there is nothing to fine-tune."
+            f"{parent} is no run of many molecules (flow.scales=conformers): there is nothing to fine-tune."
         )
     if not starts["flow"].exists():
         raise UserError(f"{parent} has no trained flow yet: finish it with scripts/train.py resume={parent}.")
