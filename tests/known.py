@@ -1,4 +1,4 @@
-"""Systems and generators of which everything is known: a molecule of springs about a few conformers, a Gaussian flow."""
+"""Systems and generators of which everything is known: a molecule of springs about conformers, a Gaussian flow."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ EBM_ERROR = np.array([0.7, -0.3, 2.0, -2.0])  # kT, of every sample of a conform
 EBM_CONSTANT = 5.0
 
 
-# ---- a molecule -------------------------------------------------------------------------------------------------------
+# ---- a molecule -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def simulated(folder, system, n, seed=0, cpu_seconds=1e7):
     return Dataset.write(folder, x, energies, time=np.arange(n) // 2, repeat=np.arange(n) % 2, meta=meta)
 
 
-# ---- a Gaussian in the plane ------------------------------------------------------------------------------------------
+# ---- a Gaussian in the plane ----------------------------------------------------------------------------------------
 
 
 class Spring(GaussianMixture):
