@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from boltznce.methods.transfer import load_models, make_shared
 from omegaconf import OmegaConf
 
 import boltznce as bz
@@ -18,7 +19,6 @@ from boltznce.data.dataset import Dataset
 from boltznce.methods import find_method, sharing, transfer_report
 from boltznce.methods.finetune import start_finetuning
 from boltznce.methods.models import solver_settings
-from boltznce.methods.transfer import load_models, make_shared
 from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
 from boltznce.systems.conformers import random_conformers
@@ -102,7 +102,9 @@ def accept_everything(patch):
 
     def check(self, x, batch_size=1024):
         n, atoms = x.shape[:2]
-        return GraphCheck(torch.ones(n, dtype=torch.bool), torch.arange(atoms).repeat(n, 1), torch.zeros(n, dtype=torch.bool))
+        return GraphCheck(
+            torch.ones(n, dtype=torch.bool), torch.arange(atoms).repeat(n, 1), torch.zeros(n, dtype=torch.bool)
+        )
 
     patch.setattr(BondGraph, "check", check)
 
@@ -124,7 +126,9 @@ def test_the_stages_leave_a_report_of_the_unseen_peptide(run):
     assert len(samples) == 40
     assert 0 < row["ess"]["ess"] <= 1
     aa = bz.load_system("AA")
-    np.testing.assert_allclose(aa.energy(torch.from_numpy(np.array(samples.positions))).numpy(), samples.energy, rtol=1e-3)
+    np.testing.assert_allclose(
+        aa.energy(torch.from_numpy(np.array(samples.positions))).numpy(), samples.energy, rtol=1e-3
+    )
     assert metrics["average"]["ess"] == pytest.approx(row["ess"]["ess"])
     report = (run / "report.md").read_text()
     assert "| AA |" in report
@@ -195,18 +199,28 @@ def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
 def test_fine_tuning_to_one_peptide(run, monkeypatch):
     accept_everything(monkeypatch)
     draw_no_figures(monkeypatch)
-    words = {"finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}}, "samples": {"n_train": 16, "n_validation": 4}}
+    words = {
+        "finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}},
+        "samples": {"n_train": 16, "n_validation": 4},
+    }
     folder = start_finetuning(run, "AA", OmegaConf.create(words))
     assert folder.path == run / "finetuned" / "AA"
     train(folder)
-    assert {name: record.get("steps") for name, record in folder.stages.items() if "steps" in record} == {"flow": 3, "ebm": 3}
+    assert {name: record.get("steps") for name, record in folder.stages.items() if "steps" in record} == {
+        "flow": 3,
+        "ebm": 3,
+    }
     metrics = json.loads((folder.path / "metrics.json").read_text())
     assert list(metrics["peptides"]) == ["AA, before", "AA"]
-    models = find_method("finetune").load_models(folder.path, folder.config, bz.load_run(run).system, torch.device("cpu"))
+    models = find_method("finetune").load_models(
+        folder.path, folder.config, bz.load_run(run).system, torch.device("cpu")
+    )
     assert models.system.name == "AA"
     # it began where its parent ended, and moved
     parent, child = (load_weights(path / "checkpoints" / "ebm.safetensors")[0] for path in (run, folder.path))
-    change = sum((child[name] - parent[name]).square().sum() for name in parent) / sum(p.square().sum() for p in parent.values())
+    change = sum((child[name] - parent[name]).square().sum() for name in parent) / sum(
+        p.square().sum() for p in parent.values()
+    )
     assert 0 < change < 0.01
     with pytest.raises(UserError, match="only runs for many molecules"):
         start_finetuning(folder.path, "AA", OmegaConf.create(words))
@@ -278,7 +292,10 @@ def test_padded_batches_train_the_published_networks(data, tmp_path, network):
             *[word for word in TINY if not word.startswith(("flow.network", "samples", "ebm"))],
             f"data_dir={data}",
             f"network@flow.network={network}",
-            *(f"~flow.network.{name}" for name in ("n_rounds", "embedding_width", *(["width"] if network == "gvp" else []))),
+            *(
+                f"~flow.network.{name}"
+                for name in ("n_rounds", "embedding_width", *(["width"] if network == "gvp" else []))
+            ),
             *(f"flow.network.{size}" for size in sizes),
             "flow.padded=true",
             "flow.max_padding=0.5",
@@ -300,7 +317,10 @@ def workspace(config, folder):
 
 
 def test_bad_settings_are_one_sentence(data):
-    for word, message in (("system.encoding=full", r"system\.encoding=numbered"), ("flow.padded=true", r"flow\.padded=false")):
+    for word, message in (
+        ("system.encoding=full", r"system\.encoding=numbered"),
+        ("flow.padded=true", r"flow\.padded=false"),
+    ):
         config = config_of(data, word)
         family = bz.config.build(config.system)
         with pytest.raises(UserError, match=message):
@@ -317,7 +337,12 @@ def test_published_settings_compose_at_full_size():
     flow, ebm = (make_shared(boltznce, family, name).network for name in ("flow", "ebm"))
     assert isinstance(flow, GVPVectorField)
     assert (len(flow.layers), flow.embedding.out_features, flow.n_vectors) == (9, 128, 32)
-    assert (len(ebm.layers), ebm.type_embedding.embedding_dim, ebm.type_embedding.num_embeddings, ebm.n_types) == (10, 256, 76, 54)
+    assert (len(ebm.layers), ebm.type_embedding.embedding_dim, ebm.type_embedding.num_embeddings, ebm.n_types) == (
+        10,
+        256,
+        76,
+        54,
+    )
     egnn = make_shared(tbg, bz.config.build(tbg.system), "flow").network
     assert (len(egnn.layers), egnn.embedding.in_features, egnn.embedding.out_features) == (9, 77, 128)
     assert tbg.method.name == "tbg"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from boltznce.methods.report_parts import allowed_conformers, excluded_conformers
 from omegaconf import OmegaConf
 
 import boltznce as bz
@@ -21,7 +22,6 @@ from boltznce.flows.internal import InternalCoordinates
 from boltznce.methods import density, reverse_kl, tabg
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.models import load_trained
-from boltznce.methods.report_parts import allowed_conformers, excluded_conformers
 from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
@@ -84,6 +84,7 @@ class DoubleWell(System):
     def coordinate(self, x, name):
         return x[..., 0, 0]
 
+
 BASELINES = {"forward_kl": "method=forward_kl", "reverse_kl": "experiment=tabg/reverse_kl"}
 
 
@@ -102,7 +103,11 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch, objective
     assert hot["energy_evaluations"] == 20 * 64
     annealed = tabg.anneal(whole)
     assert annealed["energy_evaluations"] == 3 * (900 + (0 if objective == "forward_kl" else 20 * 64))
-    assert [(step["drawn_at"], step["weighted_to"]) for step in annealed["steps"]] == [(4.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
+    assert [(step["drawn_at"], step["weighted_to"]) for step in annealed["steps"]] == [
+        (4.0, 2.0),
+        (2.0, 1.0),
+        (1.0, 1.0),
+    ]
     assert all(0 < step["ess"] <= step["ess_clipped"] <= 1 for step in annealed["steps"])
     left = {path.name for path in (tmp_path / "whole" / "annealing").iterdir()}
     assert left == {"00.json", "01.json", "02.json"}  # buffers are gone
@@ -201,7 +206,9 @@ def test_serving(tabg_run, tmp_path):
     samples = run.sample(250, likelihood="exact", seed=1)
     assert samples.positions.shape == (250, 22, 3)
     np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
-    np.testing.assert_allclose(samples.energy, run.system.energy(torch.from_numpy(samples.positions)), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(
+        samples.energy, run.system.energy(torch.from_numpy(samples.positions)), rtol=1e-4, atol=1e-2
+    )
     given = run.models.log_prob(samples.positions)
     np.testing.assert_allclose(given, samples.log_prob, atol=0.05)  # float32 positions
     saved = run.sample(250, seed=1, folder=tmp_path / "samples")
@@ -221,7 +228,9 @@ def test_scripts_serve_a_run(tabg_run, tmp_path, capsys):
         module.main(compose(name, overrides))
         return capsys.readouterr().out
 
-    assert "40 samples" in script("sample", f"run={tabg_run}", "n_samples=40", f"output={tmp_path / 'samples'}", "format=dcd")
+    assert "40 samples" in script(
+        "sample", f"run={tabg_run}", "n_samples=40", f"output={tmp_path / 'samples'}", "format=dcd"
+    )
     assert (tmp_path / "samples" / "trajectory.dcd").exists()
     assert "exact weights" in script("free_energy", f"run={tabg_run}", f"output={tmp_path / 'fe'}", "n_bootstrap=20")
     assert (tmp_path / "fe" / "figures" / "profile.png").exists()
@@ -256,7 +265,13 @@ def test_report_with_data_that_are_the_flow_itself(tabg_run, flow_as_data, tmp_p
 
 
 def test_baseline_forward_kl(flow_as_data, tmp_path):
-    overrides = ["system=aldp_amber96", "method=forward_kl", *SPLINE, f"data.folder={flow_as_data[0]}", "data.simulation=null"]
+    overrides = [
+        "system=aldp_amber96",
+        "method=forward_kl",
+        *SPLINE,
+        f"data.folder={flow_as_data[0]}",
+        "data.simulation=null",
+    ]
     flow = "flow={n_train: 500, n_validation: 100, batch_size: 50, fit: {steps: 12, validate_every: 6}}"
     metrics = run_in(tmp_path, [*overrides, flow])
     assert metrics["method"] == "forward_kl"
@@ -299,7 +314,13 @@ def test_the_checkerboard_has_no_gradient_to_train_on(tmp_path):
 
 
 def test_force_evaluations_of_a_simulation():
-    settings = {"method": "umbrella", "n_repeats": 2, "equilibration": 50.0, "timestep": 0.002, "options": {"n_windows": 24, "kappa": 60.0}}
+    settings = {
+        "method": "umbrella",
+        "n_repeats": 2,
+        "equilibration": 50.0,
+        "timestep": 0.002,
+        "options": {"n_windows": 24, "kappa": 60.0},
+    }
     assert force_evaluations({"settings": settings, "ps_per_walker": 150.0}) == 2 * 24 * 100_000
     assert force_evaluations({"settings": {"method": "exact"}}) == 0
 
@@ -318,10 +339,15 @@ def test_every_budget_composes(budget):
     for method in ("forward_kl", "reverse_kl"):
         baseline = compose("train", ["system=aldp_amber96", BASELINES[method], f"budget={budget}"])
         assert (baseline.method.name, baseline.budget) == (method, budget)
-        assert OmegaConf.to_container(baseline.generator, resolve=True) == OmegaConf.to_container(config.generator, resolve=True)
+        assert OmegaConf.to_container(baseline.generator, resolve=True) == OmegaConf.to_container(
+            config.generator, resolve=True
+        )
         planar = compose("train", ["system=gaussians40", BASELINES[method], f"budget={budget}"])
         assert (planar.generator.model, planar.generator.box) == (plane.generator.model, plane.generator.box)
-    larger = [compose("train", [f"system={name}", "method=tabg", f"budget={budget}"]) for name in ("tetrapeptide", "hexapeptide")]
+    larger = [
+        compose("train", [f"system={name}", "method=tabg", f"budget={budget}"])
+        for name in ("tetrapeptide", "hexapeptide")
+    ]
     sizes = [part.annealing.fit.steps for part in (config, *larger)]
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0] > sizes[2]) == (budget in ("cpu", "long"))
@@ -332,7 +358,9 @@ def test_every_budget_composes(budget):
         spent = annealed.hot.fit.steps * annealed.hot.batch_size + a_stage * len(tabg.ladder(annealed))
         assert direct.hot.fit.steps * direct.hot.batch_size == pytest.approx(spent, rel=0.02)
         assert (direct.hot.temperature, direct.hot.objective) == (direct.system.temperature, "reverse_kl")
-    assert baseline.hot.energy_cut >= min(4 * config.hot.energy_cut, 1e8)  # no less energy, or none, at a quarter of the temperature
+    assert baseline.hot.energy_cut >= min(
+        4 * config.hot.energy_cut, 1e8
+    )  # no less energy, or none, at a quarter of the temperature
 
 
 @pytest.mark.parametrize(
@@ -352,20 +380,39 @@ def test_experiments_pin_the_published_setting(name, method, system):
     assert (config.method.name, config.system.name, config.budget) == (method, system, "paper")
     if name == "aldp":
         ladder = tabg.ladder(config)
-        assert [round(cold, 2) for _, cold in ladder] == [1028.69, 881.84, 755.95, 648.04, 555.52, 476.22, 408.24, 349.96, 300.0, 300.0]
+        assert [round(cold, 2) for _, cold in ladder] == [
+            1028.69,
+            881.84,
+            755.95,
+            648.04,
+            555.52,
+            476.22,
+            408.24,
+            349.96,
+            300.0,
+            300.0,
+        ]
         assert config.annealing.fit.steps * config.annealing.batch_size == 30_000 * 2048
     if name == "hexapeptide":
         assert len(tabg.ladder(config)) == 18
         assert [round(cold) for _, cold in tabg.ladder(config)[:4]] == [1029, 1029, 882, 882]
     if name == "gaussians40":
-        assert [cold for _, cold in tabg.ladder(config)] == pytest.approx([18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0], abs=0.01)
+        assert [cold for _, cold in tabg.ladder(config)] == pytest.approx(
+            [18.46, 11.35, 6.99, 4.3, 2.64, 1.63, 1.0, 1.0], abs=0.01
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["aldp", "aldp_amber96", "tetrapeptide", "hexapeptide"])
 def test_first_steps_of_the_published_setting(tmp_path, name):
     """Networks and batches of the published size, two steps at 1200 K and in each of two stages down."""
-    few = ["hot.fit.steps=2", "annealing.fit.steps=2", "annealing.n_steps=1", "annealing.repeat_between=0", "annealing.repeat_last=1"]
+    few = [
+        "hot.fit.steps=2",
+        "annealing.fit.steps=2",
+        "annealing.n_steps=1",
+        "annealing.repeat_between=0",
+        "annealing.repeat_last=1",
+    ]
     draws = ["annealing.n_draws=3000", "annealing.n_buffer=3000", "evaluation.n_samples=300", "evaluation.n_ladder=100"]
     logged = ["+hot.fit.log_every=1", "+annealing.fit.log_every=1", f"data_dir={tmp_path}"]
     run = bz.train_run(tmp_path / name, f"experiment=tabg/{name}", *few, *draws, *logged)
@@ -386,7 +433,8 @@ def test_typical_energy_is_about_the_mean_one(name, mean):
 
 
 @pytest.mark.parametrize(
-    ("stage", "known"), [("hot", "reverse_kl, log_variance, path_kl"), ("annealing", "forward_kl, log_variance, path_kl")]
+    ("stage", "known"),
+    [("hot", "reverse_kl, log_variance, path_kl"), ("annealing", "forward_kl, log_variance, path_kl")],
 )
 def test_unknown_objective(tmp_path, stage, known):
     work = work_in(tmp_path, DoubleWell())
