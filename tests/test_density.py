@@ -148,8 +148,11 @@ def test_a_folder_without_runs(tmp_path):
 
 
 def test_density_needs_a_known_density(tmp_path):
+    words = ["method=density", "system=aldp", "budget=smoke", "ebm.model.length_scale=1"]
+    with pytest.raises(bz.UserError, match=r"no size for system=aldp \(a molecule\) .* has plane/cpu"):
+        run(tmp_path, words)
     with pytest.raises(bz.UserError, match="in the plane"):
-        run(tmp_path, ["method=density", "system=aldp", "budget=smoke", "ebm.model.length_scale=1"])
+        run(tmp_path, [*words, "kind=plane"])
 
 
 # ---- the whole line --------------------------------------------------------------------------------------------------
