@@ -3,40 +3,50 @@
 What a notebook needs is here:
 
 - `load_system`, `System`: a molecule, a peptide by its sequence, or a system in the plane, with its reduced energy.
-- `train_run`: what ``scripts/train.py`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)`` gives
-  `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
-- `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say, with uncertainties.
+- `train_run`: what ``scripts/train.py`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
+  gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
+- `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
 - `UserError`: what is raised for a mistake that one can mend; its message says how.
 
 The parts, in the order of the computation (``help(boltznce.systems)`` and so on):
 
 - `boltznce.systems`: energies. `boltznce.data`: simulation and datasets.
-- `boltznce.flows`: generators. `boltznce.networks`: the networks in them. `boltznce.ebm`: a generator's likelihood, learned.
+- `boltznce.flows`: generators. `boltznce.networks`: the networks in them. `boltznce.ebm`: their learned likelihood.
 - `boltznce.annealing`: from high temperature to low without data.
 - `boltznce.analysis`: weights, free energies, metrics, figures, reports.
 - `boltznce.training`: the loop that trains them all. `boltznce.methods`: the published methods, each a list of stages.
   `boltznce.run`: a run in its folder. `boltznce.config`: names to settings to objects.
 
-Positions are float32 tensors (batch, atoms, 3) in nm, energies are in kT, angles in radians in (-π, π], log weights float64 and
-unnormalized. Time runs from the data, t = 0, to the prior, t = 1.
+Positions are float32 tensors (batch, atoms, 3) in nm, energies are in kT, angles in radians in (-π, π], log weights
+float64 and unnormalized. Time runs from the data, t = 0, to the prior, t = 1.
 """
 
-from boltznce.analysis.free_energy import corrected_free_energy_difference, free_energy_difference, free_energy_profile
-from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.config import load_system
-from boltznce.errors import UserError
-from boltznce.run import Run, load_run, train_run
-from boltznce.systems.base import System
+import importlib
+from typing import Any
 
-__all__ = [
-    "Run",
-    "System",
-    "UserError",
-    "WeightedSamples",
-    "corrected_free_energy_difference",
-    "free_energy_difference",
-    "free_energy_profile",
-    "load_run",
-    "load_system",
-    "train_run",
-]
+_HOMES = {  # each is imported when it is first asked for: torch alone takes seconds
+    "Run": "run",
+    "System": "systems.base",
+    "UserError": "errors",
+    "WeightedSamples": "analysis.reweighting",
+    "corrected_free_energy_difference": "analysis.free_energy",
+    "free_energy_difference": "analysis.free_energy",
+    "free_energy_profile": "analysis.free_energy",
+    "load_run": "run",
+    "load_system": "config",
+    "train_run": "run",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"boltznce.{_HOMES[name]}"), name)
+    try:
+        return importlib.import_module(f"boltznce.{name}")
+    except ModuleNotFoundError:
+        raise AttributeError(f"module 'boltznce' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

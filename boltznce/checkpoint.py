@@ -17,13 +17,13 @@ __all__ = ["Checkpoints", "load_weights", "save_weights"]
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
-    """Write named tensors to a safetensors file, whole or not at all; ``metadata`` (anything JSON can hold) goes into its header."""
+    """Write named tensors to a safetensors file, whole or not at all, and ``metadata`` (JSON) to its header."""
     with atomic_file(path) as temporary:
         _save(temporary, tensors, metadata)
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read what :func:`save_weights` wrote: tensors on the CPU, and the metadata. Raises UserError for a missing or damaged file."""
+    """Tensors on the CPU, and metadata, as `save_weights` wrote them. Raises UserError for a damaged file or none."""
     if not Path(path).is_file():
         raise UserError(f"There are no weights at {path}: train first, or name another run folder.")
     try:
@@ -31,7 +31,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
             metadata = json.loads((handle.metadata() or {}).get("boltznce", "{}"))
             return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"The weights file {path} is damaged ({error}): delete it and resume the run to make it again.") from error
+        raise UserError(f"The weights file {path} is damaged ({error}): delete it and resume the run.") from error
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
@@ -41,7 +41,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = 
 
 
 class Checkpoints:
-    """The folders ``step_XXXXXXX`` of one training: ``<part>.safetensors`` for each set of weights, ``state.pt``, ``digests.json``."""
+    """The folders ``step_XXXXXXX`` of a training: ``<part>.safetensors`` of each weights, ``state.pt``, digests."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = Path(folder), keep
@@ -54,11 +54,12 @@ class Checkpoints:
             torch.save(state, temporary / "state.pt")
             digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
             (temporary / "digests.json").write_text(json.dumps(digests, indent=1))
-        for old in [*self._saved()[: -self.keep], *self.folder.glob(".step_*.tmp")]:  # the latter: left by a kill while writing
+        left_by_kills = self.folder.glob(".step_*.tmp")
+        for old in [*self._saved()[: -self.keep], *left_by_kills]:
             shutil.rmtree(old)
 
     def newest(self) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
-        """Weights by part and the state of the newest checkpoint, or None where there is none. Raises UserError if it is damaged."""
+        """Weights by part and the state of the newest checkpoint, or None. Raises UserError if it is damaged."""
         saved = self._saved()
         if not saved:
             return None
@@ -71,8 +72,10 @@ class Checkpoints:
             weights = {file.stem: load_weights(file)[0] for file in newest.glob("*.safetensors")}
             return weights, torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError) as error:
-            remedy = f"resumes from the one before, {saved[-2].name}" if len(saved) > 1 else "starts this training from its beginning"
-            raise UserError(f"The checkpoint {newest} is damaged ({error}): deleting it {remedy}.") from error
+            before = f"the one before, {saved[-2].name}" if len(saved) > 1 else "its beginning"
+            raise UserError(
+                f"The checkpoint {newest} is damaged ({error}): delete it, and this training resumes from {before}."
+            ) from error
 
     def _saved(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))

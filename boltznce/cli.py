@@ -12,7 +12,7 @@ import hydra
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from boltznce.config import available, compose, config_dir, explain, normalize, quoted, unquoted
@@ -35,6 +35,7 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
 
     def told(config: DictConfig) -> None:
         with _mistakes_told():
+            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # before any work
             main(config)
 
     told.__module__ = main.__module__

@@ -17,7 +17,7 @@ CPU_COMPILERS = ("g++", "clang++", "c++")
 def wants_compiling(mode: str | bool) -> bool:
     """Whether to use torch.compile: ``true``, ``false``, or ``auto``: where there is a GPU.
 
-    Never where torch could not compile, for want of a C++ compiler: then one warning. Raises UserError for another word.
+    Never where torch could not compile, for want of a C++ compiler: one warning then. Raises UserError for other words.
     """
     mode = str(mode).lower()
     if mode not in CHOICES:

@@ -21,18 +21,7 @@ from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
 
-__all__ = [
-    "available",
-    "build",
-    "compose",
-    "config_dir",
-    "explain",
-    "load_system",
-    "locate",
-    "normalize",
-    "quoted",
-    "unquoted",
-]
+__all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
 PATHS = ("resume", "run", "output")  # overrides that are the path of one folder
 SYSTEMS = (System, PeptideFamily)
@@ -52,10 +41,8 @@ def available(group: str = "") -> list[str]:
     (['cpu', 'long', 'paper', 'smoke'], True)
     """
     folder = config_dir() / group
-    names = [folder.glob("*.yaml"), folder.glob("*/*.yaml")]
-    return next(
-        filter(None, (sorted(p.relative_to(folder).with_suffix("").as_posix() for p in paths) for paths in names)), []
-    )
+    paths = list(folder.glob("*.yaml")) or folder.glob("*/*.yaml")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
 def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily:
@@ -68,7 +55,7 @@ def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily
     >>> load_system("gaussians8", std=0.2).temperature
     1.0
     >>> load_system("AK").n_atoms
-    33
+    35
 
     Raises UserError for names and settings that do not exist, and for a sequence that cannot be built.
     """
@@ -123,10 +110,8 @@ def locate(path: str, kind: type | tuple[type, ...]) -> Any:
         raise UserError(f"_target_={path} cannot be imported: {error}.") from error
     fits = "STAGES" in vars(found) if kind is ModuleType else isinstance(found, type) and issubclass(found, kind)
     if not fits:
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        what = (
-            "module of a method, with STAGES" if kind is ModuleType else " or a ".join(each.__name__ for each in kinds)
-        )
+        names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
+        what = "module of a method, with STAGES" if kind is ModuleType else " or a ".join(names)
         raise UserError(f"_target_={path} is not a {what}, and nothing else is made from a config.")
     return found
 
@@ -142,8 +127,8 @@ def build(
     Of ``offered`` (n_atoms, dim, n_features, bonds of a network) it gets those that it asks for and ``settings`` lack.
     ``kind`` is by default that of a system, a family or a network.
 
-    >>> build({"_target_": "boltznce.networks.mlp.MLPEnergy", "width": 8}, offered={"dim": 2, "colour": "red"}).dim
-    2
+    >>> build({"_target_": "boltznce.networks.mlp.MLPEnergy", "width": 8}, offered={"dim": 3}).__class__.__name__
+    'MLPEnergy'
 
     Raises UserError for another kind of target, and for keywords that it does not have or that are missing.
     """
@@ -151,7 +136,7 @@ def build(
         settings = OmegaConf.to_container(settings, resolve=True)
     settings = {**settings, **overrides}
     target = settings.pop("_target_", None)
-    if target is None:
+    if target in (None, "???"):
         raise UserError("A config of something to be built needs the key _target_, the Python path of its class.")
     factory = locate(target, kind or (*SYSTEMS, nn.Module))
     signature = inspect.signature(factory)
@@ -184,7 +169,7 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
 
 def _normalized(word: str) -> str:
     key, _, value = word.partition("=")
-    if key in PATHS:
+    if key in PATHS and value not in ("", "null"):
         return f"{key}={quoted(unquoted(value))}"
     if key == "peptide" and looks_like_sequence(value):
         return f"{key}={quoted(value)}"
@@ -236,7 +221,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[str] = ()) -> UserError:
     """Hydra's complaint about a config as one sentence that says what exists."""
-    text = str(error).strip().splitlines()[0]
+    text = str(error).strip().partition("\n")[0]
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         if group.startswith("size/"):
@@ -247,7 +232,7 @@ def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[
     if isinstance(error, OverrideParseException):
         return UserError(f"{error.override!r} cannot be read: write key=value, with quotes around special characters.")
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-        key = text.rpartition(" ")[2]
+        key = (isinstance(error, MissingMandatoryValue) and error.full_key) or text.rpartition(" ")[2]
         return UserError(f"{key}= is missing: add {key}=... to the command line.")
     return UserError(f"{text} Check its spelling: --cfg job prints every setting there is.")
 

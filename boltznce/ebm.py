@@ -16,12 +16,20 @@ OBJECTIVES = ("both", "nce", "score")
 
 
 class EnergyBasedModel(ContextModel):
-    """E_θ(x, t), the log-density of samples interpolated to time t up to a constant; at t = 0 it is that of the
-    samples.
+    """E_θ(x, t), log-density of samples interpolated to time t, up to a constant; at t = 0 that of the samples.
 
     ``network(x, t, features) -> (batch,)`` works in scaled units ``x / length_scale``, see `ContextModel`. ``log_prob``
     lives on the same space as the flow (mean-free where ``centred``) and has an unknown additive constant:
     ``normalized`` is False. One network may serve many molecules; the constant is then another for each of them.
+
+    >>> import torch
+    >>> from boltznce.networks.mlp import MLPEnergy
+    >>> ebm = EnergyBasedModel(MLPEnergy(width=8, n_blocks=1), n_atoms=1, dim=2, centred=False)
+    >>> samples = torch.randn(64, 1, 2, generator=torch.Generator().manual_seed(0))
+    >>> sorted(ebm.loss(samples, torch.Generator().manual_seed(1)))
+    ['loss', 'nce', 'score']
+    >>> ebm.log_prob(samples).shape
+    torch.Size([64])
     """
 
     normalized = False

@@ -22,7 +22,7 @@ class Logger(Protocol):
 
 
 class CSVLog:
-    """A table with a row for each report and a first column ``step``; opening it again at an earlier step forgets the rows after that.
+    """A table with a row for each report, whose first column is ``step``; opened at an earlier step it forgets more.
 
     A column that first appears in a later row is added at the right, and is empty in the rows before.
     """
@@ -64,10 +64,10 @@ def _text(value: float | str) -> str:
 
 
 class WandbLogger:
-    """Sends the numbers to Weights & Biases. A run folder is always the same run there, so that a resumed one goes on in its curves.
+    """Sends the numbers to Weights & Biases, where a run folder is always the same run, also a resumed one.
 
-    mode: "online", "offline" (``wandb sync`` uploads later), "disabled", or None: online for a user who is logged in, otherwise offline.
-    Never asks for a login: raises UserError where "online" lacks one.
+    mode: "online", "offline" (``wandb sync`` uploads later), "disabled", or None: online for a user who is logged in,
+    otherwise offline. Never asks for a login: raises UserError where "online" lacks one.
     """
 
     def __init__(self, folder: Path, project: str, mode: str | None = None, config: Mapping | None = None):
@@ -79,7 +79,7 @@ class WandbLogger:
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-        resume = "allow" if mode == "online" else None  # wandb cannot continue an offline run; it merges them by id when they are synced
+        resume = "allow" if mode == "online" else None  # offline runs cannot be continued: syncing merges them by id
         where = {"project": project, "name": folder.name, "id": identity, "dir": str(folder)}
         self._run = wandb.init(**where, mode=mode, resume=resume, config=dict(config or {}))
 
@@ -91,11 +91,15 @@ class WandbLogger:
 
 
 def open_logger(
-    kind: Literal["csv", "wandb"], folder: Path, config: Mapping | None = None, project: str = "boltznce", mode: str | None = None
+    kind: Literal["csv", "wandb"],
+    folder: Path,
+    config: Mapping | None = None,
+    project: str = "boltznce",
+    mode: str | None = None,
 ) -> WandbLogger | None:
-    """The logger that the ``logger`` part of a config asks for, ``open_logger(**config.logger, folder=...)``: None for ``csv``.
+    """The logger that the ``logger`` part of a config asks for, ``open_logger(**config.logger, folder=...)``.
 
-    The CSV files are written by :func:`boltznce.training.fit` in any case. Raises UserError for an unknown kind.
+    None for ``csv``: `boltznce.training.fit` writes those files in any case. Raises UserError for an unknown kind.
     """
     if kind == "csv":
         return None

@@ -31,7 +31,7 @@ def train_run(path: Path | str, *overrides: str) -> "Run":
 
 
 def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
-    """The folder of a new run with a composed config of ``train``, or of one of the same system that is to go on with it."""
+    """The folder of a new run with a composed config of ``train``, or of one that is to go on with it."""
     kept = [key for key in config if key != "resume"]
     return RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
 

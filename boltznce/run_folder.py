@@ -14,7 +14,7 @@ from omegaconf.errors import ValidationError
 from yaml import YAMLError
 
 from boltznce.errors import UserError
-from boltznce.io import atomic_file
+from boltznce.io import RUN_FORMAT, atomic_file, check_format
 
 try:
     import resource
@@ -27,10 +27,10 @@ HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what
 
 
 class RunFolder:
-    """A folder with ``config.yaml`` (resolved) and ``run.json``: the system's name and, for each stage,
+    """A folder with ``config.yaml`` (resolved) and ``run.json``: its format, the system's name and, for each stage,
 
-    ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null) and what the stage adds.
-    :meth:`create` makes one or goes on in one, :meth:`open` takes what is there.
+    ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null) and what the
+    stage adds. :meth:`create` makes one or goes on in one, :meth:`open` takes what is there.
     """
 
     def __init__(self, path: Path):
@@ -39,25 +39,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, system: str) -> "RunFolder":
-        """Start a run of the named system, or go on in the folder of one. Raises UserError if that holds another system."""
+        """Start a run of the named system, or go on in its folder. Raises UserError if that holds another system."""
         run = cls(path)
         if run._record_path.exists():
             run.check_system(system)
         else:
-            run._write({"system": system, "started": _now(), "stages": {}})
+            run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "stages": {}})
         with atomic_file(run._config_path) as temporary:
             OmegaConf.save(config, temporary, resolve=True)
         return run
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The run in an existing folder. Raises UserError where there is none, saying what is missing."""
+        """The run in an existing folder. Raises UserError where there is none, or one of another version."""
         run = cls(path)
         if not run.path.is_dir():
             raise UserError(f"There is no folder {path}: give the folder of a run that train.py has started.")
         missing = [file.name for file in (run._config_path, run._record_path) if not file.is_file()]
         if missing:
-            raise UserError(f"{path} is not a run folder, it has no {' and no '.join(missing)}: give one that train.py has started.")
+            missing = " and no ".join(missing)
+            raise UserError(f"{path} is not a run folder, it has no {missing}: give one that train.py has started.")
+        run._read()
         return run
 
     @property
@@ -66,7 +68,7 @@ class RunFolder:
         try:
             return DictConfig(OmegaConf.load(self._config_path))
         except (YAMLError, UnicodeDecodeError, ValidationError, OSError) as error:
-            raise UserError(f"{self._config_path} is damaged: restore it, or start a new run in another folder.") from error
+            raise _damaged(self._config_path) from error
 
     @property
     def system(self) -> str:
@@ -81,7 +83,8 @@ class RunFolder:
     def check_system(self, name: str) -> None:
         """Raise UserError if this is not a run of the named system."""
         if self.system != name:
-            raise UserError(f"{self.path} is a run of another system, '{self.system}', not '{name}': choose another hydra.run.dir.")
+            found = f"{self.path} is a run of another system, '{self.system}', not '{name}'"
+            raise UserError(f"{found}: choose another hydra.run.dir.")
 
     def stage_done(self, name: str) -> bool:
         """Whether the stage has come to its end."""
@@ -93,9 +96,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict]:
-        """Time a stage, and mark it done if the block ends well, with what the block has put into the dictionary it is given.
+        """Time a stage, and mark it done if the block ends well, with what the block puts into the given dictionary.
 
-        Time is added to that of earlier, interrupted sessions, and booked every few seconds, so that a kill loses next to none.
+        Time is added to that of earlier, interrupted sessions, and booked every few seconds: a kill loses next to none.
         """
         info: dict = {}
         earlier = self.stages.get(name, {})
@@ -103,8 +106,8 @@ class RunFolder:
         started, ended = time.perf_counter(), threading.Event()
 
         def book() -> None:
-            now = {"seconds": round(seconds + time.perf_counter() - started, 2), "peak_memory": max(memory, peak_memory())}
-            self._book(name, now)
+            total = round(seconds + time.perf_counter() - started, 2)
+            self._book(name, {"seconds": total, "peak_memory": max(memory, peak_memory())})
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT):
@@ -132,9 +135,14 @@ class RunFolder:
             record = json.loads(self._record_path.read_text())
             if not {"system", "stages"} <= set(record):
                 raise ValueError("it lacks an entry")
-            return record
         except ValueError as error:
-            raise UserError(f"{self._record_path} is damaged: restore it, or start a new run in another folder.") from error
+            raise _damaged(self._record_path) from error
+        check_format(record.get("format"), RUN_FORMAT, self.path)
+        if record.get("format", 1) < RUN_FORMAT:
+            raise UserError(
+                f"{self.path} was trained by an older version: train it anew, or use boltznce 0.1.0 (commit e61416c)."
+            )
+        return record
 
     def _write(self, record: dict) -> None:
         with atomic_file(self._record_path) as temporary:
@@ -150,11 +158,15 @@ class RunFolder:
 
 
 def peak_memory() -> float:
-    """Largest resident memory so far, in MiB, of this process plus its largest finished child; 0 on Windows, which does not tell."""
+    """Largest resident memory so far, in MiB, of this process plus its largest finished child; 0 on Windows."""
     if resource is None:
         return 0.0
     usage = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: restore it, or start a new run in another folder.")
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
-"""One training loop for every model: flows, energy-based models, spline flows. It knows modules and losses, and no physics.
+"""One training loop for every model: flows, energy-based models, spline flows. It knows losses, and no physics.
 
-Killed at any moment and started again with the same arguments, it goes on from its last checkpoint; on a CPU the result is the
-same to the bit.
+Killed at any moment and started again with the same arguments, it goes on from its last checkpoint; on a CPU the result
+is the same to the bit.
 """
 
 import contextlib
@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from boltznce.checkpoint import Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
+
+if TYPE_CHECKING:  # slow to import
+    from lightning_fabric import Fabric
 
 __all__ = ["FitResult", "FitSettings", "Loss", "WeightAverage", "fit", "learning_rate", "step_generator"]
 
@@ -34,7 +37,7 @@ Validation = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How long and how to train. "Validations" are those every ``validate_every`` steps (0: never) and after the last step."""
+    """How long and how to train. Validations are every ``validate_every`` steps (0: never) and after the last."""
 
     steps: int
     lr: float = 1e-3
@@ -95,7 +98,7 @@ class _Progress:
 
 @dataclass
 class _RunningMeans:
-    """Means over the steps since the last report. They stay on the device until :meth:`read`, so that no step waits for the host."""
+    """Means over the steps since the last report, on the device until :meth:`read`: no step waits for the host."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,17 +111,19 @@ class _RunningMeans:
 
     def read(self) -> tuple[dict[str, float], int, int]:
         """The means over the valid steps, the number of these, and of the others."""
-        totals = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))  # the one transfer to the host
+        values = torch.stack(list(self.sums.values())).tolist()  # the one transfer to the host
+        totals = dict(zip(self.sums, values, strict=True))
         self.sums.clear()
         valid, skipped = totals.pop("_valid"), totals.pop("_skipped")
-        return {key: total / valid if valid else math.nan for key, total in totals.items()}, round(valid), round(skipped)
+        means = {key: total / valid if valid else math.nan for key, total in totals.items()}
+        return means, round(valid), round(skipped)
 
 
 class WeightAverage:
     """Exponential moving average of a module's parameters, started at their present values; buffers are not averaged.
 
-    The k-th update (k = 0, 1, ...) is a <- d a + (1 - d) p with d = min(decay, (1 + k) / (10 + k)): a short training forgets its
-    random start as well as a long one does.
+    The k-th update (k = 0, 1, ...) is a <- d a + (1 - d) p with d = min(decay, (1 + k) / (10 + k)): a short training
+    forgets its random start as well as a long one does.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -139,7 +144,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module holds the averages, copied in place: a deep copy of a module does not carry a compiled forward over."""
+        """Inside, the module holds the averages, copied in place: a deep copy would lose a compiled forward."""
         trained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         _copy(self._parameters, self.values)
         try:
@@ -151,8 +156,9 @@ class WeightAverage:
 class _Apply(nn.Module):
     """What Fabric wraps: its forward is *any* function of the module.
 
-    Fabric's precision and gradient synchronization act on ``forward`` alone, while losses call other methods of a model (velocity,
-    score, log_prob, ...). Run through here they are all inside a forward, and get the plain module to work with.
+    Fabric's precision and gradient synchronization act on ``forward`` alone, while losses call other methods of a model
+    (velocity, score, log_prob, ...). Run through here they are all inside a forward, and get the plain module to work
+    with.
     """
 
     def __init__(self, module: nn.Module):
@@ -164,7 +170,7 @@ class _Apply(nn.Module):
 
 
 def step_generator(seed: int, name: str, step: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random numbers of one step, a function of (seed, name, step) alone: a resumed run needs no stored generator state."""
+    """The random numbers of one step, a function of (seed, name, step) alone: a resumed run stores no state."""
     digest = hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -188,23 +194,24 @@ def fit(
     settings: FitSettings,
     folder: Path,
     *,
-    fabric: Fabric,
+    fabric: "Fabric",
     seed: int,
     name: str,
     validate: Validation | None = None,
     logger: Logger | None = None,
 ) -> FitResult:
-    """Train ``module`` in place, and leave it with its averaged weights (with early stopping: the best validated ones), in eval mode.
+    """Train ``module`` in place; leave it in eval mode with averaged weights (with early stopping: the best of them).
 
-    loss: called with the module, the number of steps done and that step's generator, on the module's device. Returns scalars, of which
-        "loss" is minimized and all are logged. Randomness that does not come from the generator (dropout) breaks exact resuming.
+    loss: called with the module, the number of steps done and that step's generator, on the module's device. Returns
+        scalars, of which "loss" is minimized and all are logged. Randomness that does not come from the generator
+        (dropout) breaks exact resuming.
     validate: called on the averaged weights with the same random numbers each time; returns scalars, among them "loss".
         Gradients are on, since some losses differentiate in x.
     fabric: launched; any precision but 16-mixed, whose loss scaling excludes the fused optimizer.
 
-    Writes ``<name>.csv`` and ``checkpoints/<name>/`` under ``folder``, at the end ``checkpoints/<name>.safetensors``. Where that
-    exists it is loaded and nothing trained. Raises UserError for settings that contradict each other, for a damaged checkpoint, and when
-    no step has a finite gradient any more.
+    Writes ``<name>.csv`` and ``checkpoints/<name>/`` under ``folder``, at the end ``checkpoints/<name>.safetensors``.
+    Where that exists it is loaded and nothing trained. Raises UserError for settings that contradict each other, for a
+    damaged checkpoint, and when no step has a finite gradient any more.
     """
     _check(settings, name, validate)
     folder = Path(folder)
@@ -246,7 +253,8 @@ def fit(
 
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants few lines
     module.train()
-    with tqdm(total=settings.steps, initial=progress.step, desc=name, unit="step", mininterval=interval, disable=not writes) as bar:
+    shown = {"desc": name, "unit": "step", "mininterval": interval, "disable": not writes}
+    with tqdm(total=settings.steps, initial=progress.step, **shown) as bar:
         while progress.step < settings.steps and not stopped_early():
             step = progress.step
             lr = learning_rate(settings, step, progress.lr_scale)
@@ -256,9 +264,10 @@ def fit(
             parts = apply(loss, step, step_generator(seed, stream, step, fabric.device))
             optimizer.zero_grad()
             fabric.backward(parts["loss"])
-            norm = fabric.clip_gradients(apply, optimizer, max_norm=settings.grad_clip or math.inf, error_if_nonfinite=False)
+            most = settings.grad_clip or math.inf
+            norm = fabric.clip_gradients(apply, optimizer, max_norm=most, error_if_nonfinite=False)
             finite = norm.isfinite()
-            # A fused Adam reads this flag on the device, as it does for a gradient scaler; at 1 it leaves weights and moments alone.
+            # A fused Adam reads this flag on the device, as for a gradient scaler; at 1 it leaves weights alone.
             optimizer.optimizer.found_inf = (~finite).float()
             optimizer.step()
             if average and (step + 1) % settings.ema_every == 0:
@@ -275,7 +284,8 @@ def fit(
                 row |= {"skipped": progress.skipped} | {f"train/{key}": value for key, value in values.items()}
                 bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
             if validate and due(settings.validate_every):
-                values = _validation(module, validate, average, fabric, step_generator(seed, name, "validation", fabric.device))
+                generator = step_generator(seed, name, "validation", fabric.device)
+                values = _validation(module, validate, average, fabric, generator)
                 progress.validated(values["loss"], settings)
                 row |= {f"validation/{key}": value for key, value in values.items()}
                 if settings.early_stopping_patience is not None and progress.stale == 0:
@@ -323,9 +333,11 @@ def _check(settings: FitSettings, name: str, validate: Validation | None) -> Non
         raise UserError(f"steps={settings.steps} for '{name}': ask for at least one step.")
     validates = validate is not None and settings.validate_every > 0
     if settings.schedule == "plateau" and not validates:
-        raise UserError(f"schedule=plateau for '{name}' follows the validation loss: set validate_every, or another schedule.")
+        raise UserError(f"schedule=plateau of '{name}' needs a validation: set validate_every, or another schedule.")
     if settings.early_stopping_patience is not None and not validates:
-        raise UserError(f"Early stopping of '{name}' follows the validation loss: set validate_every, or early_stopping_patience=null.")
+        raise UserError(
+            f"Early stopping of '{name}' needs a validation: set validate_every, or early_stopping_patience=null."
+        )
 
 
 def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
@@ -356,7 +368,7 @@ def _load_state(module: nn.Module, weights: dict[str, Tensor], source: Path) -> 
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"The weights in {source} belong to a network of other sizes: restore the config that made them, or delete them."
+            f"The weights in {source} are of a network of other sizes: restore their config, or delete them."
         ) from error
 
 

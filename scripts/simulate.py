@@ -23,8 +23,7 @@ def main(config: DictConfig) -> None:
     settings = {key: config[key] for key in ("duration", "n_repeats", "n_processes", "engine", "seed")}
     datasets = simulate_members(system, folder, config.sampling, **settings, **OmegaConf.to_container(config.settings))
     for name, dataset in datasets.items():
-        print(f"{name}: {len(dataset)} frames")
-    print(f"{sum(map(len, datasets.values()))} frames in {folder}")
+        print(f"{len(dataset)} frames of {name} in {folder}")
     if config.reference:
         dataset = datasets[system.name]
         result = umbrella_result(dataset, **({"state": system.state.interval} if system.state else {}))

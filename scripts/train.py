@@ -1,4 +1,4 @@
-"""The main job: data if there are none, a generator, its likelihood, weights and a report. `python scripts/train.py system=aldp`"""
+"""The main job: data, a generator, its likelihood, weights and a report. `python scripts/train.py system=aldp`"""
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -17,7 +17,9 @@ def main(config: DictConfig) -> None:
     if any(word.startswith("system=") for word in given):
         run.check_system(config.system.name)
     if any(not word.startswith("system=") for word in given):
-        raise UserError(f"resume= goes on with the run's own settings: leave out {' '.join(given)}, or start a new run.")
+        raise UserError(
+            f"resume= goes on with the run's own settings: leave out {' '.join(given)}, or start a new run."
+        )
     print(train(run))
 
 

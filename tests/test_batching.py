@@ -67,7 +67,9 @@ def test_a_batch_depends_on_seed_and_step_alone(batches):
 def test_rows_of_one_molecule_stand_together(batches):
     stream = batches(per_molecule=4, max_padding=0.1)
     kinds = [len(stream(step)[1].index.unique()) for step in range(stream.steps_per_epoch)]
-    assert np.mean(kinds) < np.mean([len(batches(max_padding=0.1)(step)[1].index.unique()) for step in range(stream.steps_per_epoch)])
+    assert np.mean(kinds) < np.mean(
+        [len(batches(max_padding=0.1)(step)[1].index.unique()) for step in range(stream.steps_per_epoch)]
+    )
 
 
 def test_bad_settings_are_one_sentence(batches):

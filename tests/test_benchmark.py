@@ -14,7 +14,9 @@ from boltznce.errors import UserError
 
 
 def test_rows_hold_quartiles_for_every_case():
-    rows = measure_energy({"aldp": {"system": "aldp"}, "AA": {"system": "AA"}}, [2, 8], ["torch", "openmm"], min_seconds=0.01)
+    rows = measure_energy(
+        {"aldp": {"system": "aldp"}, "AA": {"system": "AA"}}, [2, 8], ["torch", "openmm"], min_seconds=0.01
+    )
     assert len(rows) == 2 * 2 * 2 * 2
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
     assert {row["n_atoms"] for row in rows} == {22, 23}
@@ -27,7 +29,13 @@ def test_rows_hold_quartiles_for_every_case():
 def test_spline_rows_table_and_figure():
     flows = {"small": {"depth": 1, "width": 8, "n_pairs": 1}}
     rows = measure_spline(["aldp"], flows, ["eager"], batch_size=8, temperature=1200.0, min_seconds=0.01)
-    assert [row["kind"] for row in rows] == ["sample + log q", "log q", "step of reverse KL", "step of log-variance", "step of path KL"]
+    assert [row["kind"] for row in rows] == [
+        "sample + log q",
+        "log q",
+        "step of reverse KL",
+        "step of log-variance",
+        "step of path KL",
+    ]
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
     assert "| aldp | 60 | small | eager |" in spline_table(rows)
     assert len(spline_figure(rows).axes) == 5
@@ -43,7 +51,9 @@ def test_network_rows_tell_what_padding_costs():
     }
     family = {"system": "dipeptides", "selection": "mine", "selections": {"mine": {"train": ["AG", "GS", "SA"]}}}
     rows = measure_network(family, networks, batch_size=4, max_padding=0.3, min_seconds=0.0)
-    assert [(row["network"], row["kind"]) for row in rows] == [(n, k) for n in ("egnn", "ebm") for k in ("forward", "training step")]
+    assert [(row["network"], row["kind"]) for row in rows] == [
+        (n, k) for n in ("egnn", "ebm") for k in ("forward", "training step")
+    ]
     for row in rows:
         assert set(row["by_size"]) == {"20", "21", "24"}
         assert 0 < row["padding"] < 0.3
@@ -67,7 +77,13 @@ def test_unknown_backend_is_named():
 
 def test_script_leaves_table_numbers_and_figure(tmp_path):
     others = [f"~energy.molecules.{name}" for name in ("tetrapeptide", "hexapeptide", "decapeptide")]
-    settings = [*others, "energy.batch_sizes=[2]", "energy.backends=[torch,openmm]", "min_seconds=0.01", f"output={tmp_path}"]
+    settings = [
+        *others,
+        "energy.batch_sizes=[2]",
+        "energy.backends=[torch,openmm]",
+        "min_seconds=0.01",
+        f"output={tmp_path}",
+    ]
     subprocess.run([sys.executable, "scripts/benchmark.py", "what=energy", *settings], check=True, capture_output=True)
     result = json.loads((tmp_path / "energy.json").read_text())
     assert result["machine"]["threads"] >= 1

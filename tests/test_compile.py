@@ -51,7 +51,9 @@ def spline_with_gradients(shape, inverse, fused):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_fused_splines_equal_the_eager_ones(inverse):
     for shape in ((3, 700), (5, 64)):  # one kernel for all
-        for fused, eager in zip(*(spline_with_gradients(shape, inverse, fused) for fused in (True, False)), strict=True):
+        for fused, eager in zip(
+            *(spline_with_gradients(shape, inverse, fused) for fused in (True, False)), strict=True
+        ):
             torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-4)
 
 

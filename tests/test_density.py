@@ -14,8 +14,8 @@ from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose
 from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
-from boltznce.methods.density import draw_sweep
 from boltznce.methods.free_energy import write_free_energy
+from boltznce.sweep import draw_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,24 +63,6 @@ def test_plane_w2_of_shifted_points():
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "kind", "budget", "network"),
-    [
-        (["budget=cpu", "system=aldp"], "molecule", "cpu", "distance.DistanceEnergy"),
-        (["system=AK", "budget=cpu"], "molecule", "cpu", "distance.DistanceEnergy"),
-        (["system=two_moons", "budget=smoke"], "plane", "smoke", "fourier.FourierEnergy"),
-        (["system=gaussians8"], "plane", "cpu", "fourier.FourierEnergy"),
-        (["system=dipeptides", "budget=smoke"], "family", "smoke", "shared_distance.SharedDistanceEnergy"),
-        (["system=gaussians8", "method=density", "budget=smoke"], "plane", "smoke", "fourier.FourierEnergy"),
-        (["experiment=boltznce/fig_toy", "budget=smoke"], "plane", "smoke", "fourier.FourierEnergy"),
-    ],
-)
-def test_sizes_fit_method_and_system(words, kind, budget, network):
-    config = compose("train", words)
-    assert (config.kind, config.budget) == (kind, budget)
-    assert config.ebm.network._target_ == f"boltznce.networks.{network}"
 
 
 @pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])

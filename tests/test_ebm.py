@@ -41,7 +41,15 @@ def train(tmp_path, steps=1200, **kwargs):
     torch.manual_seed(0)
     ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 2), 1, 2, centred=False, **kwargs)
     settings = FitSettings(steps=steps, lr=5e-3, ema_decay=0.99, validate_every=0, checkpoint_every=10**6)
-    fit(ebm, lambda m, k, g: m.loss(sample(512, g), g), settings, tmp_path, fabric=Fabric(accelerator="cpu", devices=1), seed=0, name="ebm")
+    fit(
+        ebm,
+        lambda m, k, g: m.loss(sample(512, g), g),
+        settings,
+        tmp_path,
+        fabric=Fabric(accelerator="cpu", devices=1),
+        seed=0,
+        name="ebm",
+    )
     return ebm
 
 
@@ -88,7 +96,9 @@ def test_spreading_times_does_not_bias_the_classification():
         ebm.network.forward = lambda x, t, features=None, exact=exact, scale=scale: exact(x, t) + scale * 10 * (t - 0.5)
         slopes = []
         for seed in range(10):
-            loss = ebm.loss(sample(20000, torch.Generator().manual_seed(seed)), torch.Generator().manual_seed(seed + 99))["nce"]
+            loss = ebm.loss(
+                sample(20000, torch.Generator().manual_seed(seed)), torch.Generator().manual_seed(seed + 99)
+            )["nce"]
             slopes.append(torch.autograd.grad(loss, scale)[0])
         slopes = torch.stack(slopes)
         assert abs(slopes.mean()) < 4 * slopes.std() / math.sqrt(len(slopes))

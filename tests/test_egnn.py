@@ -1,4 +1,4 @@
-"""The EGNN vector field: its symmetries on a small random network, and a layer against the formula written atom by atom."""
+"""The EGNN vector field: a layer against the formula written atom by atom."""
 
 from pathlib import Path
 
@@ -31,24 +31,6 @@ def case(generator):
     return network, x, t, features
 
 
-def test_rotation_mirror_and_translation(case, generator):
-    network, x, t, features = case
-    v = network(x, t, features)
-    assert v.square().mean() > 1e-2
-    rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))
-    torch.testing.assert_close(network(x @ rotation.T, t, features), v @ rotation.T)
-    torch.testing.assert_close(network(-x, t, features), -v)
-    torch.testing.assert_close(network(x + torch.tensor([3.0, -2.0, 1.0]), t, features), v)
-
-
-def test_atoms_permute_together_with_their_features(case, generator):
-    network, x, t, features = case
-    v = network(x, t, features)
-    order = torch.randperm(N_ATOMS, generator=generator)
-    torch.testing.assert_close(network(x[:, order], t, features[order]), v[:, order])
-    assert not torch.allclose(network(x[:, order], t, features), v[:, order], atol=1e-3)
-
-
 def test_a_layer_is_the_formula(case, generator):
     """Satorras et al., equations 3 to 6, with attention and normalized differences, by loops over atoms."""
     layer = case[0].layers[0]
@@ -68,16 +50,6 @@ def test_a_layer_is_the_formula(case, generator):
             received = received + m
         torch.testing.assert_close(new_x[0, i], moved)
         torch.testing.assert_close(new_h[0, i], h[0, i] + layer.update(torch.cat([h[0, i], received])))
-
-
-def test_gradients_reach_every_parameter_and_time_matters(case):
-    network, x, t, features = case
-    v = network(x, t, features)
-    assert not torch.allclose(network(x, 1 - t, features), v, atol=1e-4)
-    v.square().sum().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
 
 
 def test_the_config_builds_the_published_size():

@@ -14,7 +14,11 @@ from boltznce.flows.prior import mean_free, subspace_basis
 from boltznce.flows.solvers import SolverSettings
 from boltznce.networks.mlp import MLPVectorField
 
-SOLVERS = [SolverSettings("dopri5", rtol=1e-7, atol=1e-7), SolverSettings("rk4", steps=20), SolverSettings("heun", steps=200)]
+SOLVERS = [
+    SolverSettings("dopri5", rtol=1e-7, atol=1e-7),
+    SolverSettings("rk4", steps=20),
+    SolverSettings("heun", steps=200),
+]
 
 
 class GaussianVelocity(torch.nn.Module):
@@ -42,7 +46,9 @@ def log_normal(x, s, d):
 @pytest.mark.parametrize("centred", [True, False])
 def test_exact_likelihood_of_a_gaussian_flow_in_both_directions(interpolant, solver, centred):
     s, scale, n = 0.3, 0.2, 5
-    flow = InterpolantFlow(GaussianVelocity(s, interpolant), n, 3, length_scale=scale, centred=centred, interpolant=interpolant).double()
+    flow = InterpolantFlow(
+        GaussianVelocity(s, interpolant), n, 3, length_scale=scale, centred=centred, interpolant=interpolant
+    ).double()
     flow.basis = flow.basis.double()
     generator = torch.Generator().manual_seed(0)
     x, log_q = flow.sample(64, generator, solver=solver, likelihood="exact")
@@ -174,7 +180,12 @@ def test_kabsch_finds_a_known_rotation_and_never_reflects():
 
 def test_bad_settings_are_one_sentence():
     network = GaussianVelocity(1.0, "linear")
-    for kwargs in ({"coupling": "nearest"}, {"interpolant": "cubic"}, {"objective": "noise"}, {"objective": "endpoint"}):
+    for kwargs in (
+        {"coupling": "nearest"},
+        {"interpolant": "cubic"},
+        {"objective": "noise"},
+        {"objective": "endpoint"},
+    ):
         with pytest.raises(UserError):
             InterpolantFlow(network, 3, 3, **kwargs)
     with pytest.raises(UserError, match="dopri5"):

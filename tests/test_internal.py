@@ -1,4 +1,4 @@
-"""Internal coordinates against autograd of the full Cartesian map, and their domains against the molecule's own handedness."""
+"""Internal coordinates against autograd of the full Cartesian map, and their domains against the molecule's hands."""
 
 import functools
 import itertools
@@ -78,7 +78,9 @@ def test_reference_is_the_centre_and_rigid_motion_leaves_no_trace(name):
     y, log_det = coordinates.to_unit(x[None])
     bounded = ~coordinates.circular
     planar = coordinates.width == math.pi  # whose domain is centred on the plane, not on the reference
-    torch.testing.assert_close(y[0, bounded & ~planar], torch.full_like(y[0, bounded & ~planar], 0.5), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        y[0, bounded & ~planar], torch.full_like(y[0, bounded & ~planar], 0.5), atol=1e-7, rtol=0
+    )
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     turn = turn * torch.linalg.det(turn)
     moved, log_moved = coordinates.to_unit((x @ turn.T + 1.3)[None])
@@ -160,7 +162,7 @@ def test_without_fixed_chirality_both_hands_are_made():
 
 
 def test_methyl_domain_holds_one_of_the_six_labellings():
-    """Of all relabellings of a methyl's hydrogens one is in the domain, and `canonical` finds it from the three of its order."""
+    """Of all labellings of a methyl's hydrogens one is in the domain, and `canonical` finds it."""
     system, coordinates = load("aldp")[0], coordinates_of("aldp")
     x, _ = coordinates.to_positions(points(coordinates, 200, spread=0.08))
     y, _ = coordinates.to_unit(x)
@@ -172,7 +174,9 @@ def test_methyl_domain_holds_one_of_the_six_labellings():
             same = (coordinates.canonical(relabelled) == x).flatten(1).all(1)
             assert same.all(), "canonical undoes every relabelling"
             # what a point's raw torsions say, without `canonical`
-            rows = next(k for k in coordinates.methyls.tolist() if {coordinates.zmatrix.rows[i].atom for i in k} == set(group))
+            rows = next(
+                k for k in coordinates.methyls.tolist() if {coordinates.zmatrix.rows[i].atom for i in k} == set(group)
+            )
             q = coordinates._coordinates(coordinates._measure(relabelled)[2])
             start = 2 * system.n_atoms - 3
             place = (q - coordinates.centre[start:]) / coordinates.width[start:]
@@ -184,7 +188,9 @@ def test_methyl_domain_holds_one_of_the_six_labellings():
 
 def test_canonical_changes_no_energy_and_leaves_other_atoms_alone():
     system, coordinates = load("aldp")[0], coordinates_of("aldp")
-    x = system.positions.double()[None] + 0.005 * torch.randn(50, 22, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = system.positions.double()[None] + 0.005 * torch.randn(
+        50, 22, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     group = list(system.methyl_groups[1])
     x[:, group] = x[:, group[1:] + group[:1]]
     new = coordinates.canonical(x)
@@ -197,7 +203,7 @@ def test_canonical_changes_no_energy_and_leaves_other_atoms_alone():
 
 
 def test_hot_molecular_dynamics_stays_in_the_domain():
-    """Langevin dynamics at 1200 K, the highest temperature: no bounded coordinate leaves [0, 1], and their spread is near the prior's."""
+    """Langevin dynamics at 1200 K: no bounded coordinate leaves [0, 1], and their spread is near the prior's."""
     import openmm
     from openmm import unit
 
@@ -209,7 +215,9 @@ def test_hot_molecular_dynamics_stays_in_the_domain():
     frames = []
     for _ in range(200):
         integrator.step(100)
-        frames.append(torch.from_numpy(context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)))
+        frames.append(
+            torch.from_numpy(context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer))
+        )
     y, _ = coordinates.to_unit(torch.stack(frames[20:]))
     bounded = y[:, ~coordinates.circular]
     assert ((bounded > 0) & (bounded < 1)).all()

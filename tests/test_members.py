@@ -303,8 +303,6 @@ def test_bad_settings_are_one_sentence(data):
         config = config_of(data, word)
         with pytest.raises(UserError, match=message):
             make(config, bz.config.build(config.system), "flow")
-    with pytest.raises(UserError, match=r"method=tabg has no size for system=dipeptides \(a family\)"):
-        compose("train", ["system=dipeptides", "method=tabg"])
 
 
 def test_published_settings_compose_at_full_size():

@@ -1,7 +1,5 @@
 """Models of a config: one network for many molecules, of each what a network of its own would be; or of one alone."""
 
-import math
-
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -12,7 +10,7 @@ from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.solvers import SolverSettings
 from boltznce.methods import models
 from boltznce.methods.models import make
-from boltznce.networks.shared_distance import FAR, LARGEST, SharedDistanceVectorField, bonds_between
+from boltznce.networks.shared_distance import SharedDistanceVectorField
 from boltznce.systems.conformers import random_conformers
 
 SIZES = {
@@ -68,27 +66,6 @@ def rotation():
     return (q * q.det().sign()).float()
 
 
-def test_bonds_between_atoms():
-    chain = [(0, 1), (1, 2), (2, 3), (5, 4)]
-    between = bonds_between(chain, 6)
-    assert between[0].tolist() == [0, 1, 2, 3, FAR, FAR]
-    assert (between == between.T).all()
-
-
-@pytest.mark.parametrize("chiral", [True, False])
-def test_symmetries(shared, molecules, chiral):
-    model = shared(chiral=chiral)
-    for molecule in molecules:
-        flow = model.of(molecule).eval()
-        x = random_conformers(molecule.positions, molecule.bonds, 8, torch.Generator().manual_seed(1)) / 0.16
-        t = torch.linspace(0.05, 0.95, 8)
-        v = flow.velocity(x, t)
-        torch.testing.assert_close(flow.velocity(x @ rotation(), t), v @ rotation(), atol=2e-4, rtol=1e-3)
-        mirrored = flow.velocity(-x, t)
-        assert torch.allclose(mirrored, -v, atol=1e-3) != chiral
-        assert flow.network.parity_equivariant != chiral
-
-
 def test_all_molecules_share_the_parameters_and_all_are_trained(shared, molecules):
     model = shared()
     names = {name for name, _ in model.named_parameters()}
@@ -101,69 +78,6 @@ def test_all_molecules_share_the_parameters_and_all_are_trained(shared, molecule
         assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
     buffers = {f"network.{name}" for name, _ in model.network.named_buffers() if "frequencies" not in name}
     assert set(model.state_dict()) == names | buffers
-
-
-def test_order_of_the_atoms_does_not_matter(shared, molecules):
-    """A molecule whose atoms are listed otherwise has the same network, its rows exchanged."""
-    network = shared(chiral=False).network
-    molecule = molecules[1]
-    order = torch.randperm(molecule.n_atoms, generator=torch.Generator().manual_seed(0))
-    place = order.argsort().tolist()
-    other = network.bind(molecule.features[order], [(place[a], place[b]) for a, b in molecule.bonds])
-    bound = network.bind(molecule.features, molecule.bonds)
-    x = torch.randn(4, molecule.n_atoms, 3, generator=torch.Generator().manual_seed(1))
-    t = torch.full((4,), 0.3)
-    torch.testing.assert_close(other(x[:, order], t), bound(x, t)[:, order], atol=1e-4, rtol=1e-4)
-
-
-def test_weights_are_remade_when_parameters_change(shared, molecules):
-    model = shared().eval()
-    flow = model.of(molecules[0])
-    x, t = torch.randn(2, molecules[0].n_atoms, 3), torch.full((2,), 0.5)
-    with torch.no_grad():
-        before = flow.velocity(x, t)
-        assert flow.network.weights()[0] is flow.network.weights()[0]
-        model.network.linear.bias.add_(1.0)
-        assert not torch.allclose(flow.velocity(x, t), before)
-    # with gradients the same, without what was kept
-    torch.testing.assert_close(flow.velocity(x, t).detach(), flow.velocity(x, t).detach())
-
-
-def test_divergences_are_the_change_of_density_along_the_flow(shared, molecules):
-    # The known answer: log|det| of the Jacobian of the map along the flow, by derivatives in every direction, against
-    # the integral of the exact divergence. Both follow one path, a piece of it that the solver resolves to 1e-4, so
-    # what is left between them is float32.
-    flow = shared().eval().of(molecules[0])
-    solver, d, n, begin, end = SolverSettings("rk4", steps=4, grid_power=1.0), flow.dimension, 24, 0.6, 0.5
-    start = flow.prior.sample(1, torch.Generator().manual_seed(0))
-    through = lambda x: flow._flow(x, begin, end, solver, "none", 1, None)[0]  # noqa: E731
-    with torch.no_grad():
-        _, columns = torch.func.jvp(through, (start.repeat(d, 1, 1),), (flow.basis,))
-        log_det = torch.linalg.slogdet(torch.einsum("aij,bij->ab", flow.basis, columns).double()).logabsdet.item()
-        _, integral = flow._flow(start, begin, end, solver, "exact", 1, None)
-        _, draws = flow._flow(
-            start.repeat(n, 1, 1), begin, end, solver, "hutchinson", 1, torch.Generator().manual_seed(0)
-        )
-    of_linear_part = 0.5 * d * math.log((end**2 + (1 - end) ** 2) / (begin**2 + (1 - begin) ** 2))
-    assert abs(log_det - of_linear_part) > 1  # the network has its part in it
-    assert integral.item() == pytest.approx(log_det, abs=2e-3)
-    assert draws.mean().item() == pytest.approx(log_det, abs=4 * draws.std().item() / n**0.5 + 2e-3)
-    assert draws.std().item() < 2
-
-
-@pytest.mark.parametrize("size", [0.1, 10.0])
-def test_a_flow_with_any_weights_stays_near(shared, molecules, size):
-    """A network that makes no sense moves a molecule by a bounded way, LARGEST prior spreads, whatever its weights."""
-    flow = shared(size=size).eval().of(molecules[1])
-    solver, seed = SolverSettings("heun", steps=4), 1
-    x, log_q = flow.sample(8, torch.Generator().manual_seed(seed), solver=solver, likelihood="hutchinson")
-    start = flow.prior.sample(8, torch.Generator().manual_seed(seed))
-    # dx/dt = linear(t) x + w with |w| <= LARGEST: the linear part alone takes a length to itself, below it on the way
-    moved = flow._scale(x) - start
-    n = 3 * molecules[1].n_atoms
-    assert log_q.isfinite().all()
-    assert (moved.norm(dim=(1, 2)) > 0.1 * n**0.5).all()
-    assert (moved.norm(dim=(1, 2)) < 2 * LARGEST * n**0.5).all()
 
 
 def test_prior_has_the_spread_of_the_rough_conformers(shared, molecules, monkeypatch):
@@ -197,22 +111,6 @@ def test_a_network_without_bind_is_shared_as_it_is(family, molecules):
         x = molecule.positions[None].repeat(2, 1, 1)
         one, other = (flow.loss(x, torch.Generator().manual_seed(0)) for flow in (model.of(molecule), alone))
         torch.testing.assert_close(one, other)
-
-
-def test_energy(shared, molecules):
-    model = shared("ebm")
-    for molecule in molecules:
-        ebm = model.of(molecule)
-        x = random_conformers(molecule.positions, molecule.bonds, 8, torch.Generator().manual_seed(1))
-        energy = ebm.log_prob(x)
-        torch.testing.assert_close(ebm.log_prob(x @ rotation()), energy, atol=0.02, rtol=1e-4)
-        assert energy.std() > 0.1
-        losses = ebm.loss(x, torch.Generator().manual_seed(2))
-        losses["loss"].backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.network.parameters())
-        model.zero_grad()
-    # a molecule's own level: what the two energies at t = 0 differ by is not fixed by their sizes
-    assert math.isfinite(float(energy.detach().mean()))
 
 
 def test_scales_of_frames_are_those_of_one_molecule(family, molecules):

@@ -116,6 +116,17 @@ def test_damaged_record(tmp_path, text):
         run.stage_done("flow")
 
 
+@pytest.mark.parametrize(("format", "message"), [(None, "older version: train it anew"), (99, "has format 99.*update")])
+def test_folders_of_other_versions(tmp_path, format, message):
+    RunFolder.create(tmp_path, CONFIG, "aldp")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record.pop("format") == 2
+    (tmp_path / "run.json").write_text(json.dumps(record | ({"format": format} if format else {})))
+    for open_folder in (lambda: RunFolder.open(tmp_path), lambda: RunFolder.create(tmp_path, CONFIG, "aldp")):
+        with pytest.raises(UserError, match=message):
+            open_folder()
+
+
 def test_damaged_config(tmp_path):
     run = RunFolder.create(tmp_path, CONFIG, "aldp")
     (tmp_path / "config.yaml").write_bytes(b"seed: [1, \xff")

@@ -18,7 +18,16 @@ from boltznce.errors import UserError
 from boltznce.logger import CSVLog, open_logger
 from boltznce.training import FitSettings, WeightAverage, fit, learning_rate, step_generator
 
-RESUMED = dict(steps=60, lr=0.03, warmup_steps=5, plateau_patience=0, ema_every=3, log_every=4, validate_every=6, checkpoint_every=10)
+RESUMED = dict(
+    steps=60,
+    lr=0.03,
+    warmup_steps=5,
+    plateau_patience=0,
+    ema_every=3,
+    log_every=4,
+    validate_every=6,
+    checkpoint_every=10,
+)
 
 
 class Line(nn.Module):
@@ -48,7 +57,16 @@ def noisy_validation(module: Line, generator: torch.Generator) -> dict[str, torc
 
 def train(folder: Path, loss=noisy_loss, validate=noisy_validation, name: str = "line", **settings):
     module = Line()
-    result = fit(module, loss, FitSettings(**settings), folder, fabric=Fabric(accelerator="cpu"), seed=3, name=name, validate=validate)
+    result = fit(
+        module,
+        loss,
+        FitSettings(**settings),
+        folder,
+        fabric=Fabric(accelerator="cpu"),
+        seed=3,
+        name=name,
+        validate=validate,
+    )
     return module, result
 
 
@@ -77,10 +95,15 @@ def test_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_pat
 
     command = f"import test_training; test_training.train_and_die({str(tmp_path / 'killed')!r}, {schedule!r}, 37)"
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    dead = subprocess.run([sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert rows(tmp_path / "killed" / "line.csv")[-1]["step"] == "36"  # six steps past the checkpoint
-    assert [file.name for file in sorted((tmp_path / "killed/checkpoints/line").iterdir())] == ["step_0000020", "step_0000030"]
+    assert [file.name for file in sorted((tmp_path / "killed/checkpoints/line").iterdir())] == [
+        "step_0000020",
+        "step_0000030",
+    ]
 
     resumed_steps = []
 
@@ -141,7 +164,9 @@ def test_final_weights_and_validation_are_the_averages(tmp_path):
     last, _ = train(tmp_path / "last", steps=10, schedule="constant", lr=0.05, ema_decay=None)
     averaged, result = train(tmp_path / "averaged", steps=10, schedule="constant", lr=0.05)
     assert averaged.a.item() < last.a.item()  # lags behind on the way from 0.5 to 2
-    assert result.validation == pytest.approx(noisy_validation(averaged, step_generator(3, "line", "validation"))["loss"].item(), rel=1e-6)
+    assert result.validation == pytest.approx(
+        noisy_validation(averaged, step_generator(3, "line", "validation"))["loss"].item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("grad_clip", "expected"), [(0.5, 0.5), (None, 100.0)])
@@ -154,7 +179,14 @@ def test_gradients_are_clipped_by_their_global_norm(tmp_path, monkeypatch, grad_
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    _, result = train(tmp_path, lambda m, k, g: {"loss": 60 * m.a.sum() + 80 * m.b.sum()}, None, steps=3, grad_clip=grad_clip, log_every=1)
+    _, result = train(
+        tmp_path,
+        lambda m, k, g: {"loss": 60 * m.a.sum() + 80 * m.b.sum()},
+        None,
+        steps=3,
+        grad_clip=grad_clip,
+        log_every=1,
+    )
     assert norms == pytest.approx([expected] * 3, rel=1e-4)
     assert float(rows(result.log)[0]["train/grad_norm"]) == pytest.approx(100)  # logged before it is clipped
 
@@ -202,7 +234,9 @@ def test_early_stopping_keeps_the_best(tmp_path):
 
 
 def test_plateau_lowers_the_learning_rate(tmp_path):
-    settings = dict(steps=60, schedule="plateau", lr=0.01, min_lr=0.002, plateau_patience=2, validate_every=5, log_every=5)
+    settings = dict(
+        steps=60, schedule="plateau", lr=0.01, min_lr=0.002, plateau_patience=2, validate_every=5, log_every=5
+    )
     _, result = train(tmp_path, validate=lambda m, g: {"loss": torch.ones(())}, **settings)
     rates = [float(row["lr"]) for row in rows(result.log)]
     # the first validation is the best; after three more the rate is halved, and so on down to min_lr
@@ -247,7 +281,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path, damage
     if damage == "missing":
         (newest / part).unlink()
     else:
-        (newest / part).write_bytes(data[: len(data) // 2] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+        (newest / part).write_bytes(
+            data[: len(data) // 2] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1])
+        )
     with pytest.raises(UserError, match=r"step_0000020 is damaged.*step_0000010"):
         train(tmp_path, steps=30, checkpoint_every=10)
     for file in newest.iterdir():
@@ -260,7 +296,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path, damage
 def test_damaged_or_foreign_final_weights(tmp_path):
     _, result = train(tmp_path, steps=5)
     with pytest.raises(UserError, match="other sizes"):
-        fit(nn.Linear(2, 2), noisy_loss, FitSettings(steps=5), tmp_path, fabric=Fabric(accelerator="cpu"), seed=0, name="line")
+        fit(
+            nn.Linear(2, 2),
+            noisy_loss,
+            FitSettings(steps=5),
+            tmp_path,
+            fabric=Fabric(accelerator="cpu"),
+            seed=0,
+            name="line",
+        )
     result.weights.write_bytes(result.weights.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"line\.safetensors is damaged"):
         train(tmp_path, steps=5)

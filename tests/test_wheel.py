@@ -22,6 +22,11 @@ def test_system_loads_from_a_wheel_in_an_empty_folder(tmp_path):
         "print(system.n_atoms, system.reference() is not None)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=empty, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=empty,
+        env={"PYTHONPATH": str(site), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout.strip() == "22 True", done.stderr

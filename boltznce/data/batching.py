@@ -50,11 +50,13 @@ class Batches:
     def __post_init__(self) -> None:
         for k, (x, features) in enumerate(zip(self.positions, self.features, strict=True)):
             if x.shape[1] != len(features):
-                raise UserError(f"Molecule {k} has positions of {x.shape[1]} atoms and features of {len(features)}.")
+                raise UserError(
+                    f"Molecule {k} has {x.shape[1]} atoms in its positions, {len(features)} in its features."
+                )
         if not 0 <= self.max_padding < 1:
             raise UserError(f"max_padding must be in [0, 1), not {self.max_padding}.")
         if self.steps_per_epoch == 0:
-            raise UserError(f"Lower batch_size or raise max_padding: no group has {self.batch_size} frames.")
+            raise UserError(f"No group has {self.batch_size} frames: lower batch_size or raise max_padding.")
 
     @property
     def buckets(self) -> list[list[int]]:

@@ -42,6 +42,16 @@ class SplineFlow(nn.Module):
         n_bins: of each spline.
         compile: ``true``, ``false`` or ``auto`` (where there is a GPU): splines through torch.compile, which takes a
             minute at the first calls and makes each several times faster.
+
+    >>> import torch
+    >>> flow = SplineFlow(BoxCoordinates(1, [-2, -1], [2, 3]), n_pairs=1, width=8, depth=1, compile=False)
+    >>> x, log_q = flow.sample(100, torch.Generator().manual_seed(0))
+    >>> x.shape, log_q.shape
+    (torch.Size([100, 1, 2]), torch.Size([100]))
+    >>> torch.allclose(flow.log_prob(x), log_q, atol=1e-4)
+    True
+    >>> flow.log_prob(torch.tensor([[[2.5, 0.0]]])).item()  # outside of the box
+    -inf
     """
 
     def __init__(

@@ -25,9 +25,9 @@ class Whitening(nn.Module):
     def fit(self, x: Tensor, centred: bool) -> None:
         """To the covariance ⟨x_i·x_j⟩ / dim of data (batch, n, dim), float64; ``centred``: they are mean-free."""
         values, vectors = torch.linalg.eigh(torch.einsum("bid,bjd->ij", x, x) / (len(x) * x.shape[-1]))
-        if centred:  # the first eigenvalue is that of a common translation, 0
+        if centred:  # the first eigenvalue is that of a common translation, 0, of which the flow's space has none
             values[0] = 1.0
         values = values + self.floor**2
         self.matrix.copy_(vectors * values.rsqrt() @ vectors.T)
         self.inverse.copy_(vectors * values.sqrt() @ vectors.T)
-        self.log_volume.fill_(0.5 * x.shape[-1] * values.log().sum().item())
+        self.log_volume.fill_(0.5 * x.shape[-1] * values[int(centred) :].log().sum().item())

@@ -1,4 +1,4 @@
-"""BoltzNCE (arXiv 2507.00846): a flow trained on data, an EBM trained on the flow's draws, weights from the EBM's likelihood.
+"""BoltzNCE (arXiv 2507.00846): a flow, an EBM trained on the flow's draws, weights from its likelihood.
 
 Stages: data -> flow -> samples -> ebm -> evaluation -> report; for one molecule or many.
 """
@@ -7,7 +7,7 @@ from boltznce.methods.evaluation import evaluate
 from boltznce.methods.models import load_models
 from boltznce.methods.report import make_report, summary
 from boltznce.methods.stages import draw_training_samples, make_data, train_ebm, train_flow
-from boltznce.methods.tbg import SECTIONS, flow_settings
+from boltznce.methods.tbg import SECTIONS, flow_settings, network_in_words
 from boltznce.methods.workspace import Workspace
 
 __all__ = ["STAGES", "load_models", "report", "summary"]
@@ -24,9 +24,8 @@ def ebm_settings(work: Workspace) -> dict[str, str]:
     objective = section.model.objective
     if section.regression_weight:
         objective += f" + {section.regression_weight:g} × regression onto {samples.likelihood} likelihoods"
-    name, steps = section.network._target_.rpartition(".")[2], work.folder.stages["ebm"]["steps"]
     return {
-        "EBM network": f"{name}, {steps} steps of {section.batch_size}",
+        "EBM network": network_in_words(work, "ebm"),
         "EBM objective": objective,
         "samples the EBM was trained on": f"{samples.n_train} of each molecule",
     }

@@ -1,7 +1,4 @@
-"""Drawing from trained models of any method.
-
-Samples with energies and the likelihood that was asked for, in batches to disk.
-"""
+"""Drawing from trained models of any method: samples with energies and a likelihood, in batches to disk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +95,7 @@ def draw_batches(
     n_done: int = 0,
     batches_done: int = 0,
 ) -> Iterator[Batch]:
-    """Batches until ``n`` samples are kept, the last one cut; batch k takes its random numbers from ``generator_of(k)``.
+    """Batches until ``n`` samples are kept, the last one cut; batch k takes its numbers from ``generator_of(k)``.
 
     ``n_done`` and ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be
     kept.
@@ -112,7 +109,7 @@ def draw_batches(
         barren = 0 if len(batch.energy) else barren + 1
         if barren == BARREN_BATCHES:
             raise UserError(
-                f"None of {barren * batch_size} samples of {models.system.name} has the molecule's bonds and chirality: "
+                f"None of {barren * batch_size} samples of {models.system.name} has its bonds and chirality: "
                 "train the flow longer (flow.fit.steps), or on more molecules."
             )
 

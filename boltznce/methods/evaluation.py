@@ -27,7 +27,7 @@ SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are draw
 
 
 def evaluate(work: Workspace) -> dict:
-    """Draw fresh weighted samples of every member to test; where the weights are an EBM's, give two subsets exact likelihoods.
+    """Draw weighted samples of every member to test; give two subsets exact likelihoods, where weights are an EBM's.
 
     The subset drawn uniformly (as many in the state as in the rest) measures how far EBM and exact likelihood are
     apart; that drawn by weight, with repeats, corrects the free energy.
@@ -39,10 +39,7 @@ def evaluate(work: Workspace) -> dict:
 
 
 def _evaluate(work: Workspace, member: System) -> dict[str, float]:
-    """Leaves ``samples/weighted`` and ``samples/exact_*`` of one member.
-
-    Returns seconds a sample of each kind of work.
-    """
+    """Leaves ``samples/weighted`` and ``samples/exact_*`` of one member; returns seconds a sample of each work."""
     section, generator = work.config.evaluation, work.models.of(member)
     likelihood, draws = generator.default_likelihood, work.samples("weighted", member)
     samples = draw_to_folder(
@@ -83,10 +80,7 @@ def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray
 
 
 def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
-    """Save samples with exact log-likelihoods, batch by batch (a killed call goes on).
-
-    Returns the seconds they took in all.
-    """
+    """Save samples with exact log-likelihoods, batch by batch (a killed call goes on); returns the seconds taken."""
     if not (folder / "meta.yaml").exists():
         size = generator.batch_size("exact")
         meta = {"likelihood": "exact", "n": len(subset)}
@@ -111,10 +105,7 @@ def _subset(system: System, samples: WeightedSamples, n: int, rng: np.random.Gen
 
 
 def _seconds_per_draw(generator: Generator, likelihood: str, numbers: torch.Generator) -> float:
-    """CPU seconds a kept sample of one batch, as it is drawn.
-
-    All threads together (wall clock where there is a GPU).
-    """
+    """CPU seconds a kept sample of one batch, all threads together (wall clock where there is a GPU)."""
     clock = time.process_time if numbers.device.type == "cpu" else time.perf_counter
     n = generator.batch_size(likelihood)
     generator.draw(min(8, n), likelihood, numbers)

@@ -1,13 +1,11 @@
-"""What a report of one system is made from.
-
-Its draws, data and exact likelihoods, loaded, filtered and weighed once.
-"""
+"""What a report of one system is made from: draws, data and exact likelihoods, loaded, filtered and weighed once."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +30,14 @@ class ExactSubset:
     index: np.ndarray
     log_prob: np.ndarray
 
+    @classmethod
+    def load(cls, folder: Path) -> "ExactSubset | None":
+        """What `evaluation.exact_subset` left; None where there is none."""
+        if not (folder / "subset.npy").exists():
+            return None
+        index, log_prob = np.load(folder / "subset.npy"), WeightedSamples.load(folder).log_prob
+        return cls(index, log_prob[np.searchsorted(np.unique(index), index)])
+
 
 @dataclass(frozen=True)
 class Data:
@@ -41,7 +47,7 @@ class Data:
         whole: all that there is of the system.
         frames: those that no flow was trained on and that are not left out, with their weights.
         resampled: of these, some resampled to the Boltzmann distribution, in order of time.
-        excluded: masks of what is left out of those that no flow was trained on, and their log weights.
+        excluded: masks of what is left out of those that no flow was trained on; ``log_weights``: of these.
     """
 
     whole: Dataset
@@ -55,6 +61,13 @@ class Data:
         """Whether frames follow the Boltzmann distribution and come one after another in time."""
         return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
 
+    @property
+    def walkers(self) -> list[np.ndarray]:
+        """Masks of the frames of each trajectory: a window or replica of a repeat."""
+        frames = self.frames
+        walkers = frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
+        return [walkers == walker for walker in np.unique(walkers)]
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -63,7 +76,7 @@ class Findings:
     Attributes:
         drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
         values: of the state's coordinate, (samples,); None without a state.
-        exact, correction: exact likelihoods of a uniform subset of the samples, and of one drawn by weight.
+        subsets: exact likelihoods of samples drawn uniformly, and by weight.
         seconds: a sample, of each kind of work.
         settings: the config's section ``evaluation``; ``seed``: of bootstraps and subsets.
         notes: sentences on how the samples were made.
@@ -78,11 +91,10 @@ class Findings:
     samples: WeightedSamples
     values: np.ndarray | None
     data: Data | None
-    exact: ExactSubset | None
-    correction: ExactSubset | None
+    subsets: Mapping[str, ExactSubset]
     reference: dict | None
     seconds: Mapping[str, float]
-    settings: Mapping
+    settings: Mapping[str, Any]
     seed: int
     notes: tuple[str, ...] = ()
     flows: tuple[tuple[float, WeightedSamples], ...] = ()
@@ -93,6 +105,14 @@ class Findings:
     def likelihood(self) -> str:
         """Whose likelihood the weights are made of: ``ebm`` or ``exact``."""
         return self.drawn.meta["likelihood"]
+
+    @property
+    def exact(self) -> ExactSubset | None:
+        return self.subsets.get("uniform")
+
+    @property
+    def correction(self) -> ExactSubset | None:
+        return self.subsets.get("weights")
 
     @property
     def bootstrap(self) -> dict:
@@ -106,10 +126,7 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks of time.
-
-        None of any other data.
-        """
+        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks; None of any other data."""
         if self.system.state is None or self.data is None or not self.data.is_time_series:
             return None
         values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
@@ -128,7 +145,7 @@ class Findings:
     @property
     def data_name(self) -> str:
         """What reports call the data."""
-        return self.views[0].data if self.views else "MD"
+        return "data" if self.system.exact else "MD"
 
     @property
     def cut(self) -> float:
@@ -138,6 +155,14 @@ class Findings:
     def coordinate(self, positions: np.ndarray) -> np.ndarray:
         """The state's coordinate of positions."""
         return self.system.coordinate(np.asarray(positions), self.system.state.coordinate)
+
+    def panels(self, of: Callable[[np.ndarray], Any], frames: Dataset | None = None) -> dict[str, tuple[Any, Any]]:
+        """What ``of`` makes of positions, and log weights: data (resampled, or ``frames``), flow, weighted flow."""
+        ours, data = of(self.samples.positions), {}
+        if self.data is not None:
+            chosen = (self.data.resampled, None) if frames is None else (frames, frames.log_weights)
+            data = {self.data_name: (of(chosen[0].positions), chosen[1])}
+        return data | {"flow": (ours, None), "flow, weighted": (ours, self.samples.log_weights)}
 
 
 def gather(work: Workspace, member: System) -> Findings:
@@ -150,6 +175,7 @@ def gather(work: Workspace, member: System) -> Findings:
     values = None
     if system.state is not None:
         values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
+    subsets = {kind: ExactSubset.load(work.samples(f"exact_{kind}", member)) for kind in ("uniform", "weights")}
     return Findings(
         system,
         views_of(system),
@@ -158,21 +184,13 @@ def gather(work: Workspace, member: System) -> Findings:
         samples,
         values,
         _data(work, member, system),
-        _exact_subset(work.samples("exact_uniform", member)),
-        _exact_subset(work.samples("exact_weights", member)),
+        {kind: subset for kind, subset in subsets.items() if subset is not None},
         system.reference(),
         work.folder.stages["evaluation"]["per_sample"][member.name],
         work.config.evaluation,
         work.config.seed,
         generator.notes,
     )
-
-
-def _exact_subset(folder: Path) -> ExactSubset | None:
-    if not (folder / "subset.npy").exists():
-        return None
-    index, log_prob = np.load(folder / "subset.npy"), WeightedSamples.load(folder).log_prob
-    return ExactSubset(index, log_prob[np.searchsorted(np.unique(index), index)])
 
 
 def _data(work: Workspace, member: System, system: System) -> Data | None:
@@ -190,6 +208,5 @@ def _data(work: Workspace, member: System, system: System) -> Data | None:
         return None
     excluded = excluded_conformers(system, frames.positions)
     kept = frames.take(allowed_conformers(excluded, len(frames)))
-    rng = work.numpy_generator("held out", member)
-    index = np.sort(boltzmann_indices(kept.log_weights, min(n, len(kept)), rng))
-    return Data(whole, kept, kept.take(index), excluded, frames.log_weights)
+    index = boltzmann_indices(kept.log_weights, min(n, len(kept)), work.numpy_generator("held out", member))
+    return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights)

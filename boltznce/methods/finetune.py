@@ -19,7 +19,7 @@ __all__ = ["start_finetuning"]
 def start_finetuning(
     parent: Path | str, peptide: str, settings: DictConfig, folder: Path | str | None = None
 ) -> RunFolder:
-    """The folder of a fine-tuning, ``finetuned/<peptide>`` of the parent run unless told otherwise; to be handed to `boltznce.run.train`.
+    """The folder of a fine-tuning, by default ``finetuned/<peptide>`` of the parent run, for `boltznce.run.train`.
 
     Its config is the parent's, of the one peptide, with the sections of ``settings`` (see configs/finetune.yaml) in
     place of the parent's.

@@ -1,4 +1,4 @@
-"""A baseline of TA-BG: its flow trained by forward KL, that is by maximum likelihood, on data; compared with data held out.
+"""A baseline of TA-BG: its flow trained by forward KL, that is by maximum likelihood, on data.
 
 Stages: data -> flow -> evaluation -> report.
 """
@@ -29,10 +29,7 @@ def make_data(work: Workspace) -> dict:
 
 
 def train_flow(work: Workspace) -> dict:
-    """Fit the flow to training frames, drawn with replacement by their weights.
-
-    No mode is made more frequent than it is.
-    """
+    """Fit the flow to training frames, drawn with replacement by their weights; no mode is made more frequent."""
     section, rng = work.config.flow, work.numpy_generator("forward KL")
     train, validation, _ = work.frames(work.system).split(**work.config.data.split)
     x_train, x_validation = (

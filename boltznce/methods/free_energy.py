@@ -28,7 +28,7 @@ def write_free_energy(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> str:
-    """Write ``metrics.json``, ``report.md``, ``figures/profile.png`` and ``profile.json`` to ``output``; return the table.
+    """Write ``metrics.json``, ``report.md``, the profile and its figure to ``output``; return the table.
 
     ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where
     neither says which.

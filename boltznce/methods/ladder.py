@@ -68,20 +68,16 @@ def _steps(work: Workspace) -> list[dict]:
     return work.folder.stages.get("annealing", {}).get("steps", [])
 
 
-# ---- sections ---------------------------------------------------------------------------------------------------------
+# ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def marginals(f: Findings) -> Part:
     """Densities of every pair of torsions."""
-    panels = {} if f.data is None else {f.data_name: (f.data.frames, f.data.frames.log_weights)}
-    panels |= {"flow": (f.samples, None), "flow, weighted": (f.samples, f.samples.log_weights)}
-    figures = {}
+    frames, figures = f.data and f.data.frames, {}
     for view in f.views:
         if view.periodic:
-            points = {
-                label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()
-            }
-            figures[view.figure.replace("ramachandran", "marginals")] = plotting.plot_marginals(points, view.symbols)
+            name = view.figure.replace("ramachandran", "marginals")
+            figures[name] = plotting.plot_marginals(f.panels(view.points, frames), view.symbols)
     return Part({}, figures)
 
 
@@ -100,9 +96,9 @@ def torsion_divergences(f: Findings) -> Part:
             "floor": torsion_kl_of_halves(angles, shares, first),
         }
     note = (
-        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed with 1e-4 of the "
-        "uniform. The floor is that between the halves. Of the flow's samples so many are taken that their histogram is as noisy as "
-        "that of a half: value and floor have the same noise."
+        "KL: mean over two independent halves of the MD of KL(half ‖ flow), on 100 x 100 bins, each histogram mixed "
+        "with 1e-4 of the uniform. The floor is that between the halves. Of the flow's samples so many are taken that "
+        "their histogram is as noisy as that of a half: value and floor have the same noise."
     )
     return Part({"distances": rows}, {}, (note,))
 
@@ -114,7 +110,7 @@ def held_out(f: Findings) -> Part:
     log_weights = f.data.frames.log_weights
     effective = 1 / np.square(normalized_weights(log_weights)).sum()
     note = (
-        f"Distances, divergences and NLL are to {len(log_weights)} {f.data_name} points ({effective:.0f} effective ones) "
+        f"Distances, divergences and NLL are to {len(log_weights)} {f.data_name} points ({effective:.0f} effective) "
         + ("drawn exactly." if f.system.exact else "that the flow was not trained on.")
     )
     rows = {f"flow at {f.system.temperature:g}": held_out_likelihood(f.frames_log_prob, log_weights)}
@@ -146,16 +142,13 @@ def temperatures(f: Findings) -> Part:
     points = {_short(f.system, t): (view.points(samples.positions), None) for t, samples in f.flows}
     points[final], zero = (view.points(f.samples.positions), None), final
     if f.data is not None:
-        zero = f"{view.data}, {_short(f.system)}"
+        zero = f"{f.data_name}, {_short(f.system)}"
         points[zero] = (view.points(f.data.frames.positions), f.data.frames.log_weights)
     return Part({}, {"temperatures": view.draw(points, n_bins=48, zero_of=zero)})
 
 
 def _first_half(frames: Dataset) -> np.ndarray:
-    """Mask of one of two independent halves.
-
-    Half of the repeats, or the first half of the time where there is one repeat.
-    """
+    """Mask of one of two independent halves: half of the repeats, or of the time where there is one repeat."""
     repeats = np.unique(frames.repeat)
     if len(repeats) > 1:
         return np.isin(frames.repeat, repeats[: len(repeats) // 2])
@@ -167,7 +160,7 @@ def _short(system: System, temperature: float | None = None) -> str:
     return f"{t:.0f} {system.temperature_unit}".strip() if t >= 100 else f"{t:.3g} {system.temperature_unit}".strip()
 
 
-# ---- what concerns the whole run --------------------------------------------------------------------------------------
+# ---- what concerns the whole run ------------------------------------------------------------------------------------
 
 
 def _energy_evaluations(work: Workspace) -> dict[str, int]:

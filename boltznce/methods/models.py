@@ -1,4 +1,4 @@
-"""Interpolant flows and their energy-based models: made from the config, loaded from a run, bound to a molecule, drawn from.
+"""Interpolant flows and their energy-based models: made, loaded, bound to a molecule, drawn from.
 
 One network serves one molecule or many. What is a molecule's own beside it are its scales, the prior's covariance and
 the means and spreads of the network's inputs: measured on the molecule's own frames (``scales: frames``), or on rough
@@ -48,7 +48,7 @@ N_CONFORMERS = 1024  # rough ones, on which a molecule's scales are measured
 MOLECULE_SCALES = ("frames", "conformers")
 
 
-# ---- one network, the molecules that it serves ------------------------------------------------------------------------
+# ---- one network, the molecules that it serves ----------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -146,7 +146,7 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
         )
     if section.padded and (bind is not None or settings.get("whiten") or section.scales == "frames"):
         raise UserError(
-            f"Padded batches need a network with masks, an isotropic prior and scales=conformers: set {name}.padded=false, "
+            f"Padded batches need a network with masks, no whitening and scales=conformers: set {name}.padded=false, "
             "or another network."
         )
 
@@ -181,7 +181,7 @@ def solver_settings(section: DictConfig) -> SolverSettings:
     return SolverSettings(**OmegaConf.to_container(section, resolve=True))
 
 
-# ---- trained models, drawn from ---------------------------------------------------------------------------------------
+# ---- trained models, drawn from -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -201,10 +201,7 @@ class FlowGenerator:
 
     @property
     def mirrors(self) -> bool:
-        """Whether the flow makes mirror images of a molecule as often as the molecule.
-
-        Its density is then that of both together.
-        """
+        """Whether the flow makes mirror images of a molecule as often as it: its density is then that of both."""
         return bool(self.system.stereocentres) and self.flow.parity_equivariant
 
     @property
@@ -217,8 +214,8 @@ class FlowGenerator:
         """Raise UserError if the likelihood is that of an EBM which the run does not have yet."""
         if likelihood == "ebm" and self.ebm is None:
             raise UserError(
-                "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py resume=..., "
-                "or choose exact."
+                "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py "
+                "resume=..., or choose exact."
             )
 
     def batch_size(self, likelihood: str) -> int:
@@ -228,7 +225,7 @@ class FlowGenerator:
 
     @torch.no_grad()
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
-        """Draw ``n`` samples at once, keep those that are the molecule or can be mended, and give these energies and likelihoods.
+        """Draw ``n`` samples at once, keep those that are the molecule or can be mended, with energies and likelihoods.
 
         "exact" and "hutchinson" are integrated along the sampling path.
         """
@@ -256,7 +253,7 @@ class FlowGenerator:
         return log_prob + math.log(2) if self.mirrors else log_prob
 
     def mend(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
-        """Draws (n, atoms, dim) as the molecule: atoms in the topology's order, right bonds and chirality, mirrored where that mends it.
+        """Draws (n, atoms, dim) as the molecule: right bonds and chirality, reordered or mirrored if that mends them.
 
         Returns those that can be had so, which of the given ones they are, (n,) bool, and counts. Reordering exchanges
         atoms that the network takes for equal, so it changes no density; where it tells them apart, conformers that

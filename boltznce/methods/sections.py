@@ -1,7 +1,4 @@
-"""Sections of a report of one system.
-
-Each a pure function of `Findings` that returns rows of ``metrics.json``, figures and notes.
-"""
+"""Sections of a report of one system: pure functions of `Findings` that return results, figures and notes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,32 +19,20 @@ from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agre
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
-from boltznce.data.dataset import Dataset
 from boltznce.errors import UserError
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.views import symbol_of
 from boltznce.systems.base import System
 
-__all__ = [
-    "COMMON",
-    "Part",
-    "conformers_left_out",
-    "costs",
-    "distances",
-    "ess_row",
-    "free_energies",
-    "likelihood_of_ebm",
-    "mode_weights",
-    "slowest_coordinates",
-    "surfaces",
-    "weights",
-]
+__all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
+MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
+NOT_MADE = ("batches", "drawn", "not_finite")
 
 
 class Part(NamedTuple):
@@ -58,23 +43,21 @@ class Part(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# ---- weights ----------------------------------------------------------------------------------------------------------
+# ---- weights --------------------------------------------------------------------------------------------------------
 
 
 def weights(f: Findings) -> Part:
-    """Effective sample sizes, of the weights as they are and with the top ones removed or clipped, and their distributions."""
-    name, drawn, figures = WEIGHTS[f.likelihood], f.drawn, {f.likelihood: f.drawn.log_weights}
+    """Effective sample sizes of all draws, of the weights as they are and with the top ones removed or clipped."""
+    name, drawn, panels = WEIGHTS[f.likelihood], f.drawn, {WEIGHTS[f.likelihood]: f.drawn.log_weights}
     rows = {name: ess_row(drawn.log_weights)}
     if f.likelihood == "ebm":
         rows[f"{name}, top {REMOVED:.1%} removed"] = ess_row(drawn.remove_top(REMOVED).log_weights)
-    clip = f.settings.get("clip")
-    if clip:
+    if clip := f.settings.get("clip"):
         rows[f"{name}, top {clip:.2%} clipped"] = ess_row(drawn.clip(clip).log_weights)
     if f.exact is not None:
-        figures["exact"] = _exact_log_weights(f)
-        rows["exact weights (subset)"] = ess_row(figures["exact"])
-    figure = plotting.plot_weights({{"ebm": "EBM"}.get(key, key): values for key, values in figures.items()})
-    return Part({"ess": rows}, {"weights": figure})
+        panels["exact weights (subset)"] = _exact_log_weights(f)
+        rows["exact weights (subset)"] = ess_row(panels["exact weights (subset)"])
+    return Part({"ess": rows}, {"weights": plotting.plot_weights(panels)})
 
 
 def ess_row(log_weights: np.ndarray) -> dict:
@@ -89,57 +72,45 @@ def _exact_log_weights(f: Findings) -> np.ndarray:
     return log_importance_weights(f.samples.energy[index], f.exact.log_prob) + strata
 
 
-# ---- free energies ----------------------------------------------------------------------------------------------------
+# ---- free energies --------------------------------------------------------------------------------------------------
 
 
 def free_energies(f: Findings) -> Part:
     """ΔF of the system's state, by all that is known of it, and the profile along its coordinate."""
     if f.system.state is None:
         return Part()
-    state, log_weights, rows = f.system.state.interval, f.samples.log_weights, {}
-    if f.reference is not None:
-        rows["reference"] = reference_difference(f.reference)
-    elif f.md_difference is not None:
-        rows["reference"] = f.md_difference
+    (name, interval), log_weights, md = f.system.state, f.samples.log_weights, f.md_difference
+    reference = md if f.reference is None else reference_difference(f.reference)
+    rows = {"reference": reference} if reference is not None else {}
     rows[f.likelihood] = f.weighted_difference
     if f.correction is not None:
         index = f.correction.index
-        likelihoods = f.samples.log_prob[index], f.correction.log_prob
+        both = f.samples.log_prob[index], f.correction.log_prob
         rows["corrected"] = corrected_free_energy_difference(
-            f.values, log_weights, index, *likelihoods, state, "weights", **f.bootstrap
+            f.values, log_weights, index, *both, interval, "weights", **f.bootstrap
         )
     if f.exact is not None:
-        subset = f.values[f.exact.index]
-        rows["exact"] = free_energy_difference(subset, _exact_log_weights(f), state, **f.bootstrap)
-    rows["unweighted"] = free_energy_difference(f.values, None, state, **f.bootstrap)
-    if f.data is not None and (f.reference is not None or f.md_difference is None):
-        rows[f"data ({f.data_name}), error not estimated"] = _data_difference(f)
-    headline, reference = rows[f.likelihood], rows.get("reference")
-    known = reference["value"] if isinstance(reference, dict) else reference and reference.value
-    return Part(
-        {
-            "state": f.system.state.in_words(symbol_of(f.system.state.coordinate)),
-            "free_energy": rows,
-            "headline": f.likelihood,
-            "error": _error(headline.value, known),
-        },
-        {"profile": _profile(f)},
-    )
+        exact_weights = _exact_log_weights(f)
+        rows["exact"] = free_energy_difference(f.values[f.exact.index], exact_weights, interval, **f.bootstrap)
+    rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
+    if f.data is not None and reference is not md:
+        # its error would be that of slow motions, which so short a simulation does not show
+        whole = f.data.whole
+        of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2)
+        rows[f"data ({f.data_name}), error not estimated"] = {"value": of_data.value}
+    results = {
+        "state": f.system.state.in_words(symbol_of(name)),
+        "free_energy": rows,
+        "headline": f.likelihood,
+        "error": _error(f, reference),
+    }
+    return Part(results, {"profile": _profile(f)})
 
 
-def _data_difference(f: Findings) -> dict:
-    """ΔF of all data; its error is that of their slow motions, which so short a simulation does not show."""
-    frames = f.data.whole
-    shares = normalized_weights(frames.log_weights)
-    inside = f.system.state.contains(f.coordinate(frames.positions))
-    with np.errstate(divide="ignore"):
-        return {"value": float(np.log(shares[~inside].sum()) - np.log(shares[inside].sum()))}
-
-
-def _error(value: float, reference: float | None) -> float:
-    """NaN where one of them is unknown, or infinite: a side that was not visited."""
-    known = reference is not None and np.isfinite([value, reference]).all()
-    return value - reference if known else float("nan")
+def _error(f: Findings, reference) -> float:
+    """Of the headline against the reference; NaN where one is unknown, or infinite: a side that was not visited."""
+    known = np.nan if reference is None else reference["value"] if isinstance(reference, dict) else reference.value
+    return f.weighted_difference.value - known if np.isfinite([f.weighted_difference.value, known]).all() else np.nan
 
 
 def _profile(f: Findings) -> Figure:
@@ -161,7 +132,7 @@ def _profile(f: Findings) -> Figure:
     )
 
 
-# ---- likelihood -------------------------------------------------------------------------------------------------------
+# ---- likelihood -----------------------------------------------------------------------------------------------------
 
 
 def likelihood_of_ebm(f: Findings) -> Part:
@@ -169,24 +140,25 @@ def likelihood_of_ebm(f: Findings) -> Part:
     if f.exact is None or len(f.exact.index) < 3:
         return Part()
     ebm, exact, inside = f.samples.log_prob[f.exact.index], f.exact.log_prob, f.inside[f.exact.index]
-    agreement = likelihood_agreement(ebm, exact, inside, **f.bootstrap)
-    return Part({"likelihood": agreement}, {"likelihood": plotting.plot_likelihood_agreement(ebm, exact, inside)})
+    results = {"likelihood": likelihood_agreement(ebm, exact, inside, **f.bootstrap)}
+    results["counts"] = {
+        f"exact likelihoods, {kind}": len(np.unique(subset.index)) for kind, subset in f.subsets.items()
+    }
+    return Part(results, {"likelihood": plotting.plot_likelihood_agreement(ebm, exact, inside)})
 
 
-# ---- against data -----------------------------------------------------------------------------------------------------
+# ---- against data ---------------------------------------------------------------------------------------------------
 
 
 def surfaces(f: Findings) -> Part:
     """Free energy over the two coordinates of every view, and histograms of the energy: data, flow, weighted flow."""
-    panels = {} if f.data is None else {f.data_name: (f.data.resampled, None)}
-    panels |= {"flow": (f.samples, None), "flow, weighted": (f.samples, f.samples.log_weights)}
-    figures = {}
+    figures = {view.figure: view.draw(f.panels(view.points)) for view in f.views}
     if f.data is not None:
-        energies = {label: (_energies(part), log_weights) for label, (part, log_weights) in panels.items()}
-        figures["energy_histograms"] = plotting.plot_energy_histograms(energies)
-    for view in f.views:
-        points = {label: (view.points(part.positions), log_weights) for label, (part, log_weights) in panels.items()}
-        figures[view.figure] = view.draw(points)
+        energies = [f.data.resampled.energies, f.samples.energy, f.samples.energy]
+        panels = zip(f.panels(len).items(), energies, strict=True)
+        figures["energy_histograms"] = plotting.plot_energy_histograms(
+            {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
+        )
     return Part({}, figures)
 
 
@@ -248,12 +220,10 @@ def slowest_coordinates(f: Findings) -> Part:
         return Part()
     frames = f.data.frames
     features = slow_features(f.system, frames.positions)
-    project = tica_projection([features[mask] for mask in _walkers(frames)], lag)
-    of_md, of_flow = project(features), project(slow_features(f.system, f.samples.positions))
-    low, high = np.quantile(of_md, 0.001, axis=0), np.quantile(of_md, 0.999, axis=0)
-    margin = 0.1 * (high - low)
-    box = tuple((float(a), float(b)) for a, b in zip(low - margin, high + margin, strict=True))
-    panels = {"MD": (of_md, None), "flow": (of_flow, None), "flow, weighted": (of_flow, f.samples.log_weights)}
+    project = tica_projection([features[mask] for mask in f.data.walkers], lag)
+    panels = f.panels(lambda positions: project(slow_features(f.system, positions)), frames)
+    low, high = np.quantile(panels[f.data_name][0], [0.001, 0.999], axis=0)
+    box = np.stack([low - 0.1 * (high - low), high + 0.1 * (high - low)], axis=1).tolist()
     figure = plotting.plot_plane(panels, box, n_bins=60, axes_names=("TIC 1", "TIC 2"), aspect="auto")
     return Part({}, {"tica": figure})
 
@@ -268,50 +238,28 @@ def slow_features(member: System, positions: np.ndarray) -> np.ndarray:
     return torch.cat([angles.sin(), angles.cos(), apart], dim=-1).numpy()
 
 
-def _walkers(frames: Dataset) -> list[np.ndarray]:
-    """Masks of the frames of each trajectory: a window or replica of a repeat."""
-    walkers = frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
-    return [walkers == walker for walker in np.unique(walkers)]
+# ---- conformers, costs ----------------------------------------------------------------------------------------------
 
 
-def _energies(part) -> np.ndarray:
-    return part.energies if isinstance(part, Dataset) else part.energy
-
-
-# ---- conformers, costs ------------------------------------------------------------------------------------------------
-
-
-def conformers_left_out(f: Findings) -> Part:
-    """Shares of the draws that are the molecule.
-
-    Of what figures leave out by count and by weight, and of the data by weight.
-    """
-    counts, shares = f.drawn.meta["counts"], f.drawn.weights
-    rows = {
-        why: {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(shares[mask].sum())}
-        for why, mask in f.excluded.items()
-    }
-    if f.data is not None:
-        of_data = normalized_weights(f.data.log_weights)
-        for why, mask in f.data.excluded.items():
-            rows[why]["data"] = float(of_data[mask].sum())
-    results, drawn = {"excluded": rows, "drawn": counts["drawn"]}, counts["drawn"]
+def conformers(f: Findings) -> Part:
+    """Shares of the draws that are the molecule; of what is left out by count and by weight, of data by weight."""
+    counts, shares, rows = f.drawn.meta["counts"], f.drawn.weights, {}
+    for why, mask in f.excluded.items():
+        rows[why] = {"n": int(mask.sum()), "by_count": float(mask.mean()), "by_weight": float(shares[mask].sum())}
+        if f.data is not None:
+            rows[why]["data"] = float(normalized_weights(f.data.log_weights)[f.data.excluded[why]].sum())
+    results = {"excluded": rows, "counts": {"drawn": counts["drawn"], "kept": len(f.drawn)}}
     if "right_graph" in counts:
-        named = {
-            "right_graph": "right_graph",
-            "kept": "right_chirality",
-            "reordered": "reordered",
-            "mirrored": "mirrored",
-        }
-        results["made"] = {name: counts[key] / drawn for name, key in named.items()}
+        made = {MADE.get(key, key): n / counts["drawn"] for key, n in counts.items() if key not in NOT_MADE}
+        results["made"] = made
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",) if rows else ()
     return Part(results, {}, notes + f.notes)
 
 
 def costs(f: Findings) -> Part:
-    """Seconds a sample; and of a simulation that knows ΔF as well as the samples, where the data are a simulation of known cost.
+    """Seconds a sample; and of a simulation that knows ΔF as well as the samples, where the data are one of known cost.
 
-    The simulation has to come as near as the larger of the samples' distance from its own ΔF and of their error.
+    It has to come as near as the larger of the samples' distance from its own ΔF and of their error.
     """
     timing = {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}
     weighted, md = f.weighted_difference, f.md_difference
@@ -322,7 +270,7 @@ def costs(f: Findings) -> Part:
     spent = f.seconds["draw"] * len(f.drawn)
     result = {"error": error, "flow_seconds": spent, "md_seconds": None, "speed_up": None}
     frames, inside = f.data.frames, f.system.state.contains(f.coordinate(f.data.frames.positions))
-    series = [inside[mask] for mask in _walkers(frames)]
+    series = [inside[mask] for mask in f.data.walkers]
     length = min(map(len, series))
     try:
         n = frames_for_error(np.stack([each[:length] for each in series]), error)
@@ -332,10 +280,10 @@ def costs(f: Findings) -> Part:
         result["md_seconds"] = float(n * frames.meta["cpu_seconds"] / len(frames))
         result["speed_up"] = result["md_seconds"] / spent
     note = (
-        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's samples, over the "
-        "CPU time of these. The training is not counted."
+        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's "
+        "samples, over the CPU time of these. The training is not counted."
     )
     return Part({"timing": timing, "md": result}, {}, (note,))
 
 
-COMMON = (free_energies, weights, likelihood_of_ebm, distances, mode_weights, conformers_left_out, costs, surfaces)
+COMMON = (free_energies, weights, likelihood_of_ebm, distances, mode_weights, conformers, costs, surfaces)

@@ -25,7 +25,7 @@ __all__ = ["SplineGenerator", "SplineModels", "make_coordinates", "make_spline_f
 
 
 def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinates | BoxCoordinates:
-    """Internal coordinates of a molecule, with a peptide's main chain for backbone; for other systems the box of ``settings.box``.
+    """Internal coordinates of a molecule, its main chain for backbone; for other systems ``settings.box``.
 
     Raises UserError for a system without bonds and a box that holds nothing.
     """
@@ -72,8 +72,8 @@ class SplineGenerator:
     def notes(self) -> tuple[str, ...]:
         """Sentences for a report."""
         text = (
-            "log q is normalized modulo rigid motion, on the domain of the internal coordinates (one hand, one labelling of "
-            "equivalent hydrogens): an NLL is comparable with those of such flows only."
+            "log q is normalized modulo rigid motion, on the domain of the internal coordinates (one hand, one "
+            "labelling of equivalent hydrogens): an NLL is comparable with those of such flows only."
         )
         return (text,) if self.system.bonds else ()
 

@@ -1,4 +1,4 @@
-"""TA-BG (arXiv 2501.19077): a spline flow on internal coordinates, trained on the energy alone at high temperature, then annealed.
+"""TA-BG (arXiv 2501.19077): a spline flow trained on the energy alone at high temperature, then annealed.
 
 Stages: hot -> annealing -> evaluation -> report. Each leaves its result in the run's folder, and a killed one goes on.
 With a ladder of no steps (``annealing.n_steps=0``) it is the paper's baseline: reverse KL at the system's own
@@ -6,7 +6,6 @@ temperature, which loses modes.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +36,11 @@ from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.training import Loss
 
+OBJECTIVES = {
+    "hot": ("reverse_kl", "log_variance", "path_kl"),
+    "annealing": ("forward_kl", "log_variance", "path_kl"),
+}
+
 __all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
 
 
@@ -48,8 +52,8 @@ def train_hot(work: Workspace) -> dict:
     ranks the draws, and gets out.
     """
     section = work.config.hot
-    _chosen(OBJECTIVES, "annealing", work.config.annealing)  # a wrong one is told before any long work
-    loss = _chosen(HOT_OBJECTIVES, "hot", section)(section, work.system.at_temperature(section.temperature))
+    _check_objectives(work.config)
+    loss = _on_own_draws(section.objective, section, work.system.at_temperature(section.temperature))
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
 
@@ -62,7 +66,6 @@ def anneal(work: Workspace) -> dict:
     is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
-    objective = _chosen(OBJECTIVES, "annealing", section)
     flow, records = _trained(work, "hot"), []
     for k, (hot, cold) in enumerate(temperatures):
         folder, name = work.folder.path / "annealing" / f"{k:02d}", f"anneal_{k:02d}"
@@ -81,8 +84,12 @@ def anneal(work: Workspace) -> dict:
                 batch_size=section.draw_batch_size,
                 generator_of=lambda i, name=name: work.generator(f"{name} draws", index=i),
             )
-            loss, n_evaluations = objective(work, system, drawn, name)
-            fitted = work.fit(name, flow, loss, **dict(section.fit) | {"lr": _stage_lr(section, k, len(temperatures))})
+            settings = dict(section.fit) | {"lr": _stage_lr(section, k, len(temperatures))}
+            if section.objective == "forward_kl":
+                loss, n_evaluations = _on_buffer(work, drawn, name), 0
+            else:
+                loss, n_evaluations = _on_own_draws(section.objective, section, system), section.batch_size
+            fitted = work.fit(name, flow, loss, **settings)
             record = asdict(covered) | fitted
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
             with atomic_file(record_path) as path:
@@ -101,27 +108,22 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
 STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate_ladder, "report": report_ladder}
 
 
-# ---- objectives -------------------------------------------------------------------------------------------------------
+# ---- objectives -----------------------------------------------------------------------------------------------------
 
 
-def _reverse_kl_loss(section: DictConfig, system: System) -> Loss:
-    system.require_gradient("reverse KL (hot.objective=reverse_kl)")
+def _on_own_draws(objective: str, section: DictConfig, system: System) -> Loss:
+    """On the flow's own draws in each step: on draws made before, it would move to where none of them are."""
+    if objective != "log_variance":
+        system.require_gradient(f"the gradient of objective={objective}")
     cut = system.typical_energy() + section.energy_cut
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
-        return reverse_kl(log_q, system.energy(x), section.drop_highest, cut)
-
-    return loss
-
-
-def _log_variance_loss(section: DictConfig, system: System) -> Loss:
-    """On the flow's own draws in each step.
-
-    On draws made before, it would move to where none of them are and nothing holds it.
-    """
-
-    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if objective == "reverse_kl":
+            x, log_q = flow.sample_with_log_prob(section.batch_size, generator)
+            return reverse_kl(log_q, system.energy(x), section.drop_highest, cut)
+        if objective == "path_kl":
+            x, log_q = flow.sample_with_path_log_prob(section.batch_size, generator)
+            return path_kl(log_q, system.energy(x), section.deviation, section.covering, cut)
         x, log_q = flow.sample_with_fixed_log_prob(section.batch_size, generator)
         with torch.no_grad():
             u = soften(system.energy(x))
@@ -130,48 +132,21 @@ def _log_variance_loss(section: DictConfig, system: System) -> Loss:
     return loss
 
 
-def _path_kl_loss(section: DictConfig, system: System) -> Loss:
-    system.require_gradient("a path gradient (objective=path_kl)")
-    cut = system.typical_energy() + section.energy_cut
-
-    def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, log_q = flow.sample_with_path_log_prob(section.batch_size, generator)
-        return path_kl(log_q, system.energy(x), section.deviation, section.covering, cut)
-
-    return loss
-
-
-ON_OWN_DRAWS = {"log_variance": _log_variance_loss, "path_kl": _path_kl_loss}
-HOT_OBJECTIVES = {"reverse_kl": _reverse_kl_loss} | ON_OWN_DRAWS
-
-
-def _forward_kl_of(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
-    """On ``n_buffer`` of the draws, taken with replacement by their weights."""
+def _on_buffer(work: Workspace, drawn: WeightedSamples, name: str) -> Loss:
+    """Forward KL on ``n_buffer`` of the draws, taken with replacement by their weights."""
     section, rng = work.config.annealing, work.numpy_generator(f"{name} resampling")
     data = torch.from_numpy(drawn.resample(section.n_buffer, rng).positions).to(work.device)
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         return forward_kl(flow.log_prob(minibatch(data, section.batch_size, generator)))
 
-    return loss, 0
+    return loss
 
 
-def _on_own_draws(objective: str) -> Callable:
-    def stage(work: Workspace, system: System, drawn: WeightedSamples, name: str) -> tuple[Loss, int]:
-        section = work.config.annealing
-        return ON_OWN_DRAWS[objective](section, system), section.batch_size
-
-    return stage
-
-
-# of a stage of the annealing: (work, system, draws of the stage before, name) -> loss and energy evaluations a step
-OBJECTIVES = {"forward_kl": _forward_kl_of} | {objective: _on_own_draws(objective) for objective in ON_OWN_DRAWS}
-
-
-def _chosen(objectives: dict[str, Callable], stage: str, section: DictConfig) -> Callable:
-    if section.objective not in objectives:
-        raise UserError(f"Unknown {stage}.objective={section.objective}: choose one of {', '.join(objectives)}.")
-    return objectives[section.objective]
+def _check_objectives(config: DictConfig) -> None:
+    for stage, known in OBJECTIVES.items():
+        if config[stage].objective not in known:
+            raise UserError(f"Unknown {stage}.objective={config[stage].objective}: choose one of {', '.join(known)}.")
 
 
 def _stage_lr(section: DictConfig, k: int, n_stages: int) -> float:

@@ -1,5 +1,4 @@
-"""Transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426): one flow, for one molecule or many, weights from its
-exact likelihood.
+"""Transferable Boltzmann generators (Klein & Noé 2024, arXiv 2406.14426): one flow, weights from its exact likelihood.
 
 Stages: data -> flow -> evaluation -> report.
 """
@@ -13,7 +12,7 @@ from boltznce.methods.sections import COMMON, slowest_coordinates
 from boltznce.methods.stages import make_data, train_flow
 from boltznce.methods.workspace import Workspace
 
-__all__ = ["STAGES", "flow_settings", "load_models", "report", "summary"]
+__all__ = ["STAGES", "flow_settings", "load_models", "network_in_words", "report", "summary"]
 
 SECTIONS = (*COMMON, slowest_coordinates)
 
@@ -25,21 +24,23 @@ def report(work: Workspace) -> dict:
 
 def flow_settings(work: Workspace) -> dict[str, str]:
     """Those of the flow and its data, in words."""
-    section, system = work.config.flow, work.system
+    section, system, model = work.config.flow, work.system, work.config.flow.model
     trained, validated = (system.members(role) for role in ("train", "validation"))
     names = {"trained on": trained, "validated on": [member for member in validated if member not in trained]}
     chosen = {key: " ".join(member.name for member in part) for key, part in names.items() if part}
     first = work.frames(trained[0]) if trained else None
     return chosen | {
-        "flow network": f"{_name(section.network)}, {work.folder.stages['flow']['steps']} steps of {section.batch_size}",
-        "flow": f"{section.model.interpolant} interpolant, {section.model.coupling} coupling, scales of {section.scales}",
+        "flow network": network_in_words(work, "flow"),
+        "flow": f"{model.interpolant} interpolant, {model.coupling} coupling, scales of {section.scales}",
         "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(section.solver)).items()),
         "data": first.meta.get("settings", {}).get("method", "unknown") if first else "none",
     }
 
 
-def _name(network) -> str:
-    return network._target_.rpartition(".")[2]
+def network_in_words(work: Workspace, name: str) -> str:
+    """Class, steps and batch size."""
+    section, steps = work.config[name], work.folder.stages[name]["steps"]
+    return f"{section.network._target_.rpartition('.')[2]}, {steps} steps of {section.batch_size}"
 
 
 STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate, "report": report}

@@ -75,10 +75,7 @@ class Workspace:
         return load_data(self.system, member, Path(self.config.data.folder))
 
     def unseen_frames(self, member: System) -> Dataset:
-        """Those that no flow of this run was trained on.
-
-        The test part of what it was trained on, all of any other member's.
-        """
+        """Those that no flow of this run was trained on: the test part, or all of a member not trained on."""
         frames, trained = self.frames(member), self.folder.stages.get("flow", {}).get("steps", 0)
         return (
             frames.split(**self.config.data.split)[2] if trained and member in self.system.members("train") else frames
@@ -91,10 +88,7 @@ class Workspace:
     def fit(
         self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any
     ) -> dict:
-        """Train ``module`` by the settings of ``config.<name>.fit``, or by those given.
-
-        Returns what the run's record keeps of it.
-        """
+        """Train ``module`` by ``config.<name>.fit``, or by the settings given; returns what the record keeps of it."""
         result = fit(
             module,
             loss,
