@@ -8,6 +8,7 @@ import numpy as np
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from boltznce.analysis.plotting import plot_densities
 from boltznce.analysis.report import markdown_table
 from boltznce.config import build
 from boltznce.errors import UserError
