@@ -1,4 +1,4 @@
-"""Many molecules, one model: a tiny run of BoltzNCE for dipeptides, its report, and a peptide that it has never seen."""
+"""Many molecules, one model: a tiny run of BoltzNCE for dipeptides, its report, and a peptide that it never saw."""
 
 import json
 import runpy
@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from boltznce.methods.transfer import load_models, make_shared
 from omegaconf import OmegaConf
 
 import boltznce as bz
@@ -16,11 +14,15 @@ from boltznce import UserError
 from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
-from boltznce.methods import find_method, sharing, transfer_report
+from boltznce.flows.interpolant_flow import InterpolantFlow
+from boltznce.methods import boltznce as boltznce_method
+from boltznce.methods import models, tbg
 from boltznce.methods.finetune import start_finetuning
-from boltznce.methods.models import solver_settings
+from boltznce.methods.models import FlowGenerator, make, solver_settings
+from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
+from boltznce.systems.bond_graph import BondGraph, GraphCheck
 from boltznce.systems.conformers import random_conformers
 
 N_FRAMES = 60
@@ -56,39 +58,37 @@ TINY = [
 def few_conformers():
     """Calibration on few rough conformers: the numbers of these runs mean nothing anyway."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "N_CONFORMERS", 32)
+        patch.setattr(models, "N_CONFORMERS", 32)
         yield
 
 
-def fake_data(folder, sequences, roles):
+def fake_data(folder, sequences):
     """Rough conformers in place of a simulation: whatever a dataset's frames are, the stages must run on them."""
-    from boltznce.io import file_digest
-
-    entries = {}
-    for k, (sequence, role) in enumerate(zip(sequences, roles, strict=True)):
+    for k, sequence in enumerate(sequences):
         system = bz.load_system(sequence)
         x = random_conformers(system.positions, system.bonds, N_FRAMES, torch.Generator().manual_seed(k))
         meta = {"system": system.identity, "settings": {"method": "replica_exchange"}, "cpu_seconds": 10.0}
         energies = system.energy(x.double()).clamp(max=1e4).numpy()
         Dataset.write(folder / sequence, x.numpy(), energies, window=np.arange(N_FRAMES) % 2, meta=meta)
-        entries[sequence] = {"role": role, "digest": file_digest(folder / sequence / "meta.yaml")}
-    (folder / "index.yaml").write_text(yaml.safe_dump({"peptides": entries}))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    fake_data(folder / "dipeptides-smoke", ["AG", "GA", "AA"], ["train", "train", "test"])
+    fake_data(folder / "dipeptides-smoke", ["AG", "GA", "AA"])
     return folder
 
 
-def config_of(data, *words, method="boltznce"):
-    return compose("train", ["system=dipeptides", f"method={method}", *TINY, f"data_dir={data}", *words])
+def config_of(data, *words):
+    return compose("train", ["system=dipeptides", *TINY, f"data_dir={data}", *words])
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A finished tiny run. Its flow has learned next to nothing, so draws keep few conformers: the check of bonds is let through."""
+    """A finished tiny run.
+
+    Its flow has learned next to nothing, so draws keep few conformers: the check of bonds is let through.
+    """
     config = config_of(data)
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
@@ -98,41 +98,32 @@ def run(data, tmp_path_factory):
 
 
 def accept_everything(patch):
-    from boltznce.systems.bond_graph import BondGraph, GraphCheck
-
     def check(self, x, batch_size=1024):
         n, atoms = x.shape[:2]
-        return GraphCheck(
-            torch.ones(n, dtype=torch.bool), torch.arange(atoms).repeat(n, 1), torch.zeros(n, dtype=torch.bool)
-        )
+        right, reordered = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+        return GraphCheck(right, torch.arange(atoms).repeat(n, 1), reordered)
 
     patch.setattr(BondGraph, "check", check)
 
 
-def draw_no_figures(patch):
-    """What the other test of a report looks at."""
-    patch.setattr(transfer_report, "_figures", lambda *_: {})
-    patch.setattr(transfer_report, "learning_curves", lambda *_: {})
-
-
 def test_the_stages_leave_a_report_of_the_unseen_peptide(run):
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["method"] == "boltznce_transfer"
-    (name, row), *others = metrics["peptides"].items()
+    assert metrics["method"] == "boltznce"
+    (name, row), *others = metrics["members"].items()
     assert (name, others) == ("AA", [])
-    assert row["right_graph"] == 1.0  # by the fixture
-    assert 0 <= row["kept"] <= 1
-    samples = bz.WeightedSamples.load(run / "peptides" / "AA" / "weighted")
+    assert row["made"]["right_graph"] == 1.0  # by the fixture
+    assert 0 <= row["made"]["kept"] <= 1
+    samples = bz.WeightedSamples.load(run / "samples" / "weighted" / "AA")
     assert len(samples) == 40
-    assert 0 < row["ess"]["ess"] <= 1
+    ess = row["ess"]["EBM weights"]["ess"]
+    assert 0 < ess <= 1
     aa = bz.load_system("AA")
-    np.testing.assert_allclose(
-        aa.energy(torch.from_numpy(np.array(samples.positions))).numpy(), samples.energy, rtol=1e-3
-    )
-    assert metrics["average"]["ess"] == pytest.approx(row["ess"]["ess"])
+    energy = aa.energy(torch.from_numpy(np.array(samples.positions))).numpy()
+    np.testing.assert_allclose(energy, samples.energy, rtol=1e-3)
+    assert metrics["average"]["ess"] == pytest.approx(ess)
     report = (run / "report.md").read_text()
     assert "| AA |" in report
-    for figure in ("AA_ramachandran", "AA_energies", "AA_profile", "AA_tica", "learning_curves"):
+    for figure in ("AA_ramachandran", "AA_energy_histograms", "AA_profile", "AA_tica", "learning_curves"):
         assert (run / "figures" / f"{figure}.png").stat().st_size > 1000
         assert figure in report
     record = RunFolder.open(run).stages
@@ -153,14 +144,14 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
     again = finished.sample(2, "ebm", system=system, batch_size=8)
     np.testing.assert_array_equal(samples.positions, again.positions)
     # an exact likelihood is that of the rows that are kept
-    models = load_models(run, finished.config, "KS", torch.device("cpu"))
-    batch = models.draw(8, "exact", torch.Generator().manual_seed(0))
+    generator = finished.generator("KS")
+    batch = generator.draw(8, "exact", torch.Generator().manual_seed(0))
     assert batch.counts["drawn"] == 8
     assert batch.log_prob.isfinite().all()
     assert (system.chirality(batch.positions) == 1).all()
     torch.testing.assert_close(batch.energy, system.energy(batch.positions).double())
     solver = solver_settings(finished.config.flow.solver)
-    x, log_q = models.flow.sample(8, torch.Generator().manual_seed(0), solver=solver, likelihood="exact")
+    x, log_q = generator.flow.sample(8, torch.Generator().manual_seed(0), solver=solver, likelihood="exact")
     kept = (system.chirality(x) > 0).all(dim=1)
     assert kept.any()
     torch.testing.assert_close(batch.positions, x[kept])
@@ -168,7 +159,7 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
     with pytest.raises(UserError, match="many molecules: say which"):
         finished.sample(2)
     with pytest.raises(UserError, match="many molecules: say which"):
-        finished.system_of()
+        finished.generator()
     with pytest.raises(UserError, match="another force field or temperature"):
         finished.sample(2, system=bz.load_system("KS", temperature=300.0))
     with pytest.raises(UserError, match="no amino acid"):
@@ -178,13 +169,13 @@ def test_a_peptide_that_the_run_never_saw(run, monkeypatch):
 def test_a_run_of_one_system_draws_no_other(tmp_path):
     config = compose("train", ["system=gaussians8", "budget=smoke"])
     RunFolder.create(tmp_path, config, config.system.name)
-    for ask in (bz.load_run(tmp_path).system_of, lambda system: bz.load_run(tmp_path).sample(2, system=system)):
+    for ask in (bz.load_run(tmp_path).generator, lambda system: bz.load_run(tmp_path).sample(2, system=system)):
         with pytest.raises(UserError, match="is a run of gaussians8 alone, not of KS: leave system= out"):
             ask("KS")
 
 
 def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
-    """``scripts/free_energy.py``: of a run for many it has to be told which; then it takes the samples of the report."""
+    """``scripts/free_energy.py`` has to be told which; then it takes the samples of the report."""
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "free_energy.py"))["main"]
     words = [f"run={run}", f"output={tmp_path}", "n_bootstrap=20", "device=cpu"]
     with pytest.raises(UserError, match="say which one is meant, for example system=AA"):
@@ -198,57 +189,48 @@ def test_free_energies_of_one_peptide(run, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_fine_tuning_to_one_peptide(run, monkeypatch):
     accept_everything(monkeypatch)
-    draw_no_figures(monkeypatch)
-    words = {
-        "finetune": {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}},
-        "samples": {"n_train": 16, "n_validation": 4},
-    }
+    split = {"train": 0.7, "validation": 0.1, "test": 0.2}
+    steps = {"flow_steps": 3, "ebm_steps": 3, "lr": 1e-3, "simulation": {}, "split": split}
+    words = {"finetune": steps, "samples": {"n_train": 16, "n_validation": 4}}
     folder = start_finetuning(run, "AA", OmegaConf.create(words))
     assert folder.path == run / "finetuned" / "AA"
     train(folder)
-    assert {name: record.get("steps") for name, record in folder.stages.items() if "steps" in record} == {
-        "flow": 3,
-        "ebm": 3,
-    }
+    trained = {name: record["steps"] for name, record in folder.stages.items() if "steps" in record}
+    assert trained == {"flow": 3, "ebm": 3}
     metrics = json.loads((folder.path / "metrics.json").read_text())
-    assert list(metrics["peptides"]) == ["AA, before", "AA"]
-    models = find_method("finetune").load_models(
-        folder.path, folder.config, bz.load_run(run).system, torch.device("cpu")
-    )
-    assert models.system.name == "AA"
+    assert (metrics["system"], metrics["method"], "members" in metrics) == ("AA", "boltznce", False)
+    finished = bz.load_run(folder.path)
+    assert finished.generator().system.name == "AA"
+    assert len(finished.sample(2, "ebm")) == 2
     # it began where its parent ended, and moved
-    parent, child = (load_weights(path / "checkpoints" / "ebm.safetensors")[0] for path in (run, folder.path))
-    change = sum((child[name] - parent[name]).square().sum() for name in parent) / sum(
-        p.square().sum() for p in parent.values()
-    )
-    assert 0 < change < 0.01
-    with pytest.raises(UserError, match="only runs for many molecules"):
+    for name in ("flow", "ebm"):
+        parent, child = (load_weights(path / "checkpoints" / f"{name}.safetensors")[0] for path in (run, folder.path))
+        change = sum((child[key] - parent[key]).square().sum() for key in parent)
+        assert 0 < change / sum(p.square().sum() for p in parent.values()) < 0.01
+    with pytest.raises(UserError, match="only runs of many molecules"):
         start_finetuning(folder.path, "AA", OmegaConf.create(words))
 
 
 def test_draws_are_held_against_the_bond_graph(run):
     """Broken conformers are dropped, and what is kept with its likelihood stays the row that it was."""
-    folder = RunFolder.open(run)
-    models = load_models(run, folder.config, "AA", torch.device("cpu"))
-    system = models.system
+    generator = bz.load_run(run).generator("AA")
+    system = generator.system
     x = random_conformers(system.positions, system.bonds, 64, torch.Generator().manual_seed(0))
-    fine, kept_at_first, _ = models.mend(x)
+    fine, kept_at_first, _ = generator.mend(x)
     assert len(fine) == int(kept_at_first.sum()) > 10  # the others clash
     broken = x.clone()
     broken[::2, 0] += 5.0
-    mended, kept, counts = models.mend(broken)
+    mended, kept, counts = generator.mend(broken)
     assert not kept[::2].any()
     torch.testing.assert_close(kept[1::2], kept_at_first[1::2])
     torch.testing.assert_close(mended, x[kept])
     assert counts["right_graph"] == int(kept.sum())
-    mirrored, kept, counts = models.mend(-x)  # a flow that sees handedness makes no mirror images: none is mended
+    mirrored, kept, counts = generator.mend(-x)  # a flow that sees handedness makes no mirror images: none is mended
     assert len(mirrored) == counts["mirrored"] == int(kept.sum()) == 0
 
 
-def test_reordering_needs_atoms_that_are_equal_to_the_network(data, tmp_path):
-    """Two hydrogens of different atoms exchanged: the same molecule for a network that sees classes, not for one that sees numbers."""
-    from boltznce.methods.transfer import TransferModels
-
+def test_reordering_needs_atoms_that_are_equal_to_the_network():
+    """Two hydrogens exchanged: the same molecule for a network that sees classes, not for one that sees numbers."""
     system = bz.load_system("AA")
     names = [str(atom) for atom in system.topology.atoms]
     x = random_conformers(system.positions, system.bonds, 200, torch.Generator().manual_seed(0))
@@ -256,11 +238,10 @@ def test_reordering_needs_atoms_that_are_equal_to_the_network(data, tmp_path):
     a, b = names.index("ALA1-HB1"), names.index("ALA2-HB1")
     order[a], order[b] = b, a
     for encoding, expected in (("full", True), ("numbered", False)):
-        config = OmegaConf.create({"system": {"encoding": encoding}})
-        flow = type("Flow", (), {"network": torch.nn.Identity()})()  # takes mirror images for molecules
-        models = TransferModels(config, system, flow)
-        _, straight, _ = models.mend(x)
-        mended, kept, counts = models.mend(-x[:, order])
+        flow = InterpolantFlow(torch.nn.Identity(), system.n_atoms)  # takes mirror images for molecules
+        generator = FlowGenerator(OmegaConf.create(), bz.load_system("AA", encoding=encoding), flow)
+        _, straight, _ = generator.mend(x)
+        mended, kept, counts = generator.mend(-x[:, order])
         assert straight.any()
         assert kept.equal(straight & expected)
         assert counts["reordered"] == counts["mirrored"] == (int(straight.sum()) if expected else 0)
@@ -271,12 +252,14 @@ def test_reordering_needs_atoms_that_are_equal_to_the_network(data, tmp_path):
 @pytest.mark.slow
 def test_tbg_has_exact_weights_and_no_ebm(data, tmp_path, monkeypatch):
     accept_everything(monkeypatch)
-    draw_no_figures(monkeypatch)
-    config = config_of(data, "flow.network.n_rounds=1", method="tbg")
+    words = [word for word in TINY if not word.startswith(("samples", "ebm", "evaluation.n_samples"))]
+    words += [f"data_dir={data}", "flow.network.n_rounds=1", "evaluation.n_samples=4"]
+    config = compose("train", ["system=dipeptides", "method=tbg", *words])
     train(RunFolder.create(tmp_path, config, config.system.name))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["peptides"]["AA"]["likelihood"] == "exact"
-    assert len(bz.WeightedSamples.load(tmp_path / "peptides" / "AA" / "weighted")) == 4
+    assert metrics["members"]["AA"]["headline"] == "exact"
+    samples = bz.WeightedSamples.load(tmp_path / "samples" / "weighted" / "AA")
+    assert (len(samples), samples.meta["likelihood"]) == (4, "exact")
     with pytest.raises(UserError, match="this run has none"):
         bz.load_run(tmp_path).sample(2, "ebm", system="AA")
 
@@ -292,10 +275,6 @@ def test_padded_batches_train_the_published_networks(data, tmp_path, network):
             *[word for word in TINY if not word.startswith(("flow.network", "samples", "ebm"))],
             f"data_dir={data}",
             f"network@flow.network={network}",
-            *(
-                f"~flow.network.{name}"
-                for name in ("n_rounds", "embedding_width", *(["width"] if network == "gvp" else []))
-            ),
             *(f"flow.network.{size}" for size in sizes),
             "flow.padded=true",
             "flow.max_padding=0.5",
@@ -305,28 +284,25 @@ def test_padded_batches_train_the_published_networks(data, tmp_path, network):
         ],
     )
     work = workspace(config, tmp_path)
-    record = find_method("tbg").STAGES["flow"](work)
+    record = tbg.STAGES["flow"](work)
     assert record["steps"] == 4
     assert np.isfinite(record["validation_loss"])
 
 
 def workspace(config, folder):
-    from boltznce.methods.workspace import Workspace, make_fabric
-
     return Workspace(RunFolder.create(folder, config, config.system.name), config, make_fabric("cpu"))
 
 
 def test_bad_settings_are_one_sentence(data):
-    for word, message in (
-        ("system.encoding=full", r"system\.encoding=numbered"),
-        ("flow.padded=true", r"flow\.padded=false"),
-    ):
+    wrong = {
+        "system.encoding=full": r"system\.encoding=numbered",
+        "flow.padded=true": r"flow\.padded=false",
+        "flow.scales=frames": r"flow\.scales=conformers",
+    }
+    for word, message in wrong.items():
         config = config_of(data, word)
-        family = bz.config.build(config.system)
         with pytest.raises(UserError, match=message):
-            make_shared(config, family, "flow")
-    with pytest.raises(UserError, match=r"method=tabg has no size for system=dipeptides \(a family\)"):
-        compose("train", ["system=dipeptides", "method=tabg"])
+            make(config, bz.config.build(config.system), "flow")
 
 
 def test_published_settings_compose_at_full_size():
@@ -334,16 +310,12 @@ def test_published_settings_compose_at_full_size():
     assert boltznce == compose("train", ["system=dipeptides", "method=boltznce", "budget=paper"])
     family = bz.config.build(boltznce.system)
     assert len(family.sequences["train"]) == 200
-    flow, ebm = (make_shared(boltznce, family, name).network for name in ("flow", "ebm"))
+    flow, ebm = (make(boltznce, family, name).network for name in ("flow", "ebm"))
     assert isinstance(flow, GVPVectorField)
     assert (len(flow.layers), flow.embedding.out_features, flow.n_vectors) == (9, 128, 32)
-    assert (len(ebm.layers), ebm.type_embedding.embedding_dim, ebm.type_embedding.num_embeddings, ebm.n_types) == (
-        10,
-        256,
-        76,
-        54,
-    )
-    egnn = make_shared(tbg, bz.config.build(tbg.system), "flow").network
+    embedding = ebm.type_embedding
+    assert (len(ebm.layers), embedding.embedding_dim, embedding.num_embeddings, ebm.n_types) == (10, 256, 76, 54)
+    egnn = make(tbg, bz.config.build(tbg.system), "flow").network
     assert (len(egnn.layers), egnn.embedding.in_features, egnn.embedding.out_features) == (9, 77, 128)
     assert tbg.method.name == "tbg"
     assert tbg.flow.model.length_scale == pytest.approx(1 / 30)
@@ -354,7 +326,7 @@ def test_published_settings_compose_at_full_size():
 def test_published_settings_take_real_steps(tmp_path):
     """Two steps of the flow and of the EBM at full size on batches of three peptides."""
     sequences = ["AG", "GA", "KS"]
-    fake_data(tmp_path / "data", sequences, ["train", "train", "test"])
+    fake_data(tmp_path / "data", sequences)
     config = compose(
         "train",
         [
@@ -377,7 +349,7 @@ def test_published_settings_take_real_steps(tmp_path):
         ],
     )
     work = workspace(config, tmp_path / "run")
-    stages = find_method(config.method.name).STAGES
+    stages = boltznce_method.STAGES
     with pytest.MonkeyPatch.context() as patch:
         accept_everything(patch)
         for name in ("data", "flow", "samples", "ebm"):
