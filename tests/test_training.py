@@ -31,7 +31,7 @@ RESUMED = dict(
 
 
 class Line(nn.Module):
-    """Least squares y = a x + b, with what makes saving harder: a tied parameter, a buffer that is a view, a counter."""
+    """Least squares y = a x + b, hard to save: a tied parameter, a buffer that is a view, a counter."""
 
     def __init__(self):
         super().__init__()

@@ -251,7 +251,7 @@ def conformers(f: Findings) -> Part:
     results = {"excluded": rows, "counts": {"drawn": counts["drawn"], "kept": len(f.drawn)}}
     if "right_graph" in counts:
         made = {MADE.get(key, key): n / counts["drawn"] for key, n in counts.items() if key not in NOT_MADE}
-        results["made"] = made
+        results["made"] = made | {"cis": rows.get("cis peptide bond", {}).get("by_count")}
     notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",) if rows else ()
     return Part(results, {}, notes + f.notes)
 
