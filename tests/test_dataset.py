@@ -136,3 +136,15 @@ def test_mode_balancing_without_the_state():
     phi, rng = np.full(10, -1.0), np.random.default_rng(0)
     with pytest.raises(UserError, match="No frame has 0 < phi < 2 rad"):
         mode_balanced_indices(phi, np.zeros(10), 5, rng, State("phi", (0.0, 2.0)), c="auto")
+
+
+def test_a_dataset_of_a_newer_version_is_refused_and_one_without_a_version_loads(tmp_path):
+    folder = tmp_path / "data"
+    Dataset.write(folder, np.zeros((4, 2, 3)), np.zeros(4))
+    meta = yaml.safe_load((folder / "meta.yaml").read_text())
+    assert meta["format"] == 1
+    (folder / "meta.yaml").write_text(yaml.safe_dump({key: value for key, value in meta.items() if key != "format"}))
+    assert len(Dataset.load(folder)) == 4
+    (folder / "meta.yaml").write_text(yaml.safe_dump(meta | {"format": 99}))
+    with pytest.raises(UserError, match="99"):
+        Dataset.load(folder)

@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: with pictures, without errors, small. CI executes them (`.ci/run`)."""
+"""The notebooks as they are committed: run from top to bottom, with pictures, without errors, small. CI runs them."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ import yaml
 from scipy.special import i0e, logsumexp
 
 from boltznce.errors import UserError
-from boltznce.io import atomic_folder, file_digest, require_free_space
+from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.states import State
 
 __all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
@@ -97,7 +97,8 @@ class Dataset:
             if topology is not None:
                 (temporary / "topology.pdb").write_text(topology)
             digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-            text = yaml.safe_dump({**(meta or {}), "n_frames": n, "digests": digests}, sort_keys=False)
+            contents = {"format": DATA_FORMAT, **(meta or {}), "n_frames": n, "digests": digests}
+            text = yaml.safe_dump(contents, sort_keys=False)
             (temporary / "meta.yaml").write_text(text)
         return Dataset.load(folder)
 
@@ -112,6 +113,7 @@ class Dataset:
             digests, n = dict(meta["digests"]), int(meta["n_frames"])
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise _damaged(folder / "meta.yaml", "it cannot be read") from error
+        check_format(meta.get("format"), DATA_FORMAT, folder)
         positions = _open(folder / "positions.npy", mmap=True)
         if positions.ndim != 3 or len(positions) != n:
             raise _damaged(folder / "positions.npy", f"its shape is {positions.shape}, not ({n}, atoms, dimensions)")

@@ -114,7 +114,7 @@ STAGES = {"hot": train_hot, "annealing": anneal, "evaluation": evaluate_ladder, 
 def _on_own_draws(objective: str, section: DictConfig, system: System) -> Loss:
     """On the flow's own draws in each step: on draws made before, it would move to where none of them are."""
     if objective != "log_variance":
-        system.require_gradient(f"the gradient of objective={objective}")
+        system.require_gradient(f"objective={objective}")
     cut = system.typical_energy() + section.energy_cut
 
     def loss(flow: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
