@@ -88,6 +88,14 @@ MUTANTS = (
         "work.system",
         "temperatures",
     ),
+    mutant(
+        5,
+        "flows of the ladder weighted to the system's temperature",
+        "methods/spline_models.py",
+        "member.at_temperature(temperature)",
+        "member",
+        "report_of_a_ladder",
+    ),
     mutant(6, "EBM validated on its training draws", STAGES, '{"seen": validation}', '{"seen": train}', "ebm"),
     mutant(
         6,
@@ -122,6 +130,14 @@ MUTANTS = (
         'work.generator(f"samples {name}", member, k)',
         'work.generator("samples train", member, k)',
         "three_sets",
+    ),
+    mutant(
+        7,
+        "report on frames that the flow was trained on",
+        "methods/workspace.py",
+        "frames.split(**self.config.data.split)[2]",
+        "frames.split(**self.config.data.split)[0]",
+        REPORT,
     ),
     mutant(
         7,
