@@ -243,7 +243,8 @@ def test_the_report_is_what_is_on_disk(springs_run, metrics):
     assert metrics["excluded"]["cis peptide bond"] == pytest.approx(left_out)
     assert metrics["excluded"]["inverted stereocentre"] == {"n": 0, "by_count": 0, "by_weight": 0, "data": 0}
     assert (metrics["counts"]["drawn"], metrics["counts"]["kept"]) == (1000, KEPT)
-    assert metrics["made"] == {"right_graph": 0.9, "kept": 0.9, "reordered": 0.0, "mirrored": 0.45}
+    made = {"right_graph": 0.9, "kept": 0.9, "reordered": 0.0, "mirrored": 0.45, "cis": left_out["by_count"]}
+    assert metrics["made"] == pytest.approx(made)
     agreement = metrics["likelihood"]
     assert (agreement["n"], agreement["std"]) == (100, pytest.approx(0.5 * math.sqrt(100 / 99), abs=1e-4))
     for side, conformer in (("state", STATE), ("rest", REST)):

@@ -57,7 +57,7 @@ class Workspace:
 
     @cached_property
     def models(self) -> Any:
-        """The trained models so far, ``models.of(member)`` a `Generator`; UserError where there is nothing to draw from."""
+        """The trained models so far, ``models.of(member)`` a `Generator`; UserError where there is none yet."""
         method = locate(self.config.method._target_, ModuleType)
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
