@@ -36,11 +36,11 @@ def aldp():
 
 
 @functools.cache
-def springs(name="springs"):
-    """Alanine dipeptide's atoms in a mixture of narrow Gaussians about four conformers, of populations `TARGET`."""
+def springs(name="springs", target=tuple(TARGET)):
+    """Alanine dipeptide's atoms in a mixture of narrow Gaussians about four conformers, of populations ``target``."""
     system = copy.copy(aldp())
     system.name = name
-    system.energy = lambda x: -log_mixture(x, TARGET).to(x)
+    system.energy = lambda x: -log_mixture(x, target).to(x)
     return system
 
 

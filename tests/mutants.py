@@ -5,6 +5,7 @@ bug that cannot be made, since its line has changed, is told as such: write it a
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -264,24 +265,27 @@ MUTANTS = (
 )
 
 
-def verdict(tree: Path, bug: Mutant) -> str:
-    """What the tests say of a bug in a copy of the tree, which is as it was afterwards."""
+def verdict(tree: Path, bug: Mutant) -> tuple[str, str]:
+    """What the tests say of a bug in a copy of the tree, which is as it was afterwards; and the test that failed."""
     before = {file: (tree / file).read_text() for file, _, _ in bug.edits}
     if any(before[file].count(old) != 1 for file, old, _ in bug.edits):
-        return "CANNOT BE MADE"
+        return "CANNOT BE MADE", ""
     for file, old, new in bug.edits:
         (tree / file).write_text(before[file].replace(old, new))
     try:
-        return {0: "SURVIVED", 1: "caught"}.get(run_tests(tree, bug.tests), "NO TEST RAN")
+        result = run_tests(tree, bug.tests)
     finally:
         for file, text in before.items():
             (tree / file).write_text(text)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", result.stdout, re.MULTILINE)
+    said = {0: "SURVIVED", 1: "caught"}.get(result.returncode, "NO TEST RAN")
+    return said, failed[1] if failed else ""
 
 
-def run_tests(tree: Path, selection: str) -> int:
+def run_tests(tree: Path, selection: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", TESTS, "-k", selection]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def main(*numbers: str) -> int:
@@ -292,15 +296,15 @@ def main(*numbers: str) -> int:
             if (ROOT / name).is_file():
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, tree / name)
-        if run_tests(tree, ""):
+        if run_tests(tree, "").returncode:
             print(f"{TESTS} fails without any bug: mend that first.")
             return 1
         missed = 0
         for bug in MUTANTS:
             if not numbers or str(bug.number) in numbers:
-                found = verdict(tree, bug)
-                missed += found != "caught"
-                print(f"{bug.number:2d}  {found:14s}  {bug.what}", flush=True)
+                said, by = verdict(tree, bug)
+                missed += said != "caught"
+                print(f"{bug.number:2d}  {said:14s}  {bug.what:62s}  {by}", flush=True)
     return int(missed > 0)
 
 
