@@ -23,8 +23,16 @@ __all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
 def train_run(path: Path | str, *overrides: str) -> "Run":
     """Train a run in a folder, or finish the one that is there.
 
-    ``overrides`` are those of the command line of ``scripts/train.py``:
-    ``train_run("outputs/a", "system=gaussians8", "budget=smoke")``. Raises UserError for settings that do not exist.
+    ``overrides`` are those of the command line of ``scripts/train.py``. UserError for settings that do not exist.
+
+    >>> import tempfile
+    >>> few = ["hot.fit.steps=2", "annealing.n_steps=1", "annealing.fit.steps=2", "annealing.n_draws=100"]
+    >>> few += ["evaluation={n_samples: 200, n_ladder: 100, n_reference: 200, n_bootstrap: 20, n_torus: 50}"]
+    >>> run = train_run(tempfile.mkdtemp(), "system=double_well", "method=tabg", "budget=smoke", *few)
+    >>> run
+    Run(..., tabg of double_well, smoke: hot, annealing, evaluation, report)
+    >>> run.sample(5).positions.shape, "free_energy" in run.metrics
+    ((5, 1, 2), True)
     """
     train(start_folder(Path(path), compose("train", overrides)))
     return Run(path)

@@ -2,5 +2,5 @@
 
 ``STAGES``: name -> function of a `Workspace`, in order;
 ``summary``: of a `Workspace`, the report in a few lines;
-``load_models``: of a run's folder, config, system and device, the trained models to draw from (`drawing.Models`).
+``load_models``: of a run's folder, config, system and device, the trained models; ``of(member)`` a `drawing.Generator`.
 """

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,7 +14,7 @@ from boltznce.errors import UserError
 from boltznce.io import require_free_space
 from boltznce.systems.base import System
 
-__all__ = ["LIKELIHOODS", "Batch", "Generator", "Models", "choose_likelihood", "draw_batches", "draw_to_folder"]
+__all__ = ["LIKELIHOODS", "Batch", "Generator", "choose_likelihood", "draw_batches", "draw_to_folder"]
 
 LIKELIHOODS = ("ebm", "exact", "hutchinson", "none")
 BARREN_BATCHES = 20  # so many on end without a sample to keep, and drawing gives up
@@ -33,39 +33,37 @@ class Batch:
     counts: dict[str, int]
 
 
-class Generator(Protocol):
+class Generator:
     """What is drawn from: the trained models of one system.
 
     Attributes:
+        config: of the run.
         system: whose energy weighs the samples.
         likelihoods: those of `LIKELIHOODS` that it has.
         default_likelihood: the one that ``likelihood=auto`` stands for.
         notes: sentences for a report on how its samples are made.
     """
 
+    config: DictConfig
     system: System
-    likelihoods: Sequence[str]
-    default_likelihood: str
-    notes: tuple[str, ...]
+    likelihoods: Sequence[str] = ("exact", "none")
+    default_likelihood: str = "exact"
+    notes: tuple[str, ...] = ()
 
     def check(self, likelihood: str) -> None:
         """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""
 
     def batch_size(self, likelihood: str) -> int:
         """How many to draw at once, unless told otherwise."""
+        return self.config.evaluation.batch_size
 
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
         """Draw ``n`` samples at once, and keep some or all; log q is NaN with "none"."""
+        raise NotImplementedError
 
     def log_prob(self, positions: Tensor) -> Tensor:
         """Exact log q (n,), float64, of given positions (n, atoms, dim) in nm, normalized as that of the draws is."""
-
-
-class Models(Protocol):
-    """What a method's ``load_models`` returns: the trained models of a run."""
-
-    def of(self, member: System) -> Generator:
-        """What is drawn from for one member of the run's system, seen in training or not."""
+        raise NotImplementedError
 
 
 def choose_likelihood(models: Generator, likelihood: str) -> str:

@@ -32,27 +32,25 @@ def start_finetuning(
     family = build(config.system)
     if not family.is_family:
         raise UserError(f"{parent} is a run of {family.name} alone: only runs of many molecules are fine-tuned to one.")
-    if not starts["flow"].exists():
-        raise UserError(f"{parent} has no trained flow yet: finish it with scripts/train.py resume={parent}.")
-    has_ebm = "ebm" in config and starts["ebm"].exists()
-    if not has_ebm and not settings.finetune.flow_steps:
+    missing = [name for name, path in starts.items() if name in config and not path.exists()]
+    if missing:
+        raise UserError(f"{parent} has no trained {missing[0]} yet: finish it with scripts/train.py resume={parent}.")
+    if "ebm" not in config and not settings.finetune.flow_steps:
         raise UserError(
             f"{parent} has no EBM to fine-tune: set finetune.flow_steps, which trains its flow on a simulation."
         )
     family.choose(peptide)
-    steps, lr = settings.finetune, settings.finetune.lr
+    steps = settings.finetune
     with open_dict(config):
         config.system = {"_target_": f"{MolecularSystem.__module__}.MolecularSystem", **family.settings_of(peptide)}
         config.data.folder = str(Path(config.data.folder) / peptide)
         config.data.split = steps.split
         simulation = OmegaConf.merge(family.simulation, config.data.simulation, steps.simulation)
         config.data.simulation = {key: value for key, value in simulation.items() if key != "test"}
-        config.flow = OmegaConf.merge(
-            config.flow, {"start": str(starts["flow"].absolute()), "fit": {"steps": steps.flow_steps, "lr": lr}}
-        )
-        if has_ebm:
-            config.ebm = OmegaConf.merge(
-                config.ebm, {"start": str(starts["ebm"].absolute()), "fit": {"steps": steps.ebm_steps, "lr": lr}}
-            )
+        config.kind = "molecule"
+        for name in starts.keys() & config.keys():
+            fit = {"steps": steps[f"{name}_steps"], "lr": steps.lr}
+            config[name] = OmegaConf.merge(config[name], {"start": str(starts[name].absolute()), "fit": fit})
+        if "samples" in config:
             config.samples = OmegaConf.merge(config.samples, settings.samples)
     return RunFolder.create(Path(folder or run.path / "finetuned" / peptide), config, config.system.name)

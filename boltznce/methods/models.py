@@ -23,7 +23,7 @@ from boltznce.ebm import EnergyBasedModel
 from boltznce.errors import UserError
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.solvers import SolverSettings
-from boltznce.methods.drawing import Batch
+from boltznce.methods.drawing import Batch, Generator
 from boltznce.molecules import Molecules
 from boltznce.networks.compile import compile_forward
 from boltznce.networks.published import load_published_vector_field
@@ -185,7 +185,7 @@ def solver_settings(section: DictConfig) -> SolverSettings:
 
 
 @dataclass
-class FlowGenerator:
+class FlowGenerator(Generator):
     """A trained flow of one system and, where the run has one, its EBM."""
 
     config: DictConfig

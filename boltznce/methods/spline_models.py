@@ -5,7 +5,6 @@ Loading trained ones, drawing.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from omegaconf import DictConfig
@@ -16,7 +15,7 @@ from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.flows.spline_flow import SplineFlow
-from boltznce.methods.drawing import Batch
+from boltznce.methods.drawing import Batch, Generator
 from boltznce.methods.models import load_trained, weights_path
 from boltznce.systems.base import System
 from boltznce.systems.stiffness import harmonic_constants
@@ -58,15 +57,12 @@ def make_spline_flow(config: DictConfig, system: System) -> SplineFlow:
 
 
 @dataclass
-class SplineGenerator:
+class SplineGenerator(Generator):
     """A trained flow, with the system at the flow's temperature."""
 
     config: DictConfig
     system: System
     flow: SplineFlow
-
-    likelihoods: ClassVar = ("exact", "none")
-    default_likelihood: ClassVar = "exact"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -76,13 +72,6 @@ class SplineGenerator:
             "labelling of equivalent hydrogens): an NLL is comparable with those of such flows only."
         )
         return (text,) if self.system.bonds else ()
-
-    def check(self, likelihood: str) -> None:
-        """All that can be asked for can be had."""
-
-    def batch_size(self, likelihood: str) -> int:
-        """That of drawing, unless told otherwise."""
-        return self.config.evaluation.batch_size
 
     @torch.no_grad()
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:

@@ -16,7 +16,6 @@ from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
 from boltznce.errors import UserError
 from boltznce.logger import Logger
-from boltznce.methods.drawing import Models
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, Loss, Validation, fit, step_generator
@@ -57,11 +56,8 @@ class Workspace:
         return build(self.config.system)
 
     @cached_property
-    def models(self) -> Models:
-        """The trained models as far as the run has come.
-
-        Raises UserError where there is nothing to draw from, or nothing yet.
-        """
+    def models(self) -> Any:
+        """The trained models so far, ``models.of(member)`` a `Generator`; UserError where there is none yet."""
         method = locate(self.config.method._target_, ModuleType)
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
