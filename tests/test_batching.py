@@ -73,7 +73,7 @@ def test_rows_of_one_molecule_stand_together(batches):
 
 
 def test_bad_settings_are_one_sentence(batches):
-    with pytest.raises(UserError, match="Lower batch_size"):
+    with pytest.raises(UserError, match="lower batch_size"):
         batches(batch_size=1000)
     with pytest.raises(UserError, match="max_padding"):
         batches(max_padding=1.0)
