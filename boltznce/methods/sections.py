@@ -93,7 +93,7 @@ def free_energies(f: Findings) -> Part:
         exact_weights = _exact_log_weights(f)
         rows["exact"] = free_energy_difference(f.values[f.exact.index], exact_weights, interval, **f.bootstrap)
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
-    if f.data is not None and reference is not md:
+    if f.data is not None and (md is None or reference is not md):
         # its error would be that of slow motions, which so short a simulation does not show
         whole = f.data.whole
         of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2)
@@ -262,9 +262,10 @@ def costs(f: Findings) -> Part:
     It has to come as near as the larger of the samples' distance from its own ΔF and of their error.
     """
     timing = {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}
-    weighted, md = f.weighted_difference, f.md_difference
+    md = f.md_difference
     if md is None:
         return Part({"timing": timing})
+    weighted = f.weighted_difference
     known = np.isfinite([weighted.std_error, weighted.value, md.value]).all()
     error = max(abs(weighted.value - md.value), weighted.std_error) if known else np.nan
     spent = f.seconds["draw"] * len(f.drawn)

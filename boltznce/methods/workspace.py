@@ -62,7 +62,7 @@ class Workspace:
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
     def frames_exist(self, member: System) -> bool:
-        """Whether there are data of the member, at its temperature."""
+        """Whether there are data of the member."""
         section = self.config.data
         return section.folder is not None and (Path(section.folder) / self.system.label(member) / "meta.yaml").exists()
 

@@ -1,0 +1,54 @@
+"""Sections of a report where something is missing: a reference, data, a state."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from boltznce import WeightedSamples, load_system
+from boltznce.data.dataset import Dataset
+from boltznce.methods import sections
+from boltznce.methods.findings import Data, Findings
+from boltznce.methods.views import views_of
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Exact draws of a double well with exact likelihoods, and weighted data that no reference stands beside."""
+    system, generator = load_system("double_well"), torch.Generator().manual_seed(0)
+    x, frames = system.sample(400, generator), system.sample(300, generator)
+    meta = {"likelihood": "exact", "counts": {"drawn": 400}}
+    drawn = WeightedSamples(x.numpy(), system.energy(x).double().numpy(), system.log_prob(x).numpy(), meta=meta)
+    tilt, order = -0.3 * frames[:, 0, 0].double().numpy(), np.arange(300)
+    data = Dataset(frames.numpy(), system.energy(frames).double().numpy(), tilt, order, 0 * order, order % 2, None, {})
+    settings = OmegaConf.create({"n_bootstrap": 20, "n_torus": 50, "tica_lag": None})
+    values = system.coordinate(drawn.positions, "x")
+    parts = (Data(data, data, data, {}, tilt), {}, None, {"draw": 1e-3}, settings, 0)
+    return Findings(system, views_of(system), drawn, {}, drawn, values, *parts)
+
+
+def test_without_a_reference_the_data_have_their_row(found):
+    assert "reference" not in (rows := sections.free_energies(found).results["free_energy"])
+    frames = found.data.whole
+    weights, inside = np.exp(frames.log_weights), found.system.state.contains(frames.positions[:, 0, 0])
+    expected = np.log(weights[~inside].sum() / weights[inside].sum())
+    assert rows["data (data), error not estimated"] == {"value": pytest.approx(expected)}
+    assert np.isnan(sections.free_energies(found).results["error"])
+    known = replace(found, reference=found.system.reference())
+    rows = sections.free_energies(known).results["free_energy"]
+    assert {"reference", "exact", "data (data), error not estimated"} <= set(rows)
+
+
+def test_without_data_or_a_state_sections_are_shorter(found):
+    alone = replace(found, data=None)
+    assert "data (data), error not estimated" not in sections.free_energies(alone).results["free_energy"]
+    for section in sections.COMMON:
+        section(alone)
+    system = load_system("double_well")
+    system.state = None
+    stateless = replace(found, system=system, values=None)
+    for section in set(sections.COMMON) - {sections.mode_weights}:  # whose modes are the two sides of the state
+        assert "free_energy" not in section(stateless).results
+    assert sections.costs(stateless).results == {"timing": {"draw_per_sample": 1e-3}}
