@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import boltznce
-from boltznce import UserError, config
+from boltznce import config
 from boltznce.benchmarks.run import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
@@ -104,21 +104,46 @@ def compose(script: str, words: tuple[str, ...]) -> DictConfig:
     return config.compose(script, words)
 
 
+SEQUENCES = ("AK", "KS", "ACE-AAA-NME")  # that stand in the pages as systems
+
+
+@functools.cache
+def contexts() -> list[DictConfig]:
+    """Settings of the commands that a reader may have in mind."""
+    known = [("train", ()), ("sample", ("run=x",)), ("simulate", ()), ("train", ("system=dipeptides",))]
+    known += [("train", ("system=gaussians8",)), ("benchmark", ())]
+    known += [("train", (f"method={method}",)) for method in ("tabg", "tbg", "forward_kl")]
+    return [compose(*each) for each in known]
+
+
 @pages
-def test_settings_compose(page):
+def test_settings_exist(page):
     """``method=tabg`` and the like, which belong to a command that the reader knows: some command has them."""
-    contexts = [("train", ()), ("sample", ("run=x",)), ("simulate", ()), ("train", ("system=dipeptides",))]
-    contexts += [("train", ("system=gaussians8",))]
-    contexts += [("train", (f"method={method}",)) for method in config.available("method")]
     for span in sorted(set(spans(page))):
-        words = span.split()
-        if all(re.fullmatch(r"\+?[\w.@]+=[\w./,-]+", word) for word in words):
-            assert any(composes(script, (*context, *words)) for script, context in contexts), span
+        words = [word.lstrip("+").partition("=") for word in span.split()]
+        if all(re.fullmatch(r"\+?[\w.@]+=[\w./,-]+", word) for word in span.split()):
+            for key, _, value in words:
+                group = key.partition("@")[0]
+                if (config.config_dir() / group).is_dir():
+                    assert set(value.split(",")) <= {
+                        *config.available(group),
+                        *names_below(group),
+                        "AK",
+                        "KS",
+                        "ACE-AAA-NME",
+                    }
+                else:
+                    assert any(has(settings, key) for settings in contexts()), span
 
 
-def composes(script: str, words: tuple[str, ...]) -> bool:
-    try:
-        compose(script, words)
-    except UserError:
-        return False
-    return True
+def names_below(group: str) -> set[str]:
+    """``tabg/aldp`` of a group that has folders."""
+    folder = config.config_dir() / group
+    return {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+
+
+def has(settings: DictConfig, key: str) -> bool:
+    """Whether a key stands in settings, whatever its value."""
+    above, _, last = key.rpartition(".")
+    parent = OmegaConf.select(settings, above) if above else settings
+    return isinstance(parent, DictConfig) and last in parent
