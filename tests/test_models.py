@@ -61,11 +61,6 @@ def scrambled(module, size=0.1, seed=0):
     return module
 
 
-def rotation():
-    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-    return (q * q.det().sign()).float()
-
-
 def test_all_molecules_share_the_parameters_and_all_are_trained(shared, molecules):
     model = shared()
     names = {name for name, _ in model.named_parameters()}

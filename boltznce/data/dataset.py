@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from scipy.special import i0e, logsumexp
+from scipy.special import i0e
 
+from boltznce.analysis.weights import normalized_weights
 from boltznce.errors import UserError
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.states import State
@@ -154,7 +155,7 @@ class Dataset:
 
 def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
     """``n`` frame numbers drawn with replacement by exp(log_weights): frames of the Boltzmann distribution."""
-    return generator.choice(len(log_weights), size=n, p=_normalized(np.asarray(log_weights, dtype=np.float64)))
+    return generator.choice(len(log_weights), size=n, p=normalized_weights(log_weights))
 
 
 def mode_balanced_indices(
@@ -178,18 +179,13 @@ def mode_balanced_indices(
     """
     angle, log_weights = np.asarray(values, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
     if c == "auto":
-        inside = _normalized(log_weights)[state.contains(angle)].sum()
+        inside = normalized_weights(log_weights)[state.contains(angle)].sum()
         if inside == 0:
             raise UserError(f"No frame has {state.in_words()}: simulate by umbrella sampling, or set c to a number.")
         c = (1 - inside) / inside
     from_mode = angle - (state.centre if mu is None else mu)
     density = np.exp(kappa * (np.cos(from_mode) - 1)) / (2 * np.pi * i0e(kappa))
     return boltzmann_indices(log_weights + np.log(float(c) * density + 1), n, generator)
-
-
-def _normalized(log_weights: np.ndarray) -> np.ndarray:
-    w = np.exp(log_weights - logsumexp(log_weights))
-    return w / w.sum()
 
 
 def _write_positions(path: Path, chunks: Iterable[np.ndarray], n: int) -> None:

@@ -135,9 +135,7 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
             if published
             else build(section.network, kind=nn.Module, offered=offered)
         )
-    bind = getattr(
-        network, "bind", None
-    )  # a network may have weights that are made from what the atoms are; most have none
+    bind = getattr(network, "bind", None)  # of networks whose weights are made from what the atoms are
     if bind is None:
         compile_forward(network, config.compile)
     elif first.features is None or len(first.features.unique(dim=0)) < first.n_atoms:
