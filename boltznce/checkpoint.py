@@ -1,6 +1,8 @@
 """Weights as safetensors files, and numbered checkpoints of an unfinished training, of which the last few are kept."""
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +14,11 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, atomic_folder, file_digest
+from boltznce.records import damaged, read_json
 
-__all__ = ["Checkpoints", "load_weights", "save_weights"]
+__all__ = ["Checkpoints", "load_weights", "save_weights", "weights_digest"]
+
+REMEDY = "delete it and resume the run"
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
@@ -23,21 +28,42 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | 
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors on the CPU, and metadata, as `save_weights` wrote them. Raises UserError for a damaged file or none."""
+    """Tensors on the CPU, and metadata, as `save_weights` wrote them. Raises UserError for a damaged file or none.
+
+    A file that `save_weights` wrote holds a digest of both; of others only the form is checked.
+    """
     if not Path(path).is_file():
         raise UserError(f"There are no weights at {path}: train first, or name another run folder.")
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = json.loads((handle.metadata() or {}).get("boltznce", "{}"))
-            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"The weights file {path} is damaged ({error}): delete it and resume the run.") from error
+            header = handle.metadata() or {}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118, not a dict
+        metadata = header.get("boltznce", "{}")
+        if header.get("sha256", digest := _digest(tensors, metadata)) != digest:
+            raise ValueError("they are not what was written")
+        return tensors, dict(json.loads(metadata))
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise damaged(f"The weights file {path}", error, REMEDY) from error
+
+
+def weights_digest(path: Path) -> str:
+    """Of the tensors in a safetensors file, whatever its metadata. Raises UserError as `load_weights` does."""
+    return _digest(load_weights(path)[0])
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: str = "") -> str:
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
     # safetensors refuses tensors that share memory (tied weights, views), so each entry is given its own.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    save_file(own, path, metadata={"boltznce": json.dumps(dict(metadata or {}))})
+    text = json.dumps(dict(metadata or {}))
+    save_file(own, path, metadata={"boltznce": text, "sha256": _digest(own, text)})
 
 
 class Checkpoints:
@@ -64,18 +90,20 @@ class Checkpoints:
         if not saved:
             return None
         newest = saved[-1]
+        before = f"the one before, {saved[-2].name}" if len(saved) > 1 else "its beginning"
+        remedy = f"delete it, and this training resumes from {before}"
+        digests = read_json(newest / "digests.json", remedy.replace("it", "this checkpoint", 1))
         try:
-            digests = json.loads((newest / "digests.json").read_text())
-            for name, digest in digests.items():
-                if file_digest(newest / name) != digest:
+            names = {"state.pt", "model.safetensors", *digests, *(file.name for file in newest.glob("*.safetensors"))}
+            for name in sorted(names):
+                if file_digest(newest / name) != digests.get(name):
                     raise ValueError(f"{name} is not what was written")
-            weights = {file.stem: load_weights(file)[0] for file in newest.glob("*.safetensors")}
+            weights = {name.removesuffix(".safetensors"): newest / name for name in names - {"state.pt"}}
+            weights = {part: load_weights(path)[0] for part, path in weights.items()}
             return weights, torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError) as error:
-            before = f"the one before, {saved[-2].name}" if len(saved) > 1 else "its beginning"
-            raise UserError(
-                f"The checkpoint {newest} is damaged ({error}): delete it, and this training resumes from {before}."
-            ) from error
+        except Exception as error:  # torch's unpickler, zip reader and storage reader each raise their own kinds
+            raise damaged(f"The checkpoint {newest}", error, remedy) from error
 
     def _saved(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+        found = (folder for folder in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", folder.name))
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))

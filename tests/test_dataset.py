@@ -10,6 +10,7 @@ import yaml
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.errors import UserError
 from boltznce.io import file_digest
+from boltznce.records import sealed
 from boltznce.states import State
 
 N_TIMES, N_WINDOWS, N_REPEATS = 200, 4, 2
@@ -41,7 +42,7 @@ def replace_array(folder, name, array):
     np.save(folder / name, array)
     meta = yaml.safe_load((folder / "meta.yaml").read_text())
     meta["digests"][name] = file_digest(folder / name)
-    (folder / "meta.yaml").write_text(yaml.safe_dump(meta))
+    (folder / "meta.yaml").write_text(yaml.safe_dump(sealed(meta)))
 
 
 def test_round_trip(dataset, tmp_path):

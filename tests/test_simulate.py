@@ -148,6 +148,7 @@ def test_a_job_of_other_settings_is_refused(aldp, tmp_path):
     with pytest.raises(UserError, match=r"other settings .*engine"):
         make_job(aldp, tmp_path, "langevin", 2.0, "torch")
     description = json.loads((tmp_path / "job.json").read_text())
+    assert description.pop("sha256")
     assert description.pop("engine") == "openmm"  # as written before there were engines
     (tmp_path / "job.json").write_text(json.dumps(description))
     assert make_job(aldp, tmp_path, "langevin", 2.0) == Job.load(tmp_path)
@@ -205,7 +206,7 @@ def test_bad_settings(aldp, tmp_path, settings, message):
     assert not (tmp_path / "set").exists()
 
 
-def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path):
+def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path, monkeypatch):
     make_job_folder = working_folder(tmp_path / "set") / "repeat_0"
     with pytest.raises(UserError):
         simulate(
@@ -213,6 +214,9 @@ def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path):
         )
     (make_job_folder / "job.json").unlink()
     (make_job_folder / "state.npz").write_bytes(b"not an archive")
+    with pytest.raises(UserError, match=r"state\.npz is damaged.*delete"):
+        simulate(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, **SHORT)
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with status 1"):
         simulate(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, **SHORT)
 

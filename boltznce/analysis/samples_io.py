@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import yaml
 from boltznce.analysis.weights import log_importance_weights
 from boltznce.errors import UserError
 from boltznce.io import DATA_FORMAT, atomic_file, check_format, file_digest, full_disk_is_a_user_error
+from boltznce.records import damaged, read_array, read_json, read_yaml, sealed
 
 __all__ = ["WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
 
+_REMEDY = "restore it from a copy, or delete the folder and draw the samples again"
 _DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
+_EXTRAS = ("topology.pdb", "trajectory.dcd", "trajectory.xtc")
 _CHUNK = 8192  # samples held in memory while a trajectory is written
 # the writer of each format, and how many of its units make a nm
 _TRAJECTORIES = {"dcd": (mdtraj.formats.DCDTrajectoryFile, 10.0), "xtc": (mdtraj.formats.XTCTrajectoryFile, 1.0)}
@@ -46,14 +50,28 @@ class WeightedSamplesWriter:
         self.topology = topology
         self.meta = json.loads(json.dumps(meta or {}, default=_plain))
         self._partial = self.folder.absolute().with_name(f".{self.folder.absolute().name}.partial")
-        self._progress: dict[str, Any] = {"n": 0, "shape": None, "counts": {}, "meta": self.meta}
+        self._progress: dict[str, Any] = {"n": 0, "shape": None, "counts": {}, "meta": self.meta, "crc": {}}
         if not resume:
             shutil.rmtree(self._partial, ignore_errors=True)
         if (self._partial / "progress.json").exists():
-            self._progress = json.loads((self._partial / "progress.json").read_text())
+            self._progress |= self._read_progress()
         if self._progress["meta"] != self.meta:
             raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
         self._partial.mkdir(parents=True, exist_ok=True)
+
+    def _read_progress(self) -> dict[str, Any]:
+        """What is recorded, after a look at the arrays: what is said to be safe must be there, and what was written."""
+        remedy = f"delete {self._partial}, and the samples are drawn anew"
+        progress = read_json(self._partial / "progress.json", remedy)
+        if not {"n", "shape", "counts", "meta"} <= set(progress):
+            raise damaged(self._partial / "progress.json", "it lacks an entry", remedy)
+        shapes = {name: (progress["shape"] or []) if name == "positions" else [] for name in _DTYPES}
+        for name, crc in progress.get("crc", {}).items():
+            path, dtype = self._partial / f"{name}.npy", np.dtype(_DTYPES[name])
+            n_bytes = progress["n"] * dtype.itemsize * int(np.prod(shapes[name]))
+            if _crc(path, n_bytes) != crc:
+                raise damaged(path, "it is shorter than its record says, or not what was written", remedy)
+        return progress
 
     @property
     def n_written(self) -> int:
@@ -86,10 +104,12 @@ class WeightedSamplesWriter:
         with full_disk_is_a_user_error(self.folder):
             for name, values in arrays.items():
                 _write_rows(self._partial / f"{name}.npy", values, self.n_written)
+        crc = self._progress["crc"]
+        crc = {name: zlib.crc32(values.reshape(-1).view("u1"), crc.get(name, 0)) for name, values in arrays.items()}
         total = {name: self.counts.get(name, 0) + value for name, value in (counts or {}).items()}
-        self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total}
+        self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total, "crc": crc}
         with atomic_file(self._partial / "progress.json") as path:
-            path.write_text(json.dumps(self._progress))
+            path.write_text(json.dumps(sealed(self._progress)))
 
     def finish(self, format: str = "npy") -> Path:
         """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename; return the folder."""
@@ -110,7 +130,7 @@ class WeightedSamplesWriter:
             meta = self.meta | ({"counts": self.counts} if self.counts else {})
             contents = {"format": DATA_FORMAT, "n_samples": self.n_written, "shape": self._progress["shape"]}
             contents |= {"digests": digests, "meta": meta}
-            (self._partial / "meta.yaml").write_text(yaml.safe_dump(contents, sort_keys=False))
+            (self._partial / "meta.yaml").write_text(yaml.safe_dump(sealed(contents), sort_keys=False))
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self._partial, self.folder)
             for leftover in ("progress.json", ".progress.json.*.tmp"):  # last: a kill before this loses nothing
@@ -125,35 +145,44 @@ def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
     Sizes are always checked, digests if ``verify``; UserError names the file that does not fit.
     """
     folder = Path(folder)
-    remedy = "restore it from a copy, or delete the folder and draw the samples again"
-    try:
-        contents = yaml.safe_load((folder / "meta.yaml").read_text())
-        check_format(contents.get("format"), DATA_FORMAT, folder)
-        n, shape, digests = contents["n_samples"], tuple(contents["shape"]), contents["digests"]
-        result: dict[str, Any] = {"meta": contents["meta"], "topology": None}
-    except FileNotFoundError:
+    if not (folder / "meta.yaml").exists():
         raise UserError(
             f"{folder} holds no weighted samples (there is no meta.yaml): give the folder that samples were saved to."
-        ) from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{folder / 'meta.yaml'} is damaged: {remedy}.") from None
-    shapes = {name: (n, *shape) if name == "positions" else (n,) for name in _DTYPES}
-    for file_name, digest in digests.items():
-        path = folder / file_name
-        if not path.exists():
-            raise UserError(f"{path} is missing: {remedy}.")
-        if path.stem in shapes:
-            try:
-                result[path.stem] = np.load(path, mmap_mode="r" if path.stem == "positions" else None)
-            except (ValueError, OSError, EOFError):
-                raise UserError(f"{path} is truncated or damaged: {remedy}.") from None
-            if result[path.stem].shape != shapes[path.stem]:
-                raise UserError(f"{path} has shape {result[path.stem].shape}, not {shapes[path.stem]}: {remedy}.")
-        if verify and file_digest(path) != digest:
-            raise UserError(f"{path} is damaged (its digest does not fit meta.yaml): {remedy}.")
+        )
+    contents = read_yaml(folder / "meta.yaml", _REMEDY)
+    check_format(contents.get("format"), DATA_FORMAT, folder)
+    n, shape, digests, meta = (contents.get(key) for key in ("n_samples", "shape", "digests", "meta"))
+    names = [f"{name}.npy" for name in _DTYPES]
+    fits = isinstance(n, int) and isinstance(shape, list) and isinstance(digests, dict) and isinstance(meta, dict)
+    if not fits or not set(names) <= set(digests):
+        raise damaged(folder / "meta.yaml", "it lacks an entry", _REMEDY)
+    result: dict[str, Any] = {"meta": meta, "topology": None}
+    for name in [*names, *(name for name in _EXTRAS if name in digests)]:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {_REMEDY}.")
+        if name in names:
+            wanted = (n, *shape) if path.stem == "positions" else (n,)
+            result[path.stem] = read_array(path, _REMEDY, wanted, _DTYPES[path.stem], mmap=path.stem == "positions")
+        if verify and file_digest(path) != digests[name]:
+            raise damaged(path, "its digest does not fit meta.yaml", _REMEDY)
     if "topology.pdb" in digests:
         result["topology"] = mdtraj.load_pdb(folder / "topology.pdb", standard_names=False).topology
     return result
+
+
+def _crc(path: Path, n_bytes: int) -> int | None:
+    """CRC-32 of the first bytes behind an array's header; None where the file is shorter, or no such file."""
+    crc = 0
+    try:
+        with open(path, "rb") as handle:
+            np.lib.format.read_magic(handle)
+            np.lib.format.read_array_header_1_0(handle)
+            while n_bytes and (chunk := handle.read(min(n_bytes, 2**24))):
+                crc, n_bytes = zlib.crc32(chunk, crc), n_bytes - len(chunk)
+    except Exception:  # numpy's reader fails in as many ways as a file can be wrong
+        return None
+    return None if n_bytes else crc
 
 
 def _write_rows(path: Path, values: np.ndarray, start: int) -> None:

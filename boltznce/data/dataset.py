@@ -17,11 +17,14 @@ from scipy.special import i0e
 from boltznce.analysis.weights import normalized_weights
 from boltznce.errors import UserError
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
+from boltznce.records import damaged, read_array, read_yaml, sealed
 from boltznce.states import State
 
 __all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
 
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
+FILES = ("positions.npy", *(f"{name}.npy" for name in DTYPES))
+REMEDY = "delete its folder and make the data anew, by scripts/simulate.py or by resuming the run"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,7 +102,7 @@ class Dataset:
                 (temporary / "topology.pdb").write_text(topology)
             digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
             contents = {"format": DATA_FORMAT, **(meta or {}), "n_frames": n, "digests": digests}
-            text = yaml.safe_dump(contents, sort_keys=False)
+            text = yaml.safe_dump(sealed(contents), sort_keys=False)
             (temporary / "meta.yaml").write_text(text)
         return Dataset.load(folder)
 
@@ -109,24 +112,21 @@ class Dataset:
         folder = Path(folder)
         if not (folder / "meta.yaml").is_file():
             raise UserError(f"There is no dataset in {folder}: make one with scripts/simulate.py, or correct the path.")
-        try:
-            meta = yaml.safe_load((folder / "meta.yaml").read_text())
-            digests, n = dict(meta["digests"]), int(meta["n_frames"])
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(folder / "meta.yaml", "it cannot be read") from error
+        meta = read_yaml(folder / "meta.yaml", REMEDY)
         check_format(meta.get("format"), DATA_FORMAT, folder)
-        positions = _open(folder / "positions.npy", mmap=True)
-        if positions.ndim != 3 or len(positions) != n:
-            raise _damaged(folder / "positions.npy", f"its shape is {positions.shape}, not ({n}, atoms, dimensions)")
-        arrays = {name: _open(folder / f"{name}.npy") for name in DTYPES}
+        digests, n = meta.get("digests"), meta.get("n_frames")
+        if not isinstance(n, int) or not isinstance(digests, dict) or not set(FILES) <= set(digests):
+            raise damaged(folder / "meta.yaml", "it lacks the number of frames or a digest", REMEDY)
+        positions = read_array(folder / "positions.npy", REMEDY, (n, None, None), "f4", mmap=True)
+        arrays = {name: read_array(folder / f"{name}.npy", REMEDY, (n,), kind) for name, kind in DTYPES.items()}
         _check_arrays(folder, n, arrays)
-        for name, digest in digests.items():
-            if not (folder / name).is_file():
-                raise _damaged(folder / name, "it is missing")
-            if file_digest(folder / name) != digest:
-                raise _damaged(folder / name, "its contents do not fit the digest in meta.yaml")
-        topology = folder / "topology.pdb"
-        return cls(positions, **arrays, topology=topology.read_text() if topology.exists() else None, meta=meta)
+        for name in (*FILES, "topology.pdb"):
+            if name in digests and not (folder / name).is_file():
+                raise damaged(folder / name, "it is missing", REMEDY)
+            if name in digests and file_digest(folder / name) != digests[name]:
+                raise damaged(folder / name, "its contents do not fit the digest in meta.yaml", REMEDY)
+        topology = (folder / "topology.pdb").read_text() if "topology.pdb" in digests else None
+        return cls(positions, **arrays, topology=topology, meta=meta)
 
     def take(self, indices: np.ndarray | slice) -> "Dataset":
         """The frames of ``indices``, in that order; a slice copies no positions."""
@@ -208,7 +208,7 @@ def _check_arrays(folder: Path, n: int, arrays: dict[str, np.ndarray]) -> None:
     for name, value in arrays.items():
         path = folder / f"{name}.npy"
         if value.shape != (n,):
-            raise _damaged(path, f"its shape is {value.shape}, not ({n},)")
+            raise damaged(path, f"its shape is {value.shape}, not ({n},)", REMEDY)
         finite = np.isfinite(value)
         if name == "log_weights":
             finite |= np.isneginf(value)
@@ -217,16 +217,3 @@ def _check_arrays(folder: Path, n: int, arrays: dict[str, np.ndarray]) -> None:
                 f"{path} has {(~finite).sum()} values that are not finite (the first at frame {finite.argmin()}): "
                 "the simulation was unstable, make the dataset anew with a shorter timestep."
             )
-
-
-def _open(path: Path, mmap: bool = False) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise _damaged(path, "it is missing") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise _damaged(path, "it is truncated or not an array file") from error
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged ({what}): delete its folder and make the data anew with scripts/simulate.py.")

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, full_disk_is_a_user_error
+from boltznce.records import damaged, read_archive, read_array, read_json, sealed
 from boltznce.units import GAS_CONSTANT
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Sampler",
     "Tick",
     "Unstable",
+    "check_frames",
     "dihedral_angle",
     "frame_dtype",
     "named",
@@ -93,12 +96,11 @@ class Job:
     def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
         """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
         xml = openmm.XmlSerializer.serialize(system)
-        path = folder / "job.json"
-        if path.exists():
+        if (folder / "job.json").exists():
             old = Job.load(folder)
             names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
             changed = sorted(name for name in names if getattr(self, name) != getattr(old, name))
-            if (folder / "system.xml").read_text() != xml:
+            if not (folder / "system.xml").is_file() or (folder / "system.xml").read_bytes() != xml.encode():
                 changed.append("the molecule or its force field")
             if changed:
                 raise UserError(
@@ -106,19 +108,23 @@ class Job:
                     "delete the folder to start anew, or restore the settings to continue."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("system.xml", xml), ("job.json", json.dumps(dataclasses.asdict(self), indent=1))):
+        for name, text in (("system.xml", xml), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
             with atomic_file(folder / name) as temporary:
                 temporary.write_text(text)
-        if not (folder / "start.npy").exists():
+        if not (folder / "state.npz").exists():  # later only its shape is read
             with atomic_file(folder / "start.npy") as temporary, open(temporary, "wb") as handle:
                 np.save(handle, np.asarray(positions, dtype=np.float64))
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
-        description = json.loads((folder / "job.json").read_text())
-        if description["dihedral"] is not None:
-            description["dihedral"] = tuple(description["dihedral"])
-        return cls(**description)
+        """The job of a folder; raises UserError for one that is damaged or of another version."""
+        description = read_json(folder / "job.json", _remedy(folder))
+        try:
+            if description["dihedral"] is not None:
+                description["dihedral"] = tuple(description["dihedral"])
+            return cls(**description)
+        except (KeyError, TypeError) as error:
+            raise damaged(folder / "job.json", "it has other entries than a job", _remedy(folder)) from error
 
 
 class Unstable(Exception):
@@ -169,27 +175,43 @@ def picoseconds_done(folder: Path) -> float:
     """How far the job of a folder is, equilibration included."""
     try:
         return float((folder / "progress").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a bar shows it, and nothing else depends on it
         return 0.0
 
 
 def read_frames(folder: Path) -> np.ndarray:
     """Frames saved so far, also by a running job: a memory-mapped array of ``frame_dtype``, ordered by time."""
-    dtype = frame_dtype(np.load(folder / "start.npy", mmap_mode="r").shape[0])
-    path = folder / "frames.bin"
+    dtype, path = frame_dtype(_start(folder).shape[0]), folder / "frames.bin"
     n = path.stat().st_size // dtype.itemsize if path.exists() else 0
     if n == 0:
         raise UserError(f"{folder} has no frames yet: let the simulation run on.")
     return np.memmap(path, dtype=dtype, mode="r", shape=(n,))
 
 
+def check_frames(folder: Path) -> None:
+    """Raise UserError where the frames of a folder are fewer than its state says, or not what was written."""
+    folder = Path(folder)
+    state = _read_state(folder, {"n_frames?": (), "crc?": ()})
+    if "n_frames" not in state:
+        return
+    path, n_bytes = folder / "frames.bin", int(state["n_frames"]) * frame_dtype(_start(folder).shape[0]).itemsize
+    if n_bytes > (path.stat().st_size if path.is_file() else 0):
+        raise damaged(path, "it is shorter than state.npz says", _remedy(folder))
+    if "crc" in state and _crc(path, n_bytes) != int(state["crc"]):
+        raise damaged(path, "it is not what was written", _remedy(folder))
+
+
 def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Start or continue the job of ``folder`` to its end. ``alive`` is called often and may raise to stop the run."""
     folder = Path(folder)
     job = Job.load(folder)
-    system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
+    try:
+        system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
+    except (OSError, ValueError, openmm.OpenMMException) as error:
+        raise damaged(folder / "system.xml", "it cannot be read", _remedy(folder)) from error
     with _only_process(folder, alive):
-        sampler: Sampler = named(SAMPLERS[job.method])(job, system, np.load(folder / "start.npy"))
+        check_frames(folder)  # before anything is cut off or added
+        sampler: Sampler = named(SAMPLERS[job.method])(job, system, np.array(_start(folder)))
         try:
             _run_segments(folder, job, sampler, frame_dtype(system.getNumParticles()), alive)
         except Unstable as error:
@@ -201,17 +223,18 @@ def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
 
 
 def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, alive: Callable[[], None]) -> None:
-    if (folder / "state.npz").exists():
-        with np.load(folder / "state.npz") as state:
-            done, n_frames = int(state["segment"]), int(state["n_frames"])
-            positions, velocities = state["positions"], state["velocities"]
-            spent = float(state["seconds"]) if "seconds" in state else 0.0
-        started = time.process_time() - spent
+    state = _load_state(folder)
+    if state is not None:
+        done, n_frames, crc = int(state["segment"]), int(state["n_frames"]), int(state.get("crc", -1))
+        positions, velocities = state["positions"], state["velocities"]
+        started = time.process_time() - float(state.get("seconds", 0.0))
+        if crc < 0:  # begun by an older version
+            crc = _crc(folder / "frames.bin", n_frames * dtype.itemsize)
     else:
         positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
-        done, n_frames = 0, 0
+        done, n_frames, crc = 0, 0, 0
         started = time.process_time()  # compiling and equilibration are not counted
-        _save_state(folder, positions, velocities, done, n_frames, 0.0)
+        _save_state(folder, positions, velocities, done, n_frames, 0.0, crc)
 
     tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
     with full_disk_is_a_user_error(folder), open(folder / "frames.bin", "ab") as handle:
@@ -220,11 +243,11 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
             frames = sampler.advance(positions, velocities, segment, job.rng(segment), tick)
             if not (np.isfinite(frames["energy"]).all() and np.isfinite(frames["positions"]).all()):
                 raise _unstable(folder)
-            handle.write(frames.tobytes())
+            handle.write(written := frames.tobytes())
             handle.flush()
             os.fsync(handle.fileno())
-            n_frames += len(frames)
-            _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started)
+            n_frames, crc = n_frames + len(frames), zlib.crc32(written, crc)
+            _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started, crc)
 
 
 def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Tick:
@@ -266,14 +289,44 @@ def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
 
 def seconds_spent(folder: Path) -> float:
     """CPU time of a job so far, from the end of the equilibration on; none in jobs older than this record."""
-    with np.load(folder / "state.npz") as state:
-        return float(state["seconds"]) if "seconds" in state else 0.0
+    return float(_read_state(folder, {"seconds?": ()}).get("seconds", 0.0))
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder}, and this simulation starts anew"
+
+
+def _start(folder: Path) -> np.ndarray:
+    return read_array(folder / "start.npy", _remedy(folder), (None, 3), "f8", mmap=True)
+
+
+def _load_state(folder: Path) -> dict[str, np.ndarray] | None:
+    """What `_save_state` wrote last; None before anything."""
+    walkers = (None, _start(folder).shape[0], 3)
+    shapes = {"positions": walkers, "velocities": walkers, "segment": (), "n_frames": (), "seconds?": (), "crc?": ()}
+    return _read_state(folder, shapes) or None
+
+
+def _read_state(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Some of it; what is marked "?" older versions did not write."""
+    path = folder / "state.npz"
+    return read_archive(path, _remedy(folder), shapes) if path.exists() else {}
+
+
+def _crc(path: Path, n_bytes: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    crc = 0
+    if not n_bytes:
+        return crc
+    with open(path, "rb") as handle:
+        while n_bytes and (chunk := handle.read(min(n_bytes, 2**24))):
+            crc, n_bytes = zlib.crc32(chunk, crc), n_bytes - len(chunk)
+    return crc
 
 
 def _save_state(
-    folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float
+    folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float, crc: int
 ) -> None:
+    state = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(
-            handle, positions=positions, velocities=velocities, segment=segment, n_frames=n_frames, seconds=seconds
-        )
+        np.savez(handle, **state, seconds=seconds, crc=crc)

@@ -26,6 +26,7 @@ from boltznce.data.dataset import Dataset
 from boltznce.data.engine import (
     SAMPLERS,
     Job,
+    check_frames,
     dihedral_angle,
     frame_dtype,
     picoseconds_done,
@@ -248,6 +249,8 @@ def working_folder(folder: Path) -> Path:
 def gather(system, folders: list[Path], output: Path) -> Dataset:
     """Make a dataset of the frames of the jobs in ``folders``, up to the time that all have reached."""
     jobs = [Job.load(path) for path in folders]
+    for path in folders:
+        check_frames(path)
     frames = [read_frames(path) for path in folders]
     end = min(f["time"][-1] for f in frames)
     frames = [f[: np.searchsorted(f["time"], end, side="right")] for f in frames]
