@@ -6,6 +6,7 @@ What a notebook needs is here:
 - `train_run`: what ``scripts/train.py`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
   gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
 - `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
+- `register`: lets run folders and files of systems name a network, a system or a method of your own.
 - `UserError`: what is raised for a mistake that one can mend; its message says how.
 
 The parts, in the order of the computation (``help(boltznce.systems)`` and so on):
@@ -34,6 +35,7 @@ _HOMES = {  # each is imported when it is first asked for: torch alone takes sec
     "free_energy_profile": "analysis.free_energy",
     "load_run": "run",
     "load_system": "config",
+    "register": "trust",
     "train_run": "run",
 }
 __all__ = list(_HOMES)

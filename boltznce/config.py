@@ -17,9 +17,11 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from torch import nn
 
 from boltznce.errors import UserError
+from boltznce.records import read_settings
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
+from boltznce.trust import check_trusted, registered
 
 __all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
@@ -45,8 +47,11 @@ def available(group: str = "") -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
-def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily:
+def load_system(name: str | Path, /, *, trust: bool = False, **overrides: Any) -> System | PeptideFamily:
     """A system by its name in ``configs/system``, by the path of such a YAML file, or a peptide by its sequence.
+
+    A file may name the library's classes and those that `boltznce.trust.register` was called on; with ``trust`` any,
+    which is then imported, and so executed.
 
     ``AK`` is a peptide with charged ends, ``ACE-AAA-NME`` a capped one (see `boltznce.systems.peptides.build_peptide`).
     Both have the settings of ``configs/system/sequence/default.yaml``: amber14 with OBC1 implicit solvent at 310 K.
@@ -57,9 +62,10 @@ def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily
     >>> load_system("AK").n_atoms
     35
 
-    Raises UserError for names and settings that do not exist, and for a sequence that cannot be built.
+    Raises UserError for names and settings that do not exist, for a sequence that cannot be built, and for a file that
+    names what is foreign.
     """
-    settings = _own_system(str(name)) if str(name) not in available("system") else None
+    settings = _own_system(str(name), trust) if str(name) not in available("system") else None
     if settings is None:
         path = config_dir() / "system" / f"{name}.yaml"
         if not path.is_file():
@@ -72,14 +78,17 @@ def load_system(name: str | Path, /, **overrides: Any) -> System | PeptideFamily
     return build(settings, SYSTEMS, **overrides)
 
 
-def _own_system(name: str) -> DictConfig | None:
+def _own_system(name: str, trust: bool) -> DictConfig | None:
     """Settings of a system that is not in ``configs``: those of a file, or of a peptide by its sequence; else None.
 
-    Raises UserError for a sequence that cannot be built.
+    Raises UserError for a sequence that cannot be built, and for a file that names what is foreign.
     """
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return OmegaConf.load(path)
+        settings = read_settings(path, "give a system's YAML file, as those of configs/system")
+        if not trust:
+            check_trusted(OmegaConf.to_container(settings), path)
+        return settings
     if not looks_like_sequence(name):
         return None
     try:
@@ -96,6 +105,7 @@ def locate(path: str, kind: type | tuple[type, ...]) -> Any:
     """What a Python path such as ``boltznce.networks.gvp.GVPEnergy`` names, imported but not called.
 
     It must be a subclass of ``kind``, or, where that is ``ModuleType``, the module of a method, which has ``STAGES``.
+    What was registered is not imported. Paths that come from a file are to have passed `trust.check_trusted`.
 
     >>> locate("subprocess.getoutput", nn.Module)
     Traceback (most recent call last):
@@ -105,7 +115,11 @@ def locate(path: str, kind: type | tuple[type, ...]) -> Any:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = importlib.import_module(path) if kind is ModuleType else getattr(importlib.import_module(module), name)
+        found = registered(path)
+        if found is None and kind is ModuleType:
+            found = importlib.import_module(path)
+        elif found is None:
+            found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"_target_={path} cannot be imported: {error}.") from error
     fits = "STAGES" in vars(found) if kind is ModuleType else isinstance(found, type) and issubclass(found, kind)
@@ -161,13 +175,14 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
 
     Raises UserError for a sequence that cannot be built.
     """
-    words = [_normalized(word) for word in overrides]
+    trust = "trust=true" in map(str.lower, overrides)
+    words = [_normalized(word, trust) for word in overrides]
     if default_budget and not {"budget", "experiment"} & {word.partition("=")[0] for word in words}:
         words.append(f"budget={default_budget}")
     return words
 
 
-def _normalized(word: str) -> str:
+def _normalized(word: str, trust: bool) -> str:
     key, _, value = word.partition("=")
     if key in PATHS and value not in ("", "null"):
         return f"{key}={quoted(unquoted(value))}"
@@ -175,14 +190,14 @@ def _normalized(word: str) -> str:
         return f"{key}={quoted(value)}"
     if key == "system" and not value.endswith(")"):  # choice(...), glob(...)
         names = [value] if Path(value).is_file() else re.findall(r"'[^']*'|\"[^\"]*\"|[^,]+", value)
-        return f"{key}={','.join(map(_offered, names))}"
+        return f"{key}={','.join(_offered(name, trust) for name in names)}"
     return word
 
 
-def _offered(word: str) -> str:
+def _offered(word: str, trust: bool) -> str:
     """The name of a system as Hydra reads it, a choice of Hydra's from now on."""
     name = unquoted(word)
-    settings = _own_system(name) if name not in available("system") else None
+    settings = _own_system(name, trust) if name not in available("system") else None
     if settings is None:
         return word
     if not looks_like_sequence(name):

@@ -15,14 +15,21 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.states import State
+from boltznce.trust import is_plain_name
 
-__all__ = ["ROLES", "System"]
+__all__ = ["ROLES", "System", "check_name"]
 
 REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
 ROLES = ("train", "validation", "test")
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 Interval = tuple[float, float]
+
+
+def check_name(name: object) -> None:
+    """Raise UserError for a system's name that cannot be that of a file: folders are called after it."""
+    if not is_plain_name(name):
+        raise UserError(f"A system cannot be called {name!r}: give it a name without slashes, as one of a file.")
 
 
 class System(abc.ABC):

@@ -7,7 +7,7 @@ from typing import Any
 
 from boltznce.errors import UserError
 from boltznce.states import State
-from boltznce.systems.base import ROLES
+from boltznce.systems.base import ROLES, check_name
 from boltznce.systems.molecular import MolecularSystem
 from boltznce.systems.peptides import parse_sequence
 
@@ -45,6 +45,7 @@ class PeptideFamily:
         simulation: Mapping[str, Any] | None = None,
         **settings: Any,
     ):
+        check_name(name)
         if selection not in selections:
             raise UserError(f"{name} has no selection {selection!r}: choose one of {', '.join(selections)}.")
         chosen = selections[selection]

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.states import State
-from boltznce.systems.base import System
+from boltznce.systems.base import System, check_name
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
+from boltznce.systems.force_field_files import shipped_file
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.openmm_energy import OpenMMEnergy
 from boltznce.systems.peptides import build_peptide, looks_like_sequence
@@ -27,6 +28,7 @@ __all__ = ["MolecularSystem"]
 
 STRUCTURES = Path(__file__).parent / "structures"
 BACKENDS = ("torch", "openmm", "xtb")
+MOST_BYTES = 2**26  # of a structure
 XTB = ["GFN2-xTB", "ALPB water"]
 
 Four = tuple[int, int, int, int]
@@ -80,6 +82,7 @@ class MolecularSystem(System):
         n_workers: int | None = None,
         compile: str | bool = "auto",
     ):
+        check_name(name)
         if not temperature > 0:
             raise UserError(f"A temperature must be positive, not {temperature}.")
         if energy_backend not in BACKENDS:
@@ -175,6 +178,8 @@ def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
             f"There is no structure file {path}: give the path of a PDB file, one of the shipped structures ({names}), "
             "or the sequence of a peptide, as AK or ACE-AAA-NME."
         )
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is too large to be a molecule's PDB file: give another structure.")
     try:
         pdb = app.PDBFile(str(path))
         return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
@@ -193,7 +198,7 @@ def build_openmm_system(
         raise UserError("nonbonded_method=CutoffNonPeriodic needs cutoff_nm, and NoCutoff takes none.")
     cutoff = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}
     try:
-        forcefield = app.ForceField(*files)
+        forcefield = app.ForceField(*(str(shipped_file(file) or file) for file in files))
     except Exception as error:
         raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}).") from error
     untyped = forcefield.getUnmatchedResidues(topology)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.states import State
-from boltznce.systems.base import Interval, System
+from boltznce.systems.base import Interval, System, check_name
 
 __all__ = [
     "Checkerboard",
@@ -63,6 +63,7 @@ class PlaneSystem(System):
     length_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if not self.temperature > 0:
             raise UserError(f"A temperature must be positive, not {self.temperature}.")
         self.temperature, self.length_scale = float(self.temperature), float(self.length_scale)
