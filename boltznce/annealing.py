@@ -205,4 +205,4 @@ def _draw_weighted(
                 writer.append(*(a.cpu().numpy() for a in (x, u, log_q)))
                 bar.update(len(u))
         writer.finish()
-    return WeightedSamples.load(folder, verify=False)
+    return WeightedSamples.load(folder)

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from boltznce.config import available, compose, config_dir, explain, normalize, quoted, unquoted
 from boltznce.errors import UserError
+from boltznce.run_folder import RunFolder
 
 __all__ = ["launch"]
 
@@ -69,6 +70,7 @@ def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> l
             raise UserError(
                 f"There is no run folder {folder}: give {home}= the folder of a run that train.py has started."
             )
+        RunFolder(Path(folder), trust=given.get("trust", "").lower() == "true").check_links()  # Hydra writes there
         words.append(f"hydra.run.dir={quoted(folder)}")
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
         for member in _members([word for word in words if word not in MULTIRUN]):

@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, full_disk_is_a_user_error
+from boltznce.records import damaged
 
-__all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger"]
+__all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger", "read_log"]
 
 
 class Logger(Protocol):
@@ -45,11 +46,7 @@ class CSVLog:
             csv.writer(handle).writerow([_text(row.get(column, "")) for column in self.columns])
 
     def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-        return list(csv.DictReader(whole.splitlines()))
+        return read_log(self.path)
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         with atomic_file(self.path) as temporary, open(temporary, "w", newline="") as handle:
@@ -57,6 +54,22 @@ class CSVLog:
             if self.columns:
                 writer.writeheader()
             writer.writerows(rows)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a `CSVLog`, none where there is no file; raises UserError where a cell is not a number."""
+    if not Path(path).exists():
+        return []
+    try:
+        text = Path(path).read_text()
+        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
+        rows = list(csv.DictReader(whole.splitlines(), restval=""))
+        for row in rows:
+            int(row["step"])
+            [float(cell) for cell in row.values() if cell != ""]  # a list of cells beyond the last column is no number
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise damaged(path, "it is not a table of numbers", "delete it, nothing but a curve is lost") from error
+    return rows
 
 
 def _text(value: float | str) -> str:

@@ -1,6 +1,5 @@
 """A run: train one in its folder, load one, sample from it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.config import compose, locate
-from boltznce.errors import UserError
 from boltznce.logger import open_logger
 from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
-from boltznce.run_folder import RunFolder
+from boltznce.records import damaged
+from boltznce.run_folder import REMEDY, RunFolder
 from boltznce.systems.base import System
 
 __all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
@@ -35,12 +34,12 @@ def train_run(path: Path | str, *overrides: str) -> "Run":
     ((5, 1, 2), True)
     """
     train(start_folder(Path(path), compose("train", overrides)))
-    return Run(path)
+    return Run(path, trust=True)
 
 
 def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
     """The folder of a new run with a composed config of ``train``, or of one that is to go on with it."""
-    kept = [key for key in config if key != "resume"]
+    kept = [key for key in config if key not in ("resume", "trust")]
     return RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
 
 
@@ -49,14 +48,16 @@ def train(folder: RunFolder) -> str:
 
     The last stage, the report, is made anew of a finished run too: there may be data now to compare with.
     """
-    config = folder.config
+    config = _config(folder)
     set_threads(config.threads)
     method = locate(config.method._target_, ModuleType)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
     *_, last = method.STAGES
     for name, stage in method.STAGES.items():
-        if name == last or not folder.stage_done(name):
+        if name != last and folder.stage_done(name):
+            folder.check_left(name)
+        else:
             with folder.stage(name) as info:
                 info.update(stage(work) or {})
     return method.summary(work)
@@ -65,9 +66,9 @@ def train(folder: RunFolder) -> str:
 class Run:
     """A finished or interrupted training run: its system, its models and what can be drawn from them."""
 
-    def __init__(self, path: Path | str, device: str = "auto"):
-        self.folder = RunFolder.open(Path(path))
-        self.config = self.folder.config
+    def __init__(self, path: Path | str, device: str = "auto", trust: bool = False):
+        self.folder = RunFolder.open(Path(path), trust)
+        self.config = _config(self.folder)
         self._work = Workspace(self.folder, self.config, make_fabric(device))
         locate(self.config.method._target_, ModuleType)
 
@@ -97,11 +98,8 @@ class Run:
 
     @property
     def metrics(self) -> dict:
-        """The numbers of the run's report; raises UserError before there is one."""
-        path = self.path / "metrics.json"
-        if not path.exists():
-            raise UserError(f"{self.path} has no report yet: finish the run with scripts/train.py resume={self.path}.")
-        return json.loads(path.read_text())
+        """The numbers of the run's report; raises UserError before there is one, and where they are damaged."""
+        return self.folder.metrics
 
     def sample(
         self,
@@ -154,9 +152,21 @@ class Run:
         return WeightedSamples(*(a.cpu().numpy() for a in arrays), topology=generator.system.topology, meta=meta)
 
 
-def load_run(path: Path | str, device: str = "auto") -> Run:
-    """Open a run folder that scripts/train.py has made; raises UserError if it is none."""
-    return Run(path, device)
+def load_run(path: Path | str, device: str = "auto", trust: bool = False) -> Run:
+    """Open a run folder that scripts/train.py has made; raises UserError if it is none.
+
+    Its config may name the library's classes and those that `boltznce.trust.register` was called on; with ``trust``
+    any, which are then imported, and so executed.
+    """
+    return Run(path, device, trust)
+
+
+def _config(folder: RunFolder) -> DictConfig:
+    config = folder.config
+    sections = (config.get(name) for name in ("method", "system"))
+    if not all(isinstance(section, DictConfig) and "_target_" in section for section in sections):
+        raise damaged(folder.path / "config.yaml", "it is not that of a run", REMEDY)
+    return config
 
 
 def set_threads(threads: int | None) -> None:

@@ -1,20 +1,24 @@
-"""The folder of a run: its resolved config, and a record of the stages that are done and of what they cost."""
+"""The folder of a run: its resolved config, and a record of the stages that are done, what they left and cost."""
 
 import contextlib
 import json
+import logging
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ValidationError
-from yaml import YAMLError
 
+from boltznce.checkpoint import weights_digest
 from boltznce.errors import UserError
-from boltznce.io import RUN_FORMAT, atomic_file, check_format
+from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
+from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
+from boltznce.trust import check_trusted
 
 try:
     import resource
@@ -23,36 +27,48 @@ except ModuleNotFoundError:  # Windows
 
 __all__ = ["RunFolder", "peak_memory"]
 
+log = logging.getLogger(__name__)
+REMEDY = "restore it, or start a new run in another folder"
+AGAIN = "delete it and resume the run"
 HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what a kill can lose
 
 
 class RunFolder:
     """A folder with ``config.yaml`` (resolved) and ``run.json``: its format, the system's name and, for each stage,
 
-    ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null) and what the
-    stage adds. :meth:`create` makes one or goes on in one, :meth:`open` takes what is there.
+    ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null), ``leaves``
+    (see :meth:`leave`) and what the stage adds. :meth:`create` makes one or goes on in one, :meth:`open` takes what is
+    there.
+
+    What the config of an opened folder names is not imported unless it is the library's, registered or ``trust`` is
+    true (see `boltznce.trust`). A folder that was not started where it lies is ``foreign``: it is written, but nothing
+    outside of it.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, trust: bool = False):
+        self.path, self.trust = Path(path), trust
         self._lock = threading.Lock()  # the heartbeat and the stage both write
+        self._running: str | None = None
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, system: str) -> "RunFolder":
         """Start a run of the named system, or go on in its folder. Raises UserError if that holds another system."""
-        run = cls(path)
+        run = cls(path, trust=True)
         if run._record_path.exists():
             run.check_system(system)
         else:
-            run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "stages": {}})
+            run.path.mkdir(parents=True, exist_ok=True)
+            home = run.path.stat().st_ino
+            run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "home": home, "stages": {}})
+        contents = OmegaConf.create(sealed(OmegaConf.to_container(config, resolve=True)))
         with atomic_file(run._config_path) as temporary:
-            OmegaConf.save(config, temporary, resolve=True)
+            OmegaConf.save(contents, temporary)
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls, path: Path, trust: bool = False) -> "RunFolder":
         """The run in an existing folder. Raises UserError where there is none, or one of another version."""
-        run = cls(path)
+        run = cls(path, trust)
         if not run.path.is_dir():
             raise UserError(f"There is no folder {path}: give the folder of a run that train.py has started.")
         missing = [file.name for file in (run._config_path, run._record_path) if not file.is_file()]
@@ -60,20 +76,71 @@ class RunFolder:
             missing = " and no ".join(missing)
             raise UserError(f"{path} is not a run folder, it has no {missing}: give one that train.py has started.")
         run._read()
+        run.check_links()
         return run
 
     @property
     def config(self) -> DictConfig:
-        """The resolved config that the run was last started with. Raises UserError if the file is damaged."""
+        """The resolved config that the run was last started with. Raises UserError if it is damaged or not trusted."""
+        config = read_settings(self._config_path, REMEDY)
+        contents = OmegaConf.to_container(config)
+        if "${" in str(contents):
+            raise damaged(self._config_path, "it refers to values in place of having them", REMEDY)
+        if not self.trust:
+            check_trusted(contents, self._config_path)
+        return config
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The numbers of the run's report; raises UserError before there is one, and where they are damaged."""
+        path = self.path / "metrics.json"
+        if not path.exists():
+            raise UserError(f"{self.path} has no report yet: finish the run with scripts/train.py resume={self.path}.")
+        for name, stage in self.stages.items():
+            if "metrics.json" in stage.get("leaves", {}):
+                self.check_left(name)
+        return read_json(path, AGAIN)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the run was started elsewhere, downloaded or copied, and is not said to be trusted."""
+        if self.trust:
+            return False
         try:
-            return DictConfig(OmegaConf.load(self._config_path))
-        except (YAMLError, UnicodeDecodeError, ValidationError, OSError) as error:
-            raise _damaged(self._config_path) from error
+            home = read_json(self._record_path, REMEDY).get("home")
+        except UserError:
+            home = None
+        return home != self.path.stat().st_ino
+
+    def check_links(self) -> None:
+        """Raise UserError for a link out of a foreign run folder: what is written there would be written elsewhere."""
+        if not self.foreign:
+            return
+        inside = self.path.resolve()
+        for folder, folders, files in os.walk(self.path):
+            for path in (Path(folder) / name for name in (*folders, *files)):
+                if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                    raise UserError(
+                        f"{path} leads out of a run that was not started here: delete it, or say trust=true."
+                    )
+
+    def check_writes(self, path: Path) -> None:
+        """Raise UserError if the run is foreign and the path is outside of its folder."""
+        if self.foreign and not path.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(
+                f"{self.path} was not started here and would write to {path}: make the data there first with "
+                "scripts/simulate.py, or say trust=true."
+            )
 
     @property
     def system(self) -> str:
         """The system's name."""
         return self._read()["system"]
+
+    @property
+    def started(self) -> str:
+        """When, UTC."""
+        return self._read().get("started", "")
 
     @property
     def stages(self) -> dict[str, dict]:
@@ -86,13 +153,76 @@ class RunFolder:
             found = f"{self.path} is a run of another system, '{self.system}', not '{name}'"
             raise UserError(f"{found}: choose another hydra.run.dir.")
 
+    # ---- stages, and what they leave --------------------------------------------------------------------------------
+
     def stage_done(self, name: str) -> bool:
-        """Whether the stage has come to its end."""
-        return self.stages.get(name, {}).get("finished") is not None
+        """Whether the stage has come to its end, and what it left is there."""
+        record = self.stages.get(name, {})
+        return record.get("finished") is not None and all(map(_is_there, self._places(record)))
+
+    def leave(self, path: Path) -> Path:
+        """Note that the stage that is running leaves this file, or this folder of samples or data; returns it.
+
+        A finished stage whose leavings are gone is not done. One that is run again and leaves something else than
+        before undoes the stages after it: what they left goes to the folder ``aside-<number>``.
+        """
+        if self._running is not None:
+            with self._lock:
+                record = self._read()
+                record["stages"][self._running].setdefault("leaves", {}).setdefault(self._leaf(path), None)
+                self._write(record)
+        return path
+
+    def check_left(self, name: str) -> None:
+        """Raise UserError if a file in the folder is not the one that the finished stage left."""
+        record = self.stages.get(name, {})
+        for (leaf, digest), path in zip(record.get("leaves", {}).items(), self._places(record), strict=True):
+            ours = digest and record.get("finished") and not Path(leaf).is_absolute()
+            if ours and _is_there(path) and _content(path) != digest:
+                raise damaged(path, f"it is not what the stage {name} left", AGAIN)
+
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Move away what was made of something that is no more, finished or begun; what is outside stays."""
+        number = 1 + max(
+            (int(path.name[6:]) for path in self.path.glob("aside-*") if path.name[6:].isdigit()), default=0
+        )
+        aside, moved = self.path / f"aside-{number}", []
+        for path in paths:
+            whole = [path, path.with_suffix("")] if path.suffix in (".safetensors", ".json") else [path]
+            for each in (*whole, *(each.with_name(f".{each.name}.partial") for each in whole)):
+                if each.exists() and each.resolve().is_relative_to(self.path.resolve()):
+                    target = aside / each.relative_to(self.path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(each, target)
+                    moved.append(each.relative_to(self.path).as_posix())
+        if moved:
+            log.warning("%s: made of something that is no more, and so moved to %s", ", ".join(moved), aside)
 
     def mark_done(self, name: str, info: dict | None = None) -> None:
         """Record that a stage is done, with anything JSON can hold; what it had recorded before stays."""
-        self._book(name, dict(info or {}) | {"finished": _now()})
+        with self._lock:
+            record = self._read()
+            entry = record["stages"].setdefault(name, _fresh())
+            if "leaves" in entry:
+                before, places = entry["leaves"], self._places(entry)
+                left = {leaf: _content(path) for leaf, path in zip(before, places, strict=True) if _is_there(path)}
+                if any(before[leaf] not in (None, left.get(leaf)) for leaf in before):
+                    self._undo_after(record["stages"], name)
+                entry["leaves"] = left
+            entry.update(info or {}, finished=_now())
+            self._write(record)
+
+    def _undo_after(self, stages: dict[str, dict], name: str) -> None:
+        order = list(stages)
+        for later in order[order.index(name) + 1 :]:
+            self.set_aside(self._places(stages.pop(later)))
+
+    def _leaf(self, path: Path) -> str:
+        path, home = Path(path).absolute(), self.path.absolute()
+        return path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path)
+
+    def _places(self, record: Mapping[str, Any]) -> list[Path]:
+        return [self.path / leaf for leaf in record.get("leaves", {})]
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict]:
@@ -114,6 +244,8 @@ class RunFolder:
                 book()
 
         book()
+        self._book(name, {"finished": None})
+        self._running = name
         heart = threading.Thread(target=beat, daemon=True)
         heart.start()
         try:
@@ -122,21 +254,22 @@ class RunFolder:
             ended.set()
             heart.join()
             book()
+            self._running = None
         self.mark_done(name, info)
 
     def _book(self, name: str, values: dict) -> None:
         with self._lock:
             record = self._read()
-            record["stages"].setdefault(name, {"seconds": 0.0, "peak_memory": 0.0, "finished": None}).update(values)
+            record["stages"].setdefault(name, _fresh()).update(values)
             self._write(record)
 
     def _read(self) -> dict:
-        try:
-            record = json.loads(self._record_path.read_text())
-            if not {"system", "stages"} <= set(record):
-                raise ValueError("it lacks an entry")
-        except ValueError as error:
-            raise _damaged(self._record_path) from error
+        record = read_json(self._record_path, REMEDY)
+        stages = record.get("stages")
+        if "system" not in record or not isinstance(stages, dict):
+            raise damaged(self._record_path, "it lacks an entry", REMEDY)
+        if not all(isinstance(stage, dict) and isinstance(stage.get("leaves", {}), dict) for stage in stages.values()):
+            raise damaged(self._record_path, "its stages are no records", REMEDY)
         check_format(record.get("format"), RUN_FORMAT, self.path)
         if record.get("format", 1) < RUN_FORMAT:
             raise UserError(
@@ -146,7 +279,7 @@ class RunFolder:
 
     def _write(self, record: dict) -> None:
         with atomic_file(self._record_path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            temporary.write_text(json.dumps(sealed(record), indent=2) + "\n")
 
     @property
     def _config_path(self) -> Path:
@@ -165,8 +298,22 @@ def peak_memory() -> float:
     return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: restore it, or start a new run in another folder.")
+def _fresh() -> dict[str, Any]:
+    return {"seconds": 0.0, "peak_memory": 0.0, "finished": None}
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or (path / "meta.yaml").is_file()
+
+
+def _content(path: Path) -> str:
+    """A digest of what later stages read of a file or folder: of weights and arrays alone, not of dates and costs."""
+    if path.suffix == ".safetensors":
+        return weights_digest(path)
+    if path.is_dir():
+        digests = read_yaml(path / "meta.yaml", AGAIN).get("digests", {})
+        return ",".join(f"{name}:{str(digest)[:16]}" for name, digest in digests.items() if name.endswith(".npy"))
+    return file_digest(path)
 
 
 def _now() -> str:

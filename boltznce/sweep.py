@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from boltznce.analysis.plotting import plot_densities
 from boltznce.analysis.report import markdown_table
@@ -14,6 +14,8 @@ from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.density import COLUMNS, TITLES, densities
+from boltznce.records import read_archive
+from boltznce.run_folder import AGAIN, RunFolder
 
 __all__ = ["DrawSweep", "draw_sweep"]
 
@@ -22,16 +24,18 @@ class DrawSweep(Callback):
     """Draws the figure and writes the table when a sweep has ended (``hydra.callbacks`` of an experiment)."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        print(draw_sweep(Path(config.hydra.sweep.dir)))
+        print(draw_sweep(Path(config.hydra.sweep.dir), trust=True))  # composed by the user, just now
 
 
-def draw_sweep(folder: Path) -> str:
+def draw_sweep(folder: Path, trust: bool = False) -> str:
     """Write ``figure.png``, ``table.md`` and ``table.json`` of all finished runs below ``folder``; return the table.
 
     The figure shows the first seed of each system and objective, the table mean ± standard deviation over all seeds.
+    Raises UserError where a run is damaged, or names foreign classes without ``trust``.
     """
     done = [path.parent for path in folder.rglob("density.npz") if (path.parent / "metrics.json").exists()]
-    runs = [_load(run) for run in sorted(done, key=lambda run: json.loads((run / "run.json").read_text())["started"])]
+    folders = sorted((RunFolder.open(run, trust) for run in done), key=lambda run: run.started)
+    runs = [_load(run) for run in folders]
     if not runs:
         raise UserError(f"{folder} has no finished runs of method=density: give the folder of a sweep.")
     systems = list(dict.fromkeys(run["metrics"]["system"] for run in runs))
@@ -65,13 +69,9 @@ def draw_sweep(folder: Path) -> str:
     return f"{text}\n\nFigure: {folder / 'figure.png'}"
 
 
-def _load(folder: Path) -> dict:
-    system = build(OmegaConf.load(folder / "config.yaml").system)
-    return {
-        "metrics": json.loads((folder / "metrics.json").read_text()),
-        "box": system.box,
-        **np.load(folder / "density.npz"),
-    }
+def _load(run: RunFolder) -> dict:
+    grids = read_archive(run.path / "density.npz", AGAIN, {"log_p": (None, None), "log_q": (None, None)})
+    return {"metrics": run.metrics, "box": build(run.config.system).box, **grids}
 
 
 def _over_seeds(runs: list[dict]) -> dict[str, dict[str, float] | None]:

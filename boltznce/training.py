@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from boltznce.checkpoint import Checkpoints, load_weights, save_weights
+from boltznce.checkpoint import REMEDY, Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
+from boltznce.records import damaged
 
 if TYPE_CHECKING:  # slow to import
     from lightning_fabric import Fabric
@@ -221,6 +222,8 @@ def fit(
         weights, metadata = load_weights(finished)
         _load_state(module, weights, finished)
         module.eval()
+        if set(metadata) != {field.name for field in fields(FitResult)} - {"weights", "log"}:
+            raise damaged(f"The weights file {finished}", "no training of this run has left it", REMEDY)
         return FitResult(**metadata, weights=finished, log=log_path)
 
     apply, optimizer = fabric.setup(_Apply(module), _optimizer(module, settings))

@@ -8,7 +8,7 @@ from boltznce.run import train
 
 
 def main(config: DictConfig) -> None:
-    print(train(start_finetuning(config.run, config.peptide, config.settings, config.output)))
+    print(train(start_finetuning(config.run, config.peptide, config.settings, config.output, config.trust)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from boltznce.methods.free_energy import write_free_energy
 
 def main(config: DictConfig) -> None:
     state = None if config.state is None else tuple(config.state)
-    run = load_run(config.run, config.device)
+    run = load_run(config.run, config.device, config.trust)
     system = run.system.choose(build(config.system) if "system" in config else None)
     print(
         write_free_energy(

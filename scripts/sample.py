@@ -17,7 +17,7 @@ def main(config: DictConfig) -> None:
     output = Path(config.output)
     if (output / "meta.yaml").exists():
         raise UserError(f"{output} holds samples already: set output= to another folder, or delete it.")
-    samples = load_run(config.run, config.device).sample(
+    samples = load_run(config.run, config.device, config.trust).sample(
         config.n_samples,
         config.likelihood,
         system=build(config.system) if "system" in config else None,

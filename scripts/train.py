@@ -12,8 +12,8 @@ def main(config: DictConfig) -> None:
     if config.resume is None:
         print(train(start_folder(HydraConfig.get().runtime.output_dir, config)))
         return
-    given = [word for word in HydraConfig.get().overrides.task if not word.startswith(("resume=", "budget="))]
-    run = RunFolder.open(config.resume)
+    given = [word for word in HydraConfig.get().overrides.task if not word.startswith(("resume=", "budget=", "trust="))]
+    run = RunFolder.open(config.resume, config.trust)
     if any(word.startswith("system=") for word in given):
         run.check_system(config.system.name)
     if any(not word.startswith("system=") for word in given):

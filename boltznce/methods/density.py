@@ -4,7 +4,6 @@ No flow comes between, so that nothing but the objective (NCE, score matching, o
 report. A sweep over systems, objectives and seeds ends with a figure and a table of all its runs.
 """
 
-import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,7 +65,8 @@ def report(work: Workspace) -> dict:
     log_q = model.of(system).log_prob_in_batches(x.float().to(work.device)).cpu().numpy()
     log_p = system.log_prob(x).numpy()
     errors = density_errors(log_p, log_q, system.mode(x).numpy(), system.support(x).numpy())
-    with atomic_file(folder / "density.npz") as path, open(path, "wb") as handle:
+    work.folder.leave(folder / "metrics.json")
+    with atomic_file(work.folder.leave(folder / "density.npz")) as path, open(path, "wb") as handle:
         np.savez(handle, log_p=log_p.reshape(n, n), log_q=log_q.reshape(n, n))
     results = {
         "system": system.name,
@@ -94,7 +94,7 @@ def load_models(folder: Path, config: DictConfig, system: PlaneSystem, device: t
 
 def summary(work: Workspace) -> str:
     """The run's errors in one line."""
-    metrics = json.loads((work.folder.path / "metrics.json").read_text())
+    metrics = work.folder.metrics
     numbers = ", ".join(
         f"{title} {metrics['density'][key]:.4f}"
         for key, title in COLUMNS.items()

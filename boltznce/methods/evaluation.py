@@ -41,7 +41,7 @@ def evaluate(work: Workspace) -> dict:
 def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     """Leaves ``samples/weighted`` and ``samples/exact_*`` of one member; returns seconds a sample of each work."""
     section, generator = work.config.evaluation, work.models.of(member)
-    likelihood, draws = generator.default_likelihood, work.samples("weighted", member)
+    likelihood, draws = generator.default_likelihood, work.folder.leave(work.samples("weighted", member))
     samples = draw_to_folder(
         generator, draws, section.n_samples, likelihood, lambda k: work.generator("evaluation", member, k)
     )
@@ -55,8 +55,9 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
         unique = np.unique(subset)
         folder = work.samples(f"exact_{drawn_by}", member)
         if len(unique):
+            work.folder.leave(folder)
             seconds.setdefault("exact", exact_likelihoods(generator, conformers, unique, folder) / len(unique))
-            with atomic_file(folder / "subset.npy") as path, open(path, "wb") as handle:
+            with atomic_file(work.folder.leave(folder / "subset.npy")) as path, open(path, "wb") as handle:
                 np.save(handle, subset)
     x = torch.from_numpy(np.array(conformers.positions[:4096])).to(work.device)
     seconds["ebm"] = _seconds(lambda: generator.ebm.log_prob_in_batches(x)) / len(x)

@@ -16,6 +16,8 @@ from boltznce.data.dataset import Dataset, boltzmann_indices
 from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
 from boltznce.methods.views import View, views_of
 from boltznce.methods.workspace import Workspace
+from boltznce.records import damaged, read_array
+from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
 
 __all__ = ["Data", "ExactSubset", "Findings", "gather"]
@@ -35,7 +37,9 @@ class ExactSubset:
         """What `evaluation.exact_subset` left; None where there is none."""
         if not (folder / "subset.npy").exists():
             return None
-        index, log_prob = np.load(folder / "subset.npy"), WeightedSamples.load(folder).log_prob
+        index, log_prob = read_array(folder / "subset.npy", AGAIN, (None,), "i8"), WeightedSamples.load(folder).log_prob
+        if len(np.unique(index)) != len(log_prob):
+            raise damaged(folder / "subset.npy", "it is not of the samples beside it", AGAIN)
         return cls(index, log_prob[np.searchsorted(np.unique(index), index)])
 
 

@@ -17,7 +17,11 @@ __all__ = ["start_finetuning"]
 
 
 def start_finetuning(
-    parent: Path | str, peptide: str, settings: DictConfig, folder: Path | str | None = None
+    parent: Path | str,
+    peptide: str,
+    settings: DictConfig,
+    folder: Path | str | None = None,
+    trust: bool = False,
 ) -> RunFolder:
     """The folder of a fine-tuning, by default ``finetuned/<peptide>`` of the parent run, for `boltznce.run.train`.
 
@@ -25,9 +29,9 @@ def start_finetuning(
     place of the parent's.
 
     Raises UserError for a parent that is of one molecule or whose flow is not trained, and for a peptide that cannot be
-    built.
+    built; of a parent that names foreign classes, without ``trust``.
     """
-    run = RunFolder.open(Path(parent))
+    run = RunFolder.open(Path(parent), trust)
     config, starts = run.config, {name: weights_path(run.path, name) for name in ("flow", "ebm")}
     family = build(config.system)
     if not family.is_family:
@@ -41,6 +45,8 @@ def start_finetuning(
         )
     family.choose(peptide)
     steps = settings.finetune
+    if steps.flow_steps:
+        run.check_writes(Path(config.data.folder) / peptide)
     with open_dict(config):
         config.system = {"_target_": f"{MolecularSystem.__module__}.MolecularSystem", **family.settings_of(peptide)}
         config.data.folder = str(Path(config.data.folder) / peptide)

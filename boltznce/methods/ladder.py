@@ -40,7 +40,7 @@ def evaluate_ladder(work: Workspace) -> dict:
     for name in list(work.models.flows)[:-1]:
         generator, n = work.models.of(member, name), work.config.evaluation.n_ladder
         meta = {"temperature": generator.system.temperature}
-        folder, stream = work.samples(name, member), f"samples {name}"
+        folder, stream = work.folder.leave(work.samples(name, member)), f"samples {name}"
         draw_to_folder(generator, folder, n, "exact", lambda k, s=stream: work.generator(s, member, k), meta=meta)
     return evaluate(work)
 

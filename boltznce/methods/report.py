@@ -1,7 +1,5 @@
 """The last stage: sections of every system that was tested, what concerns the whole run, one report of it all."""
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 
 from boltznce.analysis import plotting
 from boltznce.analysis.report import summary_table, write_report
+from boltznce.logger import read_log
 from boltznce.methods.findings import Findings, gather
 from boltznce.methods.sections import Part
 from boltznce.methods.workspace import Workspace
@@ -62,13 +61,14 @@ def make_report(
     alone = tests == [work.system]
     of_members = rows[work.system.name] if alone else {"members": rows, "average": _average(list(rows.values()))}
     state = {} if alone else {"state": next(iter(rows.values())).get("state")}
+    work.folder.leave(work.folder.path / "metrics.json")
     write_report(work.folder.path, merged(whole, of_run.results, of_members, state), figures, captions)
     return {}
 
 
 def summary(work: Workspace) -> str:
     """The report's main numbers as a table for the terminal."""
-    metrics = json.loads((work.folder.path / "metrics.json").read_text())
+    metrics = work.folder.metrics
     return f"{summary_table(metrics)}\n\nReport: {work.folder.path / 'report.md'}"
 
 
@@ -88,10 +88,7 @@ def learning_curves(
     """Training and validation losses of the logs that are there; ``wanted``: name of the log -> {its column: title}."""
     curves = {}
     for name, losses in wanted.items():
-        if not (folder / f"{name}.csv").exists():
-            continue
-        with open(folder / f"{name}.csv", newline="") as handle:
-            rows = list(csv.DictReader(handle))
+        rows = read_log(folder / f"{name}.csv")
         for key, title in losses.items():
             for kind in ("train", "validation"):
                 points = [(float(r["step"]), float(r[f"{kind}/{key}"])) for r in rows if r.get(f"{kind}/{key}")]

@@ -38,6 +38,11 @@ def make_data(work: Workspace) -> dict:
     """Simulate the members that have no data yet, or draw them where they can be drawn exactly."""
     section, simulation = work.config.data, work.config.data.simulation
     simulation = OmegaConf.to_container(simulation, resolve=True) if simulation else None
+    for member in work.system.all_members():
+        place = Path(section.folder) / work.system.label(member)
+        if not work.frames_exist(member):
+            work.folder.check_writes(place)
+        work.folder.leave(place)
     exact = {"n_samples": section.get("n_samples"), "seed": work.config.seed}
     made = members.make_data(work.system, Path(section.folder), simulation=simulation, **exact)
     return {"frames": sum(map(len, made.values()))}
@@ -84,7 +89,7 @@ def draw_training_samples(work: Workspace) -> dict:
         for member in work.system.members("train"):
             numbers = lambda k, name=name, member=member: work.generator(f"samples {name}", member, k)  # noqa: E731
             options = {"batch_size": section.batch_size, "n_probes": section.n_probes}
-            folder, generator = work.samples(name, member), work.models.of(member)
+            folder, generator = work.folder.leave(work.samples(name, member)), work.models.of(member)
             samples = draw_to_folder(generator, folder, n, section.likelihood, numbers, **options)
             counts[f"{name} {member.name}"] = samples.meta["counts"]
     return counts
@@ -166,7 +171,8 @@ def _begun(work: Workspace, name: str) -> nn.Module:
 def _as_it_begins(work: Workspace, name: str) -> dict:
     section = work.config[name]
     metadata = {"start": section.start, "published": section.get("published_weights")}
-    save_weights(weights_path(work.folder.path, name), _begun(work, name).state_dict(), metadata)
+    path = work.folder.leave(weights_path(work.folder.path, name))
+    save_weights(path, _begun(work, name).state_dict(), metadata)
     return {"steps": 0, "skipped_steps": 0, "validation_loss": None}
 
 

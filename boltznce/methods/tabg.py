@@ -6,7 +6,7 @@ temperature, which loses modes.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.annealing import (
+    BufferRecord,
     fill_buffer,
     forget_buffer,
     forward_kl,
@@ -24,6 +25,7 @@ from boltznce.annealing import (
     soften,
     temperature_ladder,
 )
+from boltznce.checkpoint import weights_digest
 from boltznce.errors import UserError
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
@@ -33,6 +35,8 @@ from boltznce.methods.report import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
 from boltznce.methods.stages import minibatch
 from boltznce.methods.workspace import Workspace
+from boltznce.records import damaged, read_json, sealed
+from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
 from boltznce.training import Loss
 
@@ -66,13 +70,14 @@ def anneal(work: Workspace) -> dict:
     is ``checkpoints/anneal_<k>.safetensors`` and its record, ``annealing/<k>.json``.
     """
     section, temperatures = work.config.annealing, ladder(work.config)
-    flow, records = _trained(work, "hot"), []
+    flow, records, leavings = _trained(work, "hot"), [], _leavings(work, len(temperatures))
     for k, (hot, cold) in enumerate(temperatures):
-        folder, name = work.folder.path / "annealing" / f"{k:02d}", f"anneal_{k:02d}"
-        record_path = folder.with_suffix(".json")
-        if record_path.exists():
-            flow = load_trained(flow, weights_path(work.folder.path, name))
+        (record_path, weights), name = leavings[k], f"anneal_{k:02d}"
+        folder, old = record_path.with_suffix(""), _record(record_path) if record_path.exists() else {}
+        if old and weights.exists():
+            flow = load_trained(flow, weights)
         else:
+            known = weights.exists() and weights_digest(weights)
             system = work.system.at_temperature(cold)
             drawn, covered = fill_buffer(
                 lambda n, generator, flow=flow: flow.sample(n, generator),
@@ -92,10 +97,13 @@ def anneal(work: Workspace) -> dict:
             fitted = work.fit(name, flow, loss, **settings)
             record = asdict(covered) | fitted
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
+            record["weights"] = weights_digest(weights)
+            if record["weights"] not in (known, old.get("weights")):
+                work.folder.set_aside(path for pair in leavings[k + 1 :] for path in pair)
             with atomic_file(record_path) as path:
-                path.write_text(json.dumps(record, indent=1))
+                path.write_text(json.dumps(sealed(record), indent=1))
             forget_buffer(folder)
-        records.append(json.loads(record_path.read_text()))
+        records.append(_record(record_path))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
 
 
@@ -160,6 +168,20 @@ def ladder(config: DictConfig) -> list[tuple[float, float]]:
     section = config.annealing
     repeats = section.repeat_last, section.repeat_first, section.repeat_between
     return temperature_ladder(config.hot.temperature, section.temperature, section.n_steps, *repeats)
+
+
+def _leavings(work: Workspace, n_stages: int) -> list[tuple[Path, Path]]:
+    """The record and the weights of every step of the annealing."""
+    home = work.folder.path
+    paths = [(home / "annealing" / f"{k:02d}.json", weights_path(home, f"anneal_{k:02d}")) for k in range(n_stages)]
+    return [(work.folder.leave(record), work.folder.leave(weights)) for record, weights in paths]
+
+
+def _record(path: Path) -> dict:
+    record = read_json(path, AGAIN)
+    if missing := {"steps", "energy_evaluations", *(field.name for field in fields(BufferRecord))} - set(record):
+        raise damaged(path, f"it lacks {', '.join(sorted(missing))}", AGAIN)
+    return record
 
 
 def _trained(work: Workspace, name: str) -> SplineFlow:

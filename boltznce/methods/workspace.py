@@ -85,6 +85,7 @@ class Workspace:
         self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any
     ) -> dict:
         """Train ``module`` by ``config.<name>.fit``, or by the settings given; returns what the record keeps of it."""
+        self.folder.leave(self.folder.path / "checkpoints" / f"{name}.safetensors")
         result = fit(
             module,
             loss,
