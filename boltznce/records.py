@@ -26,7 +26,7 @@ __all__ = ["damaged", "read_archive", "read_array", "read_json", "read_settings"
 
 SEAL = "sha256"
 MOST_BYTES = 2**26  # of a record
-MOST_NODES = 10**6  # of a record, aliases counted as often as they are used
+MOST_NODES = 2 * 10**5  # of a record, aliases counted as often as they are used
 
 Shape = tuple[int | None, ...]  # None: any length
 
