@@ -8,6 +8,7 @@ file.
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import zipfile
@@ -26,6 +27,7 @@ __all__ = ["damaged", "read_archive", "read_array", "read_json", "read_settings"
 
 SEAL = "sha256"
 MOST_BYTES = 2**26  # of a record
+MOST_DEPTH = 100
 MOST_NODES = 2 * 10**5  # of a record, aliases counted as often as they are used
 
 Shape = tuple[int | None, ...]  # None: any length
@@ -132,7 +134,11 @@ def _record(path: Path, remedy: str, parse: Any) -> dict[str, Any]:
         _require(path)
         if path.stat().st_size > MOST_BYTES:
             raise _Unfit("it is too large to be a record")
-        contents = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        steps = ((letter in "[{") - (letter in "]}") for letter in text if letter in "[]{}")
+        if max(itertools.accumulate(steps), default=0) > MOST_DEPTH:  # a parser would take hours
+            raise _Unfit("it is nested too deeply to be a record")
+        contents = parse(text)
         _check_size(contents)
         if not isinstance(contents, dict):
             raise _Unfit("it is no mapping of names to values")
