@@ -115,6 +115,20 @@ def test_killed_worker_resumes_exactly_and_extends(aldp, tmp_path):
     assert (tmp_path / "killed" / "frames.bin").read_bytes() == (tmp_path / "whole" / "frames.bin").read_bytes()
 
 
+@pytest.mark.parametrize(("kept", "message"), [(0, "shorter than state.npz"), (0.5, "shorter"), (1, "not what was")])
+def test_frames_that_are_gone_do_not_become_zeros(aldp, tmp_path, kept, message):
+    make_job(aldp, tmp_path, "langevin", 1.0)
+    run_job(tmp_path)
+    path = tmp_path / "frames.bin"
+    frames = path.read_bytes()
+    path.write_bytes(frames[: int(kept * len(frames))] if kept < 1 else frames[:-9] + b"?" + frames[-8:])
+    make_job(aldp, tmp_path, "langevin", 2.0)  # to be extended
+    damaged = path.read_bytes()
+    with pytest.raises(UserError, match=rf"frames\.bin is damaged .*{message}.*delete {tmp_path}"):
+        run_job(tmp_path)
+    assert path.read_bytes() == damaged
+
+
 def start_worker(folder, parent):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -349,7 +349,7 @@ def _start(folder: Path) -> subprocess.Popen:
 def _raise_for(status: int, folder: Path) -> None:
     if status == 0:
         return
-    message = (folder / "log").read_text().strip()
+    message = (folder / "log").read_text(errors="replace").strip()
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
     raise RuntimeError(f"{folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}")
