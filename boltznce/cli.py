@@ -33,6 +33,9 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
     ``home`` names an override such as ``resume`` or ``run`` whose value is a run folder: log files then go there.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a trace of its own
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a code page without φ or ± must end nothing
+            stream.reconfigure(errors="backslashreplace")
 
     def told(config: DictConfig) -> None:
         with _mistakes_told():

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from torch import nn
 
 from boltznce.errors import UserError
+from boltznce.precision import ordinary_tensors
 from boltznce.records import read_settings
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
@@ -92,12 +93,14 @@ def _own_system(name: str, trust: bool) -> DictConfig | None:
     if not looks_like_sequence(name):
         return None
     try:
-        parse_sequence(name)
+        letters, _ = parse_sequence(name)
     except UserError as error:
         systems = ", ".join(available("system"))
         raise UserError(f"Unknown system {name!r}: {error} Systems that have a name are {systems}.") from None
     settings = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
     settings.structure = name
+    if not letters:  # the caps alone have no φ
+        settings.state = None
     return settings
 
 
@@ -160,7 +163,8 @@ def build(
     except TypeError as error:
         names = ", ".join(signature.parameters)
         raise UserError(f"{factory.__name__} cannot be built: {error}; its settings are {names}.") from error
-    return factory(**settings)
+    with ordinary_tensors():
+        return factory(**settings)
 
 
 def normalize(overrides: Sequence[str], default_budget: str | None = None) -> list[str]:

@@ -39,6 +39,11 @@ class State(NamedTuple):
             raise UserError(f"The state {self.in_words()} is a half line and has no centre: set mu to a number.")
         return math.pi - (math.pi - sum(self.interval) / 2) % (2 * math.pi)
 
+    @property
+    def width(self) -> float:
+        """The length of the interval."""
+        return self.interval[1] - self.interval[0]
+
     def contains(self, values: Any) -> Any:
         """Mask of coordinates inside the state (see `in_interval`)."""
         return in_interval(values, self.interval)

@@ -265,7 +265,7 @@ def test_the_report_is_what_is_on_disk(springs_run, metrics):
     assert metrics["ess"]["exact weights (subset)"]["ess"] == pytest.approx(ess(standing_for), rel=1e-3)
     left_out = {"n": int((~trans).sum()), "by_count": (~trans).mean(), "by_weight": weights[~trans].sum()}
     left_out["data"] = np.isin(of_data, [CIS_STATE, CIS_REST]).mean()
-    assert metrics["excluded"]["cis peptide bond"] == pytest.approx(left_out)
+    assert metrics["excluded"]["peptide bond turned"] == pytest.approx(left_out)
     assert metrics["excluded"]["inverted stereocentre"] == {"n": 0, "by_count": 0, "by_weight": 0, "data": 0}
     assert (metrics["counts"]["drawn"], metrics["counts"]["kept"]) == (1000, KEPT)
     assert metrics["made"] == {
@@ -273,7 +273,7 @@ def test_the_report_is_what_is_on_disk(springs_run, metrics):
         "kept": 0.9,
         "reordered": 0.0,
         "mirrored": 0.45,
-        "cis": pytest.approx(2 / 9),
+        "turned": pytest.approx(2 / 9),
     }
     agreement = metrics["likelihood"]
     assert (agreement["n"], agreement["std"]) == (100, pytest.approx(0.5 * math.sqrt(100 / 99), abs=1e-4))
@@ -311,7 +311,7 @@ def energy_distance(ours, data, shares):
 def test_conformers_that_simulations_never_visit():
     x = conformers().float()
     masks = excluded_conformers(springs(), torch.cat([x, -x]).numpy())
-    assert masks["cis peptide bond"].tolist() == [False, False, True, True] * 2
+    assert masks["peptide bond turned"].tolist() == [False, False, True, True] * 2
     assert masks["inverted stereocentre"].tolist() == [False] * 4 + [True] * 4
     assert allowed_conformers(masks, 8).tolist() == [True] * 2 + [False] * 6
     assert allowed_conformers({}, 3).all()

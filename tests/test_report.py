@@ -42,7 +42,7 @@ def results():
         "held_out": {
             "flow at 300": HeldOutLikelihood(nll=-183.25, std_error=0.125, n=900, n_outside=3, share_outside=0.002)
         },
-        "excluded": {"cis peptide bond": {"n": 12, "by_count": 0.03, "by_weight": 0.0005, "data": 0.0}},
+        "excluded": {"peptide bond turned": {"n": 12, "by_count": 0.03, "by_weight": 0.0005, "data": 0.0}},
         "modes": {"exact": [0.5, 0.5, 0.0], "flow": [0.4, 0.59, 0.01]},
         "energy_cut": {"cut": 20.0, "shares": {"MD": 0.0, "flow": 0.25}},
         "likelihood": likelihood_agreement(exact + generator.normal(size=50), exact, n_bootstrap=50),
@@ -76,7 +76,7 @@ def test_report(tmp_path, results):
         assert expected in text
     assert "1.11" not in text
     assert "| flow at 300 | -183.250 ± 0.125 | 900 | 3 | 0.200% |" in text
-    assert "| cis peptide bond | 12 | 3.0000% | 0.0500% | 0.0000% |" in text
+    assert "| peptide bond turned | 12 | 3.0000% | 0.0500% | 0.0000% |" in text
     assert "| largest relative error |  | 20.0% |" in text
     assert "| E-W2 (kT) | 5.000 | 2.000 | 1.000 | 0.25 |" in text
     assert "0.800 ± 0.010" in text
@@ -88,7 +88,7 @@ def test_report(tmp_path, results):
 
 def member(ours, simulation, **distances):
     return {
-        "made": {"right_graph": 0.9, "kept": 0.8, "mirrored": 0.4, "reordered": 0.1, "cis": 0.0},
+        "made": {"right_graph": 0.9, "kept": 0.8, "mirrored": 0.4, "reordered": 0.1, "turned": 0.0},
         "ess": {"EBM weights": {"ess": 0.05, "pareto_k": 0.4}, "exact weights": {"ess": 0.5, "pareto_k": 0.1}},
         "headline": "weighted samples",
         "free_energy": {"weighted samples": ours, "reference": simulation},

@@ -190,7 +190,7 @@ def test_whole_run_of_a_molecule_ends_in_a_report(tabg_run):
     assert metrics["counts"]["energy evaluations, annealing"] == 600
     assert metrics["counts"]["energy evaluations, training in all"] == 5 * 32 + 600
     assert metrics["excluded"]["inverted stereocentre"] == {"n": 0, "by_count": 0.0, "by_weight": 0.0}
-    cis = metrics["excluded"]["cis peptide bond"]
+    cis = metrics["excluded"]["peptide bond turned"]
     assert cis["by_count"] == cis["n"] / 600
     assert 0 < cis["by_weight"] < 1
     assert metrics["ess"]["exact weights"]["ess"] <= metrics["ess"]["exact weights, top 0.01% clipped"]["ess"]
@@ -258,7 +258,7 @@ def test_report_with_data_that_are_the_flow_itself(tabg_run, flow_as_data, tmp_p
     assert kl["unweighted"] < kl["floor"]  # the same points, once against all and once against the other half
     assert kl["unweighted"] < kl["weighted"]
     assert metrics["distances"]["E-W2 (kT)"]["unweighted"] is not None
-    cis = metrics["excluded"]["cis peptide bond"]
+    cis = metrics["excluded"]["peptide bond turned"]
     assert cis["data"] == pytest.approx(cis["by_count"])
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} >= {"energy_histograms", "temperatures"}
     assert "simulate.py" not in (tmp_path / "run" / "report.md").read_text()

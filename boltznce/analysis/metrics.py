@@ -175,15 +175,15 @@ def torsion_kl(
     n_bins: int = 100,
     uniform_share: float = 1e-4,
 ) -> float:
-    """KL(1 ‖ 2) in nats of histograms of angles (n, 2) on ``n_bins`` x ``n_bins``, the published grid of TA-BG.
+    """KL(1 ‖ 2) in nats of histograms of angles (n, k), k of 1 or 2, ``n_bins`` along each: the grid of TA-BG.
 
     Smoothing: both histograms are mixed with the uniform distribution, of which they take the share ``uniform_share``;
     so an empty bin costs the same whatever the number of samples.
     """
-    probabilities = []
+    probabilities, n_cells = [], n_bins ** np.shape(angles1)[1]
     for angles, weights in ((angles1, w1), (angles2, w2)):
-        histogram = np.bincount(_cells(angles, n_bins), weights, n_bins**2)
-        probabilities.append((1 - uniform_share) * histogram / histogram.sum() + uniform_share / n_bins**2)
+        histogram = np.bincount(_cells(angles, n_bins), weights, n_cells)
+        probabilities.append((1 - uniform_share) * histogram / histogram.sum() + uniform_share / n_cells)
     p, q = probabilities
     return float((p * np.log(p / q)).sum())
 
@@ -197,7 +197,7 @@ def torsion_kl_of_halves(
     n_bins: int = 100,
     uniform_share: float = 1e-4,
 ) -> float:
-    """Mean of KL(half ‖ other) over two independent halves of ``angles`` (n, 2), ``first`` (n,) the mask of one.
+    """Mean of KL(half ‖ other) over two independent halves of ``angles`` (n, k), ``first`` (n,) the mask of one.
 
     Without ``other_angles`` the other is the other half: the floor, which is the noise of two histograms. With them it
     is the first so many of them (or all, if they are too few) that their histogram is as noisy as the other half's: so
@@ -237,10 +237,10 @@ def _noise(cells: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _cells(angles: np.ndarray, n_bins: int) -> np.ndarray:
-    """Number of the bin that holds each of the angles (n, 2), (n,)."""
+    """Number of the bin that holds each of the angles (n, k), (n,)."""
     place = (_wrap(np.asarray(angles, dtype=np.float64)) + np.pi) / (2 * np.pi)
-    column, row = np.minimum((n_bins * place).astype(int), n_bins - 1).T
-    return n_bins * column + row
+    bins = np.minimum((n_bins * place).astype(int), n_bins - 1)
+    return bins @ n_bins ** np.arange(bins.shape[1])[::-1]
 
 
 def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = None) -> HeldOutLikelihood:

@@ -8,9 +8,10 @@ key          value
 ===========  =========================================================================================================
 system       name; and so ``method``, ``budget``
 settings     {setting: value}
-counts       {what: number}, such as samples drawn, kept, mirrored, with a cis peptide bond
-made         {right_graph, kept, mirrored, reordered, cis}: shares of the draws with the right bonds, with the right
-             chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share that is cis
+counts       {what: number}, such as samples drawn, kept, mirrored, with a peptide bond turned
+made         {right_graph, kept, mirrored, reordered, turned}: shares of the draws with the right bonds, with the right
+             chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share with a peptide
+             bond turned
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
 free_energy  {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT,
              fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is
@@ -75,7 +76,8 @@ trusted.
 
 made | What the flow made
 Shares of the draws with the right bonds, and with the right chirality too; of those that were mended by a mirror, or by
-renaming equal atoms; and of what was kept the share with a cis peptide bond.
+renaming equal atoms; and of what was kept the share with a peptide bond turned from
+trans to cis or back.
 
 distances | Distances to the reference data
 Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where
@@ -117,6 +119,7 @@ _DENSITY = {
     "mode_weight_error": "mode-weight error",
 }
 _CAPTIONS = {
+    "torsions": "Free energy over the first two torsions of the molecule, or the density of the only one.",
     "ramachandran": "Free energy over φ and ψ, on one colour scale with one zero (the lowest bin of the first panel).",
     "plane": "Free energy over x and y, on one colour scale with one zero (the lowest bin of the first panel).",
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
@@ -295,8 +298,11 @@ def _free_energy_rows(results: Results) -> Rows:
 
 
 def _made_rows(results: Results) -> Rows:
-    made, header = results.get("made"), ["right bonds", "right chirality", "mirrored", "reordered", "cis peptide bond"]
-    forms = dict.fromkeys(("right_graph", "kept", "mirrored", "reordered", "cis"), ".2%")
+    made, header = (
+        results.get("made"),
+        ["right bonds", "right chirality", "mirrored", "reordered", "peptide bond turned"],
+    )
+    forms = dict.fromkeys(("right_graph", "kept", "mirrored", "reordered", "turned"), ".2%")
     return _headed(header, [_cells(made, forms)] if made else [])
 
 

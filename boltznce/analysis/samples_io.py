@@ -15,12 +15,13 @@ from boltznce.analysis.weights import log_importance_weights
 from boltznce.errors import UserError
 from boltznce.io import DATA_FORMAT, atomic_file, check_format, file_digest, full_disk_is_a_user_error
 from boltznce.records import damaged, read_array, read_json, read_yaml, sealed
+from boltznce.topologies import from_json, pdb_text, to_json
 
 __all__ = ["WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
 
 _REMEDY = "restore it from a copy, or delete the folder and draw the samples again"
 _DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
-_EXTRAS = ("topology.pdb", "trajectory.dcd", "trajectory.xtc")
+_EXTRAS = ("topology.pdb", "topology.json", "trajectory.dcd", "trajectory.xtc")
 _CHUNK = 8192  # samples held in memory while a trajectory is written
 # the writer of each format, and how many of its units make a nm
 _TRAJECTORIES = {"dcd": (mdtraj.formats.DCDTrajectoryFile, 10.0), "xtc": (mdtraj.formats.XTCTrajectoryFile, 1.0)}
@@ -120,8 +121,9 @@ class WeightedSamplesWriter:
             positions = np.load(self._partial / "positions.npy", mmap_mode="r")
             names = [f"{name}.npy" for name in _DTYPES]
             if self.topology is not None:
-                _write_topology(self._partial / "topology.pdb", positions[0], self.topology)
-                names.append("topology.pdb")
+                (self._partial / "topology.pdb").write_text(pdb_text(self.topology, positions[0]), encoding="utf-8")
+                (self._partial / "topology.json").write_text(to_json(self.topology), encoding="utf-8")
+                names += ["topology.pdb", "topology.json"]
             if format != "npy":
                 _write_trajectory(self._partial / f"trajectory.{format}", positions)
                 names.append(f"trajectory.{format}")
@@ -166,7 +168,12 @@ def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
             result[path.stem] = read_array(path, _REMEDY, wanted, _DTYPES[path.stem], mmap=path.stem == "positions")
         if verify and file_digest(path) != digests[name]:
             raise damaged(path, "its digest does not fit meta.yaml", _REMEDY)
-    if "topology.pdb" in digests:
+    if "topology.json" in digests:
+        try:
+            result["topology"] = from_json((folder / "topology.json").read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise damaged(folder / "topology.json", "it cannot be read", _REMEDY) from error
+    elif "topology.pdb" in digests:  # of samples older than topology.json
         result["topology"] = mdtraj.load_pdb(folder / "topology.pdb", standard_names=False).topology
     return result
 
@@ -204,11 +211,6 @@ def _write_rows(path: Path, values: np.ndarray, start: int) -> None:
 def _plain(value: Any) -> Any:
     """A numpy scalar or array as plain numbers, anything else as a string."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
-
-
-def _write_topology(path: Path, positions: np.ndarray, topology: mdtraj.Topology) -> None:
-    frame = np.clip(np.nan_to_num(positions), -99.0, 99.0)  # the columns of a PDB file hold no more
-    mdtraj.Trajectory(frame[None], topology).save_pdb(str(path))
 
 
 def _write_trajectory(path: Path, positions: np.ndarray) -> None:

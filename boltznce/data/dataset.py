@@ -22,6 +22,7 @@ from boltznce.states import State
 
 __all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
 
+STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the unit of angle: within it at 3 σ
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
 FILES = ("positions.npy", *(f"{name}.npy" for name in DTYPES))
 REMEDY = "delete its folder and make the data anew, by scripts/simulate.py or by resuming the run"
@@ -165,7 +166,7 @@ def mode_balanced_indices(
     generator: np.random.Generator,
     state: State,
     c: float | str = 150.0,
-    kappa: float = 10.0,
+    kappa: float | None = None,
     mu: float | None = None,
 ) -> np.ndarray:
     """``n`` frame numbers drawn with replacement by w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
@@ -173,6 +174,7 @@ def mode_balanced_indices(
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
         mu: default the state's centre.
+        kappa: default 10 / (half the state's width)²: the 10 of the papers for their 0 < φ < 2.
         c: "auto" takes P(rest) / P(state) of the weighted frames (BoltzNCE for peptides; 150 for alanine dipeptide).
 
     Raises UserError if no frame is in the state.
@@ -184,6 +186,7 @@ def mode_balanced_indices(
             raise UserError(f"No frame has {state.in_words()}: simulate by umbrella sampling, or set c to a number.")
         c = (1 - inside) / inside
     from_mode = angle - (state.centre if mu is None else mu)
+    kappa = 4 * STATE_KAPPA / state.width**2 if kappa is None else kappa
     density = np.exp(kappa * (np.cos(from_mode) - 1)) / (2 * np.pi * i0e(kappa))
     return boltzmann_indices(log_weights + np.log(float(c) * density + 1), n, generator)
 

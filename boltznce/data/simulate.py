@@ -1,7 +1,6 @@
 """Reference data: independent repeats of a simulation, one process each, gathered into a dataset."""
 
 import dataclasses
-import io
 import json
 import os
 import platform as machine
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from openmm import app
 from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
@@ -39,6 +37,7 @@ from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.io import require_free_space
 from boltznce.systems.workers import available_cores
+from boltznce.topologies import pdb_text
 from boltznce.units import GAS_CONSTANT
 
 __all__ = [
@@ -420,8 +419,5 @@ def _chunks(
 
 
 def _pdb(system) -> str:
-    text = io.StringIO()
-    app.PDBFile.writeFile(
-        system.openmm_topology(), np.asarray(system.positions, dtype=np.float64) * 10, text, keepIds=True
-    )
-    return text.getvalue()
+    ids = [(residue.id, residue.insertionCode) for residue in system.openmm_topology().residues()]
+    return pdb_text(system.topology, system.positions.numpy(), ids)

@@ -1,4 +1,6 @@
-"""A simulation process: ``python -m boltznce.data.worker FOLDER PARENT_PID``. It ends when its parent does."""
+"""A simulation process: ``python -m boltznce.data.worker FOLDER PARENT_PID``. It ends when its parent does,
+but on Windows, where it goes on to the job's end.
+"""
 
 import os
 import sys
@@ -14,7 +16,8 @@ def main(folder: str, parent: str) -> None:
     """Run one job; a user's mistake is one line on stderr and exit status 2."""
 
     def alive() -> None:
-        if os.getppid() != int(parent):
+        # on Windows a process keeps a dead parent's id, and a virtual environment's Python is not its own parent's child
+        if os.name == "posix" and os.getppid() != int(parent):
             raise SystemExit("the parent process has gone")
 
     try:

@@ -14,15 +14,16 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.free_energy import choose_subset
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
+from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
 from boltznce.methods.models import FlowGenerator
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
-from boltznce.systems.symmetry import is_trans
 
-__all__ = ["allowed_conformers", "evaluate", "exact_likelihoods", "excluded_conformers"]
+__all__ = ["allowed_conformers", "evaluate", "exact_likelihoods", "excluded_conformers", "require_some_left"]
 
+TURNED = "peptide bond turned"
 SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are drawn, and the setting that says how many
 
 
@@ -45,10 +46,12 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     samples = draw_to_folder(
         generator, draws, section.n_samples, likelihood, lambda k: work.generator("evaluation", member, k)
     )
+    excluded = excluded_conformers(member, samples.positions)
+    require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
     seconds = {"draw": _seconds_per_draw(generator, likelihood, work.generator("timing", member))}
     if likelihood != "ebm":
         return seconds
-    conformers = samples[allowed_conformers(excluded_conformers(member, samples.positions), len(samples))]
+    conformers = samples[allowed_conformers(excluded, len(samples))]
     rng = work.numpy_generator("exact subset", member)
     for drawn_by, count in SUBSETS.items():
         subset = _subset(member, conformers, section[count], rng, drawn_by)
@@ -65,11 +68,13 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
 
 
 def excluded_conformers(system: System, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks (n,) of conformers that simulations at 300 K never visit, by why: figures are conditional on the others."""
+    """Masks (n,) of other isomers than the structure is, which no simulation at 300 K turns into it, by why.
+
+    Figures are conditional on the structure's own cis and trans peptide bonds and stereocentres.
+    """
     x, masks = torch.from_numpy(np.array(positions)), {}
     if system.omegas:
-        omegas = torch.stack([system.dihedral(x, name) for name in system.omegas], dim=-1)
-        masks["cis peptide bond"] = ~is_trans(omegas).numpy()
+        masks[TURNED] = (system.isomers(x) < 0).any(dim=1).numpy()
     if system.stereocentres:
         masks["inverted stereocentre"] = (system.chirality(x) < 0).any(dim=1).numpy()
     return masks
@@ -78,6 +83,26 @@ def excluded_conformers(system: System, positions: np.ndarray) -> dict[str, np.n
 def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     """Mask (n,) of what no mask of `excluded_conformers` holds."""
     return ~np.any([np.zeros(n, dtype=bool), *excluded.values()], axis=0)
+
+
+def require_some_left(
+    system: System,
+    excluded: Mapping[str, np.ndarray],
+    n: int,
+    what: str,
+    remedy: str,
+    weights: np.ndarray | None = None,
+) -> float:
+    """The share by ``weights`` (n,) that no mask excludes; UserError, with its ``remedy``, where nothing is left."""
+    kept = allowed_conformers(excluded, n)
+    share = float(np.average(kept, weights=weights))
+    if not share > 0:
+        reasons = " or ".join(why for why, mask in excluded.items() if mask.any())
+        raise UserError(
+            f"All {n} {what} of {system.name} are other isomers than its structure ({reasons}), so that nothing is "
+            f"left to report on: {remedy}."
+        )
+    return share
 
 
 def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:

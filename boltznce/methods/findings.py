@@ -1,5 +1,6 @@
 """What a report of one system is made from: draws, data and exact likelihoods, loaded, filtered and weighed once."""
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from boltznce.methods.workspace import Workspace
 from boltznce.records import damaged, read_array
 from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Data", "ExactSubset", "Findings", "gather"]
 
@@ -212,5 +215,8 @@ def _data(work: Workspace, member: System, system: System) -> Data | None:
         return None
     excluded = excluded_conformers(system, frames.positions)
     kept = frames.take(allowed_conformers(excluded, len(frames)))
+    if not len(kept) or not np.isfinite(kept.log_weights).any():
+        log.warning("All data of %s are other isomers than its structure: compared with none.", member.name)
+        return None
     index = boltzmann_indices(kept.log_weights, min(n, len(kept)), work.numpy_generator("held out", member))
     return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights)

@@ -27,6 +27,7 @@ from boltznce.methods.drawing import Batch, Generator
 from boltznce.molecules import Molecules
 from boltznce.networks.compile import compile_forward
 from boltznce.networks.published import load_published_vector_field
+from boltznce.precision import ordinary_tensors
 from boltznce.systems.base import System
 from boltznce.systems.bond_graph import BondGraph
 from boltznce.systems.conformers import random_conformers
@@ -66,6 +67,7 @@ class Model(nn.Module):
         self.network, self._bound = network, bound
         self._known: dict[str, nn.Module] = {}  # no submodules: they hold nothing of their own that is trained
 
+    @ordinary_tensors()
     def of(self, molecule: System) -> nn.Module:
         """The model of a molecule, on the network's device; made at the first call."""
         device = next(self.parameters()).device
@@ -108,6 +110,7 @@ class OneMolecule(nn.Module):
         self.of(molecule).calibrate(frames, generator)
 
 
+@ordinary_tensors()
 def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
     """The untrained ``flow`` or ``ebm`` of a run; its first weights follow from the config's seed.
 
@@ -158,6 +161,7 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
     return OneMolecule(bound(network, first), first) if section.scales == "frames" else Model(network, bound)
 
 
+@ordinary_tensors()
 def load_trained(module: nn.Module, path: Path) -> nn.Module:
     """Put finished weights into ``module``. Raises UserError for weights of another architecture."""
     try:
@@ -221,6 +225,7 @@ class FlowGenerator(Generator):
         section = self.config.evaluation
         return section.exact_batch_size if likelihood == "exact" else section.batch_size
 
+    @ordinary_tensors()
     @torch.no_grad()
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
         """Draw ``n`` samples at once, keep those that are the molecule or can be mended, with energies and likelihoods.
@@ -239,6 +244,7 @@ class FlowGenerator(Generator):
         energy, log_prob, n_bad = guard(energy, log_prob)
         return Batch(x, energy, log_prob, counts | {"not_finite": n_bad})
 
+    @ordinary_tensors()
     @torch.no_grad()
     def log_prob(self, positions: Tensor) -> Tensor:
         """Exact log q (n,), float64, of given positions (n, atoms, dim) in nm, mirror images included."""

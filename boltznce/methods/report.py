@@ -25,7 +25,7 @@ CAPTIONS = {
     "exchange at its lowest temperature: its time is not a physical one.",
     "ladder": "Effective sample size along the ladder: of each flow's draws at their own temperature, and at the next.",
     "temperatures": "Free energy of the flow at each temperature, not weighted; equal colours are equal densities.",
-    "marginals": "Marginal probability densities of the backbone torsions.",
+    "marginals": "Marginal probability densities of the torsions.",
 }
 
 

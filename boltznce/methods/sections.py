@@ -20,6 +20,7 @@ from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.errors import UserError
+from boltznce.methods.evaluation import TURNED
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.views import symbol_of
@@ -31,6 +32,11 @@ WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
+REAL_SHARE = 0.001  # of the data, that a note is worth
+CONDITIONAL = (
+    "All figures are conditional on the structure's own isomer, on both sides: its stereocentres, and each peptide "
+    "bond cis or trans as it is there."
+)
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
 
@@ -229,9 +235,10 @@ def slowest_coordinates(f: Findings) -> Part:
 
 
 def slow_features(member: System, positions: np.ndarray) -> np.ndarray:
-    """Sines and cosines of the backbone torsions and distances between heavy atoms (nm): (n, features)."""
+    """Sines and cosines of the torsions and distances between heavy atoms (nm): (n, features)."""
     x = torch.from_numpy(np.array(positions))
-    angles = torch.stack([member.dihedral(x, name) for name in member.dihedrals], dim=-1)
+    turning = [member.dihedral(x, name)[:, None] for name in member.dihedrals]
+    angles = torch.cat([x[:, :0, 0], *turning], dim=-1)
     heavy = [atom.index for atom in member.topology.atoms if atom.element.symbol != "H"]
     i, j = torch.triu_indices(len(heavy), len(heavy), 1)
     apart = (x[:, heavy][:, i] - x[:, heavy][:, j]).norm(dim=-1)
@@ -251,8 +258,10 @@ def conformers(f: Findings) -> Part:
     results = {"excluded": rows, "counts": {"drawn": counts["drawn"], "kept": len(f.drawn)}}
     if "right_graph" in counts:
         made = {MADE.get(key, key): n / counts["drawn"] for key, n in counts.items() if key not in NOT_MADE}
-        results["made"] = made | {"cis": rows.get("cis peptide bond", {}).get("by_count")}
-    notes = ("All figures are conditional on L chirality and trans peptide bonds, on both sides.",) if rows else ()
+        results["made"] = made | {"turned": rows.get(TURNED, {}).get("by_count")}
+    notes = (CONDITIONAL,) if rows else ()
+    if lost := [f"{row['data']:.1%} ({why})" for why, row in rows.items() if row.get("data", 0) > REAL_SHARE]:
+        notes += (f"Of the data are left out, being other isomers than the structure: {', '.join(lost)}.",)
     return Part(results, {}, notes + f.notes)
 
 

@@ -17,6 +17,7 @@ from boltznce.flows.internal import InternalCoordinates
 from boltznce.flows.spline_flow import SplineFlow
 from boltznce.methods.drawing import Batch, Generator
 from boltznce.methods.models import load_trained, weights_path
+from boltznce.precision import ordinary_tensors
 from boltznce.systems.base import System
 from boltznce.systems.stiffness import harmonic_constants
 
@@ -49,6 +50,7 @@ def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinate
     )
 
 
+@ordinary_tensors()
 def make_spline_flow(config: DictConfig, system: System) -> SplineFlow:
     """An untrained generator; its first weights follow from the config's seed."""
     with torch.random.fork_rng():
@@ -73,6 +75,7 @@ class SplineGenerator(Generator):
         )
         return (text,) if self.system.bonds else ()
 
+    @ordinary_tensors()
     @torch.no_grad()
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
         """``n`` samples at once; what has no finite energy or log q gets the energy +inf, and so the weight zero."""
@@ -82,6 +85,7 @@ class SplineGenerator(Generator):
             log_prob = torch.full_like(energy, torch.nan)
         return Batch(x, energy, log_prob, {"batches": 1, "drawn": n, "not_finite": n_bad})
 
+    @ordinary_tensors()
     @torch.no_grad()
     def log_prob(self, positions: Tensor) -> Tensor:
         """log q (n,), float64, of given positions (n, atoms, dim) in nm, in batches; -inf outside the flow's domain."""

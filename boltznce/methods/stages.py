@@ -11,12 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.analysis.weights import normalized_weights
 from boltznce.checkpoint import save_weights
 from boltznce.data import members
 from boltznce.data.batching import Batches
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.errors import UserError
 from boltznce.methods.drawing import draw_to_folder
+from boltznce.methods.evaluation import excluded_conformers, require_some_left
 from boltznce.methods.models import load_trained, make, weights_path
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
@@ -26,6 +28,7 @@ from boltznce.training import Loss
 __all__ = ["draw_training_samples", "make_data", "minibatch", "train_ebm", "train_flow"]
 
 log = logging.getLogger(__name__)
+ISOMER_FRAMES = 20_000  # of a dataset, evenly spaced, that are looked at
 CALIBRATION = 4096  # samples on which scales are measured
 
 Losses = dict[str, Tensor]
@@ -45,7 +48,22 @@ def make_data(work: Workspace) -> dict:
         work.folder.leave(place)
     exact = {"n_samples": section.get("n_samples"), "seed": work.config.seed}
     made = members.make_data(work.system, Path(section.folder), simulation=simulation, **exact)
+    for member in work.system.all_members():
+        _check_isomers(member, made[member.name], section.folder)
     return {"frames": sum(map(len, made.values()))}
+
+
+def _check_isomers(member: System, data: Dataset, folder: str) -> None:
+    """Raise UserError, before anything is trained, where no frame of the data is of the structure's own isomer."""
+    frames = data.take(slice(None, None, max(1, len(data) // ISOMER_FRAMES)))
+    excluded = excluded_conformers(member, frames.positions)
+    remedy = (
+        f"give the structure that the data in {folder} were made of (system.structure), or set data.folder to others"
+    )
+    weights = normalized_weights(frames.log_weights)
+    share = require_some_left(member, excluded, len(frames), "frames of the data", remedy, weights)
+    if share < 0.5:
+        log.warning("Only %.0f%% of the data of %s are of its structure's isomer.", 100 * share, member.name)
 
 
 def train_flow(work: Workspace) -> dict:

@@ -102,6 +102,7 @@ def anneal(work: Workspace) -> dict:
                 work.folder.set_aside(path for pair in leavings[k + 1 :] for path in pair)
             with atomic_file(record_path) as path:
                 path.write_text(json.dumps(sealed(record), indent=1))
+            del drawn, loss  # a mapped file cannot be deleted on Windows
             forget_buffer(folder)
         records.append(_record(record_path))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}

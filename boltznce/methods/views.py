@@ -1,6 +1,6 @@
-"""What is compared and drawn of positions: the torsions of each residue of a molecule, or the plane itself."""
+"""What is compared and drawn of positions: φ and ψ of each residue, else a molecule's own torsions, or the plane."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from boltznce.analysis.metrics import SampledDistance, plane_w2, torus_w2
-from boltznce.analysis.plotting import plot_plane, plot_ramachandran
+from boltznce.analysis.plotting import plot_marginals, plot_plane, plot_ramachandran
 from boltznce.systems.base import System
 
 __all__ = ["View", "symbol_of", "views_of"]
@@ -18,20 +18,20 @@ SYMBOLS = {"phi": "φ", "psi": "ψ"}
 
 @dataclass(frozen=True)
 class View:
-    """Two coordinates of every sample: how far two sets are apart in them, and how they are drawn.
+    """Two coordinates of every sample, or the one torsion that there is: how far sets are apart in them, and a figure.
 
     Attributes:
         figure, distance: what reports call the figure and the distance.
-        symbols: of the two coordinates.
-        points: positions (n, atoms, dim) -> (n, 2).
+        symbols: of the k coordinates, one or two.
+        points: positions (n, atoms, dim) -> (n, k).
         w2: Wasserstein-2 distance of two sets of points, the first one weighted (see `torus_w2`).
-        draw: title -> (points, log weights) -> free energy over the two coordinates, a panel for each.
+        draw: title -> (points, log weights) -> free energy over two coordinates, a panel for each; density over one.
         periodic: whether the coordinates are angles.
     """
 
     figure: str
     distance: str
-    symbols: tuple[str, str]
+    symbols: tuple[str, ...]
     points: Callable[[np.ndarray], np.ndarray]
     w2: Callable[..., SampledDistance]
     draw: Callable[..., Figure]
@@ -39,23 +39,41 @@ class View:
 
 
 def views_of(system: System) -> list[View]:
-    """The plane for a particle in it; of a molecule every residue that has a φ and a ψ. May be empty."""
+    """The plane for a particle in it; of a molecule every residue that has a φ and a ψ, else its first two torsions.
+
+    Of a peptide of two residues the first's ψ and the second's φ, as the papers have it. Empty where nothing turns.
+    """
     if system.box is not None:
         draw = partial(plot_plane, box=system.box)
         return [View("plane", "W2", ("x", "y"), lambda x: np.asarray(x)[:, 0], plane_w2, draw, periodic=False)]
-    suffixes = ["", *map(str, range(2, 1 + len(system.dihedrals)))]
-    return [_torsions(system, s) for s in suffixes if {f"phi{s}", f"psi{s}"} <= set(system.dihedrals)]
+    if pairs := _residues(system.dihedrals):
+        return [_torsions(system, f"ramachandran{phi.removeprefix('phi')}", (phi, psi)) for phi, psi in pairs]
+    backbone = ("phi", "psi") if {"phi", "psi"} <= set(system.dihedrals) else ()
+    names = [*backbone, *(name for name in system.dihedrals if name not in (*system.omegas, *backbone))]
+    names = names or list(system.omegas)
+    return [_torsions(system, "ramachandran" if backbone else "torsions", tuple(names[:2]))] if names else []
 
 
-def _torsions(system: System, suffix: str) -> View:
-    names = f"phi{suffix}", f"psi{suffix}"
+def _residues(dihedrals: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+    """Names of φ and ψ on the same N, Cα and C."""
+    psis = {atoms[:3]: name for name, atoms in dihedrals.items() if name.startswith("psi")}
+    return [
+        (name, psis[atoms[1:]]) for name, atoms in dihedrals.items() if name.startswith("phi") and atoms[1:] in psis
+    ]
 
+
+def _torsions(system: System, figure: str, names: tuple[str, ...]) -> View:
     def points(positions: np.ndarray) -> np.ndarray:
         return np.stack([system.dihedral(np.asarray(positions), name) for name in names], axis=-1)
 
-    symbols = symbol_of(names[0]), symbol_of(names[1])
-    draw = partial(plot_ramachandran, angle_names=symbols)
-    return View(f"ramachandran{suffix}", "T-W2 (rad)", symbols, points, torus_w2, draw, periodic=True)
+    symbols = tuple(map(symbol_of, names))
+    draw = partial(plot_ramachandran if len(names) == 2 else _draw_one, angle_names=symbols)
+    return View(figure, "T-W2 (rad)", symbols, points, torus_w2, draw, periodic=True)
+
+
+def _draw_one(panels: Mapping, angle_names: tuple[str, ...], n_bins: int = 72, zero_of: str | None = None) -> Figure:
+    """Densities have their zero in common."""
+    return plot_marginals(panels, angle_names, n_bins)
 
 
 def symbol_of(name: str) -> str:

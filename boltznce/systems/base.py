@@ -17,7 +17,7 @@ from boltznce.errors import UserError
 from boltznce.states import State
 from boltznce.trust import is_plain_name
 
-__all__ = ["ROLES", "System", "check_name"]
+__all__ = ["ROLES", "System", "as_tensor", "check_name"]
 
 REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
 ROLES = ("train", "validation", "test")
@@ -91,8 +91,8 @@ class System(abc.ABC):
         """A typical point, (n_atoms, dim), float32."""
 
     @abc.abstractmethod
-    def energy(self, x: Tensor) -> Tensor:
-        """Reduced energy u(x) = U(x) / kT, (batch,), differentiable, in the dtype of x."""
+    def energy(self, x: Array) -> Array:
+        """Reduced energy u(x) = U(x) / kT, (batch,), differentiable, in the dtype of x; an array of an array."""
 
     @abc.abstractmethod
     def coordinate(self, x: Array, name: str) -> Array:
@@ -105,6 +105,26 @@ class System(abc.ABC):
     def chirality(self, x: Array) -> Array:
         """Per stereocentre +1 for the handedness of the system and -1 for its mirror image, (batch, n_centres)."""
         return x[:, :0, 0]
+
+    def isomers(self, x: Array) -> Array:
+        """Per peptide bond +1 where it is cis or trans as in ``positions``, -1 where turned, (batch, n_omegas)."""
+        return x[:, :0, 0]
+
+    def tensor_of(self, x: Any) -> Tensor:
+        """Positions (batch, n_atoms, dim), a tensor, an array or lists, as a tensor of floating-point numbers.
+
+        Raises UserError for another shape, and for what are no numbers.
+        """
+        try:
+            given = as_tensor(x)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Positions of {self.name} must be numbers (batch, {self.n_atoms}, {self.dim}).") from error
+        if given.dim() != 3 or given.shape[1:] != (self.n_atoms, self.dim):
+            raise UserError(
+                f"Positions of {self.name} must have shape (batch, {self.n_atoms}, {self.dim}), not "
+                f"{tuple(given.shape)}."
+            )
+        return given
 
     def typical_energy(self) -> float:
         """About the mean reduced energy: of a molecule harmonic about its minimum, u(positions) + (3 n - 6) / 2."""
@@ -175,3 +195,11 @@ class System(abc.ABC):
     def equals(self, other: "System") -> bool:
         """Whether data of one are data of the other: the same identity and temperature."""
         return (self.identity, self.temperature) == (other.identity, other.temperature)
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A tensor as it is; an array or lists as a tensor of its own memory, float32 where they are, else float64."""
+    if isinstance(x, Tensor):
+        return x if x.is_floating_point() else x.double()
+    x = np.asarray(x)
+    return torch.from_numpy(np.array(x, dtype=np.float32 if x.dtype == np.float32 else np.float64))

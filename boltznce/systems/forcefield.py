@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from boltznce.compiling import wants_compiling
+from boltznce.precision import ordinary_tensors
 from boltznce.systems import terms
 from boltznce.systems.fused import FusedKernels, energy_and_gradient
 from boltznce.systems.terms.geometry import Geometry, Term, unknown
@@ -34,8 +35,9 @@ class TorchForceField(nn.Module):
     """Potential energy of an OpenMM System: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Differentiable any number of times; computed in the dtype and on the device of the positions. Atoms closer than
-    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. A batch goes piece by piece, and forces
-    are computed with the energies where positions require a gradient, so that memory does not grow with the batch.
+    ``terms.geometry.CLOSEST`` give a large finite energy and a finite gradient. Where there is none (positions that are
+    not finite) the energy is +inf and the gradient zero. A batch goes piece by piece, and forces are computed with
+    the energies where positions require a gradient, so that memory does not grow with the batch.
 
     Args:
         compile: ``true``, ``false`` or ``auto`` (where there is a GPU): fuse all terms by torch.compile, which takes
@@ -44,6 +46,7 @@ class TorchForceField(nn.Module):
     Raises UserError for a force that is not among ``TERMS``, periodic boundaries, constraints and virtual sites.
     """
 
+    @ordinary_tensors()
     def __init__(self, system: openmm.System, compile: str | bool = "auto"):
         super().__init__()
         self.n_atoms = system.getNumParticles()
@@ -75,8 +78,10 @@ class TorchForceField(nn.Module):
     def _kernel(self, kind: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         with full_precision():
             if self._fused is not None:
-                return self._fused(kind, x, self.chunk_size(x.device))
-            return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
+                found = self._fused(kind, x, self.chunk_size(x.device))
+            else:
+                found = self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
+        return infinite_where_undefined(found) if kind == "energy" else infinite_where_undefined(*found)
 
     def _energy(self, x: Tensor) -> Tensor:
         geometry = Geometry(x)
@@ -85,8 +90,19 @@ class TorchForceField(nn.Module):
     def _terms_like(self, x: Tensor) -> nn.ModuleList:
         key = (x.dtype, x.device)
         if key not in self._tables:
-            self._tables[key] = copy.deepcopy(self._tables[torch.float64, torch.device("cpu")]).to(x)
+            with ordinary_tensors():  # kept for later calls, in which they may need a gradient
+                known = self._tables[torch.float64, torch.device("cpu")]
+                self._tables[key] = copy.deepcopy(known).to(x.device, x.dtype)
         return self._tables[key]
+
+
+def infinite_where_undefined(energy: Tensor, gradient: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Energies (batch,) that are no number as +inf, their gradients (batch, n_atoms, 3), if given, as zero."""
+    undefined = energy.isnan()
+    if gradient is None:
+        return energy.masked_fill(undefined, torch.inf)
+    undefined = undefined | ~gradient.isfinite().all(dim=(-2, -1))
+    return energy.masked_fill(undefined, torch.inf), gradient.masked_fill(undefined[:, None, None], 0.0)
 
 
 class _EnergyWithGradient(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """A molecule: structure + force field -> energy, topology, named dihedrals, atom features, chirality."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ from openmm import app, unit
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.precision import ordinary_tensors
 from boltznce.states import State
-from boltznce.systems.base import System, check_name
+from boltznce.systems.base import System, as_tensor, check_name
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
 from boltznce.systems.force_field_files import shipped_file
@@ -22,6 +24,7 @@ from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.openmm_energy import OpenMMEnergy
 from boltznce.systems.peptides import build_peptide, looks_like_sequence
 from boltznce.systems.semiempirical import XTBEnergy
+from boltznce.systems.torsions import backbone_dihedrals, neighbours, turning_dihedrals
 from boltznce.units import GAS_CONSTANT
 
 __all__ = ["MolecularSystem"]
@@ -29,6 +32,7 @@ __all__ = ["MolecularSystem"]
 STRUCTURES = Path(__file__).parent / "structures"
 BACKENDS = ("torch", "openmm", "xtb")
 MOST_BYTES = 2**26  # of a structure
+LONGEST_BOND = 0.5  # nm, of a structure; real ones have 0.25 at most
 XTB = ["GFN2-xTB", "ALPB water"]
 
 Four = tuple[int, int, int, int]
@@ -57,10 +61,12 @@ class MolecularSystem(System):
 
     Attributes:
         forcefield: what the energy comes from: the names of the force field's files, or of the semiempirical method.
-        dihedrals: ``phi``, ``phi2``, ..., ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...
+        dihedrals: ``phi``, ``phi2``, ..., ``psi``, ``psi2``, ... from the N-terminus; ``omega1``, ``omega2``, ...; of a
+            molecule that has neither φ nor ψ nor ``dihedrals`` of yours ``tors1``, ``tors2``, ... about its bonds.
 
     Raises UserError for a structure or a force field that cannot be read, for residues that the force field does not
-    know, and for ``xtb`` where tblite is not installed.
+    know, for what is no molecule in the canonical ensemble (virtual sites, barostats, ...), and for ``xtb`` where
+    tblite is not installed.
     """
 
     dim = 3
@@ -98,8 +104,11 @@ class MolecularSystem(System):
         self.n_atoms = self.topology.n_atoms
         self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
         more = {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
-        self.dihedrals = backbone_dihedrals(self.topology) | more
-        self.omegas = [key for key in self.dihedrals if key.startswith("omega")]
+        backbone = backbone_dihedrals(self.topology)
+        self.omegas = [key for key in backbone if key.startswith("omega")]
+        if len(backbone) == len(self.omegas) and not more:
+            more = turning_dihedrals(self.topology)
+        self.dihedrals = backbone | more
         self.methyl_groups = [group for group in attached_hydrogens(self.topology).values() if len(group) == 3]
         if encoding is None:
             self.features = torch.nn.functional.one_hot(torch.tensor(atom_classes(self.topology))).float()
@@ -115,6 +124,7 @@ class MolecularSystem(System):
         return f"{type(self).__name__}({self.name}, {self.n_atoms} atoms, {self.temperature:g} K, {energy})"
 
     @cached_property
+    @ordinary_tensors()
     def positions(self) -> Tensor:
         """The structure at the nearest minimum of the force field, (n_atoms, 3) in nm, float32."""
         integrator = openmm.VerletIntegrator(0.001)
@@ -124,17 +134,21 @@ class MolecularSystem(System):
         minimized = context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
         return torch.from_numpy(minimized - minimized.mean(0)).float()
 
-    def energy(self, x: Tensor) -> Tensor:
-        """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x."""
-        if x.dim() != 3 or x.shape[1:] != (self.n_atoms, 3):
-            raise UserError(f"{self.name} has positions (batch, {self.n_atoms}, 3), not {tuple(x.shape)}.")
-        return self._potential(x) / (GAS_CONSTANT * self.temperature)
+    def energy(self, x: Array) -> Array:
+        """Reduced energy U(x) / kT of positions (batch, n_atoms, 3) in nm; (batch,), in the dtype of x.
+
+        +inf where there is none: positions that are not finite, atoms on top of each other where the energy has no
+        finite value there. An array of an array.
+        """
+        u = self._potential(self.tensor_of(x)) / (GAS_CONSTANT * self.temperature)
+        return u if isinstance(x, Tensor) else u.numpy()
 
     def dihedral(self, x: Array, name: str) -> Array:
         """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensor or array."""
         atoms = list(self._atoms(name))
-        # indexed first: a copy, as a dataset's arrays are read-only
-        angle = dihedral_angle(torch.as_tensor(x[..., atoms, :]))
+        if not isinstance(x, Tensor | np.ndarray):
+            x = self.tensor_of(x).numpy()
+        angle = dihedral_angle(as_tensor(x[..., atoms, :]))
         return angle if isinstance(x, Tensor) else angle.numpy()
 
     def coordinate(self, x: Array, name: str) -> Array:
@@ -149,8 +163,20 @@ class MolecularSystem(System):
         """Per stereocentre +1 for the handedness of the structure and -1 for its mirror image, (batch, n_centres)."""
         centres = torch.tensor(self.stereocentres, dtype=torch.long).view(-1, 4)
         reference = handedness(torch.from_numpy(self._structure_nm), centres)
-        given = torch.as_tensor(x)
+        given = as_tensor(x)
         signs = handedness(given, centres) * reference.to(given)
+        return signs if isinstance(x, Tensor) else signs.numpy()
+
+    def isomers(self, x: Array) -> Array:
+        """Per peptide bond +1 where it is cis or trans as in ``positions``, -1 where turned, (batch, n_omegas)."""
+        given = as_tensor(x)
+        if not self.omegas:
+            signs = given[:, :0, 0]
+        else:
+            omegas = [list(self.dihedrals[name]) for name in self.omegas]
+            angles = (dihedral_angle(each[:, omegas]) for each in (given, self.positions[None].to(given)))
+            given_side, own_side = (torch.where(angle.cos() < 0, -1.0, 1.0).to(given) for angle in angles)
+            signs = given_side * own_side
         return signs if isinstance(x, Tensor) else signs.numpy()
 
     def openmm_system(self) -> openmm.System:
@@ -182,9 +208,29 @@ def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
         raise UserError(f"{path} is too large to be a molecule's PDB file: give another structure.")
     try:
         pdb = app.PDBFile(str(path))
-        return pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        n_given = count_atoms(path.read_text(encoding="utf-8", errors="replace"))
     except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
         raise UserError(f"{path} cannot be read as a PDB file ({error}): export it again.") from error
+    topology, positions = pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    if topology.getNumAtoms() != n_given:
+        raise UserError(
+            f"{path} has {n_given} atoms, of which {topology.getNumAtoms()} have a name of their own in their residue: "
+            "give neighbouring residues different numbers or insertion codes, and atoms of one residue different names."
+        )
+    for a, b in topology.bonds():
+        if (length := float(np.linalg.norm(positions[a.index] - positions[b.index]))) > LONGEST_BOND:
+            raise UserError(
+                f"{path} has a bond of {length:.2f} nm between {a.residue.name} {a.residue.id} {a.name} and "
+                f"{b.residue.name} {b.residue.id} {b.name}: separate molecules by a TER record, or give all atoms of "
+                "the molecule whole."
+            )
+    return topology, positions
+
+
+def count_atoms(text: str) -> int:
+    """ATOM and HETATM records of a PDB file's first model, one of each that has alternate places."""
+    lines = text.split("\nENDMDL")[0].splitlines()
+    return sum(line.startswith(("ATOM", "HETATM")) and line[16:17] in (" ", "A", "1", "") for line in lines)
 
 
 def build_openmm_system(
@@ -201,19 +247,43 @@ def build_openmm_system(
         forcefield = app.ForceField(*(str(shipped_file(file) or file) for file in files))
     except Exception as error:
         raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}).") from error
-    untyped = forcefield.getUnmatchedResidues(topology)
-    if untyped:
-        residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
-        raise UserError(
-            f"The force field {', '.join(files)} has no template for residue {residues}: "
-            "check that its atoms, hydrogens and caps are complete and named as in the force field, or use another."
-        )
     try:
-        return forcefield.createSystem(
+        system = forcefield.createSystem(
             topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff
         )
     except Exception as error:
-        raise UserError(f"The force field {', '.join(files)} does not fit the structure: {error}") from error
+        raise _misfit(forcefield, topology, files, error) from error
+    if what := not_canonical(system):
+        raise UserError(
+            f"The force field {', '.join(files)} gives the molecule {what}, which is not simulated here: choose one "
+            "without, for one molecule of real atoms at constant temperature."
+        )
+    return system
+
+
+def _misfit(forcefield: app.ForceField, topology: app.Topology, files: Sequence[str], error: Exception) -> UserError:
+    """Why OpenMM could not make a system: residues without a template, if these are the cause; else its own words."""
+    untyped = forcefield.getUnmatchedResidues(topology)
+    # patches of termini (charmm36) are tried by createSystem only, whose message names the residue that is left
+    if not untyped or "template" not in str(error):
+        return UserError(f"The force field {', '.join(files)} does not fit the structure: {error}")
+    residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
+    return UserError(
+        f"The force field {', '.join(files)} has no template for residue {residues}: "
+        "check that its atoms, hydrogens and caps are complete and named as in the force field, or use another."
+    )
+
+
+def not_canonical(system: openmm.System) -> str | None:
+    """What makes an OpenMM System other than atoms that all move by one energy at constant temperature, if anything."""
+    if any(system.isVirtualSite(n) for n in range(system.getNumParticles())):
+        return "virtual sites"
+    if system.getNumConstraints():
+        return "constraints"
+    if any(system.getParticleMass(n)._value == 0 for n in range(system.getNumParticles())):
+        return "particles without mass"
+    names = [type(force).__name__ for force in system.getForces()]
+    return next((name for name in names if re.search("Barostat|Thermostat|Drude", name)), None)
 
 
 def make_potential(
@@ -236,55 +306,6 @@ def total_charge(system: openmm.System) -> int:
         for i in range(system.getNumParticles())
     ]
     return round(sum(charges))
-
-
-def neighbours(topology: mdtraj.Topology) -> list[list[mdtraj.core.topology.Atom]]:
-    """Bonded atoms of every atom, in the order of their indices."""
-    bonded = [[] for _ in topology.atoms]
-    for a, b in topology.bonds:
-        bonded[a.index].append(b)
-        bonded[b.index].append(a)
-    return [sorted(atoms, key=lambda atom: atom.index) for atoms in bonded]
-
-
-def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
-    """phi, psi and omega of every peptide bond, caps included, by name in the order of the chain."""
-    bonded = neighbours(topology)
-
-    def neighbour(atom, name):
-        return next(
-            (other for other in bonded[atom.index] if other.name == name and other.residue == atom.residue), None
-        )
-
-    def alpha(atom):
-        """The Cα of a residue, or the methyl carbon of a cap."""
-        carbons = [
-            other for other in bonded[atom.index] if other.element.symbol == "C" and other.residue == atom.residue
-        ]
-        return neighbour(atom, "CA") or next(iter(carbons), None)
-
-    found = {"phi": [], "psi": [], "omega": []}
-    amides = [
-        (c, n)
-        for c in topology.atoms
-        if c.name == "C"
-        for n in bonded[c.index]
-        if n.name == "N" and n.residue != c.residue
-    ]
-    for carbon, nitrogen in amides:
-        before, after = alpha(carbon), alpha(nitrogen)
-        if before is None or after is None:
-            continue
-        found["omega"].append((before, carbon, nitrogen, after))
-        if (start := neighbour(before, "N")) is not None:
-            found["psi"].append((start, before, carbon, nitrogen))
-        if (end := neighbour(after, "C")) is not None:
-            found["phi"].append((carbon, nitrogen, after, end))
-    return {
-        f"{kind}{number}" if kind == "omega" or number > 1 else kind: tuple(atom.index for atom in atoms)
-        for kind, quadruples in found.items()
-        for number, atoms in enumerate(quadruples, start=1)
-    }
 
 
 def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from boltznce.systems.external import ExternalEnergy, in_workers
 from boltznce.systems.single_point import OpenMMPoints
-from boltznce.systems.workers import WorkerPool
+from boltznce.systems.workers import WORKERS, WorkerPool
 
 __all__ = ["OpenMMEnergy"]
 
@@ -20,8 +20,8 @@ class OpenMMEnergy(ExternalEnergy):
     """Potential energy on OpenMM's Reference platform: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once. Batches
-    of 256 and more are shared by worker processes where there is more than one core; the values are the same to the
-    last bit.
+    of 256 and more are shared by worker processes where there is more than one core (but not on Windows); the values are
+    the same to the last bit.
 
     Args:
         system: openmm.System.
@@ -36,7 +36,7 @@ class OpenMMEnergy(ExternalEnergy):
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (batch,) in kJ/mol and forces (batch, n_atoms, 3) in kJ/mol/nm, float64."""
         positions = x.detach().double().cpu().numpy()
-        if len(positions) >= MIN_IN_WORKERS and self.pool.n_workers > 1:
+        if WORKERS and len(positions) >= MIN_IN_WORKERS and self.pool.n_workers > 1:
             energies, forces = in_workers(self.pool, positions, PIECE)
         else:
             self._points = self._points or OpenMMPoints(self.system)

@@ -7,6 +7,7 @@ field's minimum. Nothing is random, as hydrogens are in OpenMM's Modeller: the t
 names.
 """
 
+import logging
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import numpy as np
 from openmm import app
 
 from boltznce.errors import UserError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["LETTERS", "build_peptide", "looks_like_sequence", "parse_sequence"]
 
@@ -94,6 +97,11 @@ RESIDUES = {
 }
 LETTERS = "".join(RESIDUES)
 CAPS = {"ACE": Residue("ACE", "", "HH31 HH32 HH33"), "NME": Residue("NME", "", "H HH31 HH32 HH33")}
+CAPS_ALONE = "ACE-NME"  # N-methylacetamide
+# those that read as sequences too
+THREE_LETTER_CODES = {
+    residue.name: letter for letter, residue in RESIDUES.items() if set(residue.name) <= set(RESIDUES)
+}
 CAP_ATOMS = {"ACE": {"CA": "CH3", "C": "C", "O": "O"}, "NME": {"N": "N", "CA": "CH3"}}  # what a cap keeps of a residue
 
 PSI = 145.0  # with phi = -65 a polyproline helix, in which side chains do not meet
@@ -107,15 +115,20 @@ Array = np.ndarray
 
 
 def looks_like_sequence(text: str) -> bool:
-    """Whether a name is meant as a sequence, right or wrong: upper-case letters, perhaps with a cap."""
-    return re.fullmatch(r"(ACE-)?[A-Z]+(-NME)?", text) is not None
+    """Whether a name is meant as a sequence, right or wrong: upper-case letters, perhaps with a cap; or caps alone."""
+    return text == CAPS_ALONE or re.fullmatch(r"(ACE-)?[A-Z]+(-NME)?", text) is not None
 
 
 def parse_sequence(sequence: str) -> tuple[str, bool]:
     """The one-letter codes of a peptide such as ``AK`` or ``ACE-AAA-NME``, and whether it is capped.
 
+    ``ACE-NME``, the caps alone, has none. Letters are one-letter codes always, also where
+    they are the three-letter code of one residue (``ACE-ALA-NME`` is Ala-Leu-Ala); `build_peptide` then warns.
+
     Raises UserError for anything else, naming what is wrong with it.
     """
+    if sequence == CAPS_ALONE:
+        return "", True
     capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
     letters = sequence.removeprefix("ACE-").removesuffix("-NME")
     if unknown := sorted(set(letters) - set(LETTERS)):
@@ -131,7 +144,8 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
     """Topology and ideal structure of a peptide of L-residues with trans peptide bonds.
 
     Args:
-        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped. Asp and Glu are
+        sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped, ``ACE-NME`` is the
+            caps alone. Asp and Glu are
             negative, Lys and Arg positive, His has its hydrogen on NE2, Cys is reduced.
 
     Returns:
@@ -140,7 +154,14 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
 
     Raises UserError for what is no sequence.
     """
-    chain = _residues(*parse_sequence(sequence))
+    letters, capped = parse_sequence(sequence)
+    if letters in THREE_LETTER_CODES:
+        read = "-".join(RESIDUES[letter].name.capitalize() for letter in letters)
+        alone = f"ACE-{THREE_LETTER_CODES[letters]}-NME"
+        log.warning(
+            "%s is read as %s, by one-letter codes; the residue %s alone is %s.", sequence, read, letters, alone
+        )
+    chain = _residues(letters, capped)
     heavy, bonds = {}, []  # an atom is (place of its residue in the chain, name)
     for i, (residue, backbone) in enumerate(zip(chain, _backbone(len(chain)), strict=True)):
         positions, pairs = _heavy_atoms(residue, *backbone, end=i == len(chain) - 1)

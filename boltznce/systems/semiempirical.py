@@ -11,7 +11,7 @@ from torch import Tensor
 from boltznce.errors import UserError
 from boltznce.systems.external import ExternalEnergy, in_workers
 from boltznce.systems.single_point import XTBPoints
-from boltznce.systems.workers import WorkerPool
+from boltznce.systems.workers import WORKERS, WorkerPool
 
 __all__ = ["XTBEnergy"]
 
@@ -38,12 +38,14 @@ class XTBEnergy(ExternalEnergy):
     Attributes:
         n_failures: conformers without a solution so far.
 
-    Raises UserError where tblite is not installed.
+    Raises UserError where tblite is not installed, and on Windows.
     """
 
     def __init__(self, numbers: Sequence[int], charge: int = 0, n_workers: int | None = None):
         if importlib.util.find_spec("tblite") is None:
             raise UserError('GFN2-xTB needs tblite, which is not installed: pip install "boltznce[xtb]".')
+        if not WORKERS:
+            raise UserError("GFN2-xTB runs in worker processes, which there are none of on Windows: use WSL there.")
         self.numbers, self.charge = list(numbers), charge
         # Always in workers: the number of threads of tblite is fixed when it is loaded, and here torch has chosen it
         # already.

@@ -18,6 +18,9 @@ BOHR_NM = 0.0529177210903
 class OpenMMPoints:
     """OpenMM's Reference platform: (n, n_atoms, 3) in nm -> energies (n,) in kJ/mol, forces in kJ/mol/nm.
 
+    A conformer without a finite energy and finite forces (atoms on top of each other, positions that are not finite)
+    has energy +inf and no force.
+
     Args:
         system: openmm.System.
     """
@@ -30,12 +33,15 @@ class OpenMMPoints:
         )
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        energies, forces = np.empty(len(positions)), np.empty(positions.shape)
+        energies, forces = np.full(len(positions), np.inf), np.zeros(positions.shape)
         for n, conformer in enumerate(positions):
+            if not np.isfinite(conformer).all():
+                continue
             self._context.setPositions(conformer)
             state = self._context.getState(energy=True, forces=True)
-            energies[n] = state.getPotentialEnergy()._value
-            forces[n] = state.getForces(asNumpy=True)._value
+            energy, force = state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value
+            if np.isfinite(energy) and np.isfinite(force).all():
+                energies[n], forces[n] = energy, force
         return energies, forces
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Mended", "is_trans", "mend_chirality", "rotate_methyls"]
+__all__ = ["Mended", "mend_chirality", "rotate_methyls"]
 
 
 def rotate_methyls(
@@ -47,8 +47,3 @@ def mend_chirality(x: Tensor, signs: Tensor, mirror: bool) -> Mended:
     kept = right | inverted
     flip = torch.where(inverted, -1.0, 1.0).to(x).reshape(-1, 1, 1)
     return Mended((x * flip)[kept], kept, int(inverted.sum()), int((~kept).sum()))
-
-
-def is_trans(omegas: Tensor) -> Tensor:
-    """Whether every peptide bond (batch, n_bonds), dihedrals in radians, is nearer to trans than cis: (batch,)."""
-    return (torch.cos(omegas) < 0).all(dim=-1)

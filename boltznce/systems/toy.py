@@ -89,11 +89,10 @@ class PlaneSystem(System):
         """0: energies are near it."""
         return 0.0
 
-    def energy(self, x: Tensor) -> Tensor:
-        """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x."""
-        if x.dim() != 3 or x.shape[1:] != (1, 2):
-            raise UserError(f"Positions of {self.name} must have shape (batch, 1, 2), not {tuple(x.shape)}.")
-        return self._reduced(x[:, 0])
+    def energy(self, x: Array) -> Array:
+        """Reduced energy U / T (batch,) of positions (batch, 1, 2), in the dtype of x; an array of an array."""
+        u = self._reduced(self.tensor_of(x)[:, 0])
+        return u if isinstance(x, Tensor) else u.numpy()
 
     def at_temperature(self, temperature: float) -> Self:
         other = super().at_temperature(temperature)
@@ -270,7 +269,7 @@ class RandomGaussians(GaussianMixture):
     seed: int
 
     def __post_init__(self) -> None:
-        places = torch.rand(self.n_modes, 2, generator=torch.Generator().manual_seed(self.seed))
+        places = torch.rand(self.n_modes, 2, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         self.means = (2 * places - 1) * self.half_width
         super().__post_init__()
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from boltznce.errors import UserError
 
-__all__ = ["WorkerPool", "available_cores"]
+__all__ = ["WORKERS", "WorkerPool", "available_cores"]
 
 WORKER = Path(__file__).with_name("worker.py")
+WORKERS = os.name == "posix"  # whether there are any: Windows hands no socket to a process
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 POLL_SECONDS = 1.0
 
@@ -25,7 +26,7 @@ POLL_SECONDS = 1.0
 class WorkerPool:
     """Processes that each hold one ``factory()`` and apply it to batches.
 
-    They are Python processes of their own (neither a fork nor an import of the user's script), started when first
+    Not on Windows, where `WORKERS` is false. They are Python processes of their own (neither a fork nor an import of the user's script), started when first
     needed, with one thread each. They end with ``close``, with the pool's garbage collection and with this process,
     SIGKILL included. Pickling drops them; a forked child starts its own. Threads take turns.
 
@@ -150,7 +151,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return RuntimeError(f"Worker process {self.process.pid} no longer answers.")
         how = f"was ended by {_signal_name(-code)}" if code < 0 else "ended"
-        memory = "; out of memory is the usual cause" if code == -signal.SIGKILL else ""
+        memory = "; out of memory is the usual cause" if code == -getattr(signal, "SIGKILL", 9) else ""
         return RuntimeError(f"Worker process {self.process.pid} {how} (exit code {code}) before it was done{memory}.")
 
 

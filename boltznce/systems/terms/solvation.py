@@ -142,7 +142,7 @@ class Descreening(torch.autograd.Function):
         lower, upper = Descreening.limits(r, own, scaled)
         squares, log_ratio = upper * upper - lower * lower, torch.log(upper / lower)
         integral = lower - upper + 0.25 * (r - scaled * scaled / r) * squares + 0.5 * log_ratio / r
-        return integral + 2.0 * (r < scaled) * (1 / own - lower) if buried else integral
+        return integral + 2.0 * (r < scaled).to(r) * (1 / own - lower) if buried else integral
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:

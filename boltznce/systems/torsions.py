@@ -1,0 +1,85 @@
+"""Which torsions a molecule has, by its bonds and elements: φ, ψ and ω of its peptide bonds, else bonds that turn."""
+
+import mdtraj
+
+from boltznce.systems.conformers import rotatable_bonds
+
+__all__ = ["backbone_dihedrals", "neighbours", "turning_dihedrals"]
+
+Atom = mdtraj.core.topology.Atom
+Four = tuple[int, int, int, int]
+
+
+def neighbours(topology: mdtraj.Topology) -> list[list[Atom]]:
+    """Bonded atoms of every atom, in the order of their indices."""
+    bonded = [[] for _ in topology.atoms]
+    for a, b in topology.bonds:
+        bonded[a.index].append(b)
+        bonded[b.index].append(a)
+    return [sorted(atoms, key=lambda atom: atom.index) for atoms in bonded]
+
+
+def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
+    """phi, psi and omega of every peptide bond, caps included, by name in the order of the carbonyl carbons.
+
+    A peptide bond is C(=O)-N; φ is C-N-Cα-C and ψ N-Cα-C-N, with a carbonyl beyond φ's Cα. ω has a carbon on either
+    side, of a formyl cap the hydrogen. What atoms and residues are called does not matter.
+    """
+    bonded = neighbours(topology)
+
+    def of(atom: Atom, element: str) -> list[Atom]:
+        return [other for other in bonded[atom.index] if other.element.symbol == element]
+
+    def is_carbonyl(carbon: Atom) -> bool:
+        return any(len(bonded[oxygen.index]) == 1 for oxygen in of(carbon, "O")) and len(bonded[carbon.index]) == 3
+
+    def acyls(atom: Atom) -> list[Atom]:
+        return [carbon for carbon in of(atom, "C") if is_carbonyl(carbon)]
+
+    def other(atom: Atom | None, among: list[Atom]) -> Atom | None:
+        return next((each for each in among if each is not atom), None)
+
+    found = {"phi": [], "psi": [], "omega": []}
+    amides = [(c, n) for c in topology.atoms if c.element.symbol == "C" and is_carbonyl(c) for n in of(c, "N")]
+    for carbon, nitrogen in amides:
+        before = other(None, of(carbon, "C") or of(carbon, "H"))
+        # of proline's two carbons that with a carbonyl, which leads on along the chain
+        beyond = [each for each in of(nitrogen, "C") if each is not carbon and not is_carbonyl(each)]
+        after = next((each for each in beyond if acyls(each)), other(None, beyond))
+        if before is None:
+            continue
+        if after is not None:
+            found["omega"].append((before, carbon, nitrogen, after))
+            if (end := other(carbon, acyls(after))) is not None:
+                found["phi"].append((carbon, nitrogen, after, end))
+        if (start := other(nitrogen, of(before, "N"))) is not None:
+            found["psi"].append((start, before, carbon, nitrogen))
+    return {
+        f"{kind}{number}" if kind == "omega" or number > 1 else kind: tuple(atom.index for atom in atoms)
+        for kind, quadruples in found.items()
+        for number, atoms in enumerate(quadruples, start=1)
+    }
+
+
+def turning_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
+    """A torsion about every bond that turns, tors1, tors2, ...; each between the heavy atoms with the lowest numbers.
+
+    Not about bonds to groups of equivalent hydrogens alone (CH3, NH3+), whose turning changes nothing.
+    """
+    bonded = neighbours(topology)
+
+    def end(atom: int, across: int) -> int | None:
+        others = [other for other in bonded[atom] if other.index != across]
+        heavy = [other.index for other in others if other.element.symbol != "H"]
+        return heavy[0] if heavy else others[0].index if len(others) == 1 else None
+
+    found = []
+    for a, b in sorted(tuple(sorted(bond[:2])) for bond in rotatable_bonds(_pairs(topology), topology.n_atoms)):
+        ends = end(a, b), end(b, a)
+        if None not in ends:
+            found.append((ends[0], a, b, ends[1]))
+    return {f"tors{number}": atoms for number, atoms in enumerate(found, start=1)}
+
+
+def _pairs(topology: mdtraj.Topology) -> list[tuple[int, int]]:
+    return [(a.index, b.index) for a, b in topology.bonds]
