@@ -44,6 +44,11 @@ class State(NamedTuple):
         """The length of the interval."""
         return self.interval[1] - self.interval[0]
 
+    @property
+    def rest(self) -> Self:
+        """The other part of the circle."""
+        return type(self)(self.coordinate, (self.interval[1], self.interval[0] + 2 * math.pi))
+
     def contains(self, values: Any) -> Any:
         """Mask of coordinates inside the state (see `in_interval`)."""
         return in_interval(values, self.interval)

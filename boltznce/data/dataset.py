@@ -171,6 +171,8 @@ def mode_balanced_indices(
 ) -> np.ndarray:
     """``n`` frame numbers drawn with replacement by w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
 
+    Where it is the rest that is rare, the rest takes the place of the state.
+
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
         mu: default the state's centre.
@@ -180,8 +182,10 @@ def mode_balanced_indices(
     Raises UserError if no frame is in the state.
     """
     angle, log_weights = np.asarray(values, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
+    inside = normalized_weights(log_weights)[state.contains(angle)].sum()
+    if 0.5 < inside < 1 and mu is None:
+        state, inside = state.rest, 1 - inside
     if c == "auto":
-        inside = normalized_weights(log_weights)[state.contains(angle)].sum()
         if inside == 0:
             raise UserError(f"No frame has {state.in_words()}: simulate by umbrella sampling, or set c to a number.")
         c = (1 - inside) / inside

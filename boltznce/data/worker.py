@@ -16,7 +16,7 @@ def main(folder: str, parent: str) -> None:
     """Run one job; a user's mistake is one line on stderr and exit status 2."""
 
     def alive() -> None:
-        # on Windows a process keeps a dead parent's id, and a virtual environment's Python is not its own parent's child
+        # on Windows a dead parent's id stays, and a virtual environment's Python is started by another one
         if os.name == "posix" and os.getppid() != int(parent):
             raise SystemExit("the parent process has gone")
 

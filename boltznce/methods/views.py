@@ -41,25 +41,25 @@ class View:
 def views_of(system: System) -> list[View]:
     """The plane for a particle in it; of a molecule every residue that has a φ and a ψ, else its first two torsions.
 
-    Of a peptide of two residues the first's ψ and the second's φ, as the papers have it. Empty where nothing turns.
+    Where no residue has both, as in peptides of two, φ and ψ of one number, as the papers have it. Empty where nothing
+    turns.
     """
     if system.box is not None:
         draw = partial(plot_plane, box=system.box)
         return [View("plane", "W2", ("x", "y"), lambda x: np.asarray(x)[:, 0], plane_w2, draw, periodic=False)]
     if pairs := _residues(system.dihedrals):
         return [_torsions(system, f"ramachandran{phi.removeprefix('phi')}", (phi, psi)) for phi, psi in pairs]
-    backbone = ("phi", "psi") if {"phi", "psi"} <= set(system.dihedrals) else ()
-    names = [*backbone, *(name for name in system.dihedrals if name not in (*system.omegas, *backbone))]
-    names = names or list(system.omegas)
-    return [_torsions(system, "ramachandran" if backbone else "torsions", tuple(names[:2]))] if names else []
+    names = [name for name in system.dihedrals if name not in system.omegas] or list(system.omegas)
+    return [_torsions(system, "torsions", tuple(names[:2]))] if names else []
 
 
 def _residues(dihedrals: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
-    """Names of φ and ψ on the same N, Cα and C."""
+    """Names of φ and ψ on the same N, Cα and C; where no residue has both, those of the same number."""
+    phis = {name: atoms[1:] for name, atoms in dihedrals.items() if name.startswith("phi")}
     psis = {atoms[:3]: name for name, atoms in dihedrals.items() if name.startswith("psi")}
-    return [
-        (name, psis[atoms[1:]]) for name, atoms in dihedrals.items() if name.startswith("phi") and atoms[1:] in psis
-    ]
+    same = [(name, psis[atoms]) for name, atoms in phis.items() if atoms in psis]
+    numbered = [(name, f"psi{name.removeprefix('phi')}") for name in phis]
+    return same or [pair for pair in numbered if pair[1] in dihedrals]
 
 
 def _torsions(system: System, figure: str, names: tuple[str, ...]) -> View:

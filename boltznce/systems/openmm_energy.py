@@ -20,7 +20,7 @@ class OpenMMEnergy(ExternalEnergy):
     """Potential energy on OpenMM's Reference platform: positions (batch, n_atoms, 3) in nm -> kJ/mol, (batch,).
 
     Computed in double precision on the CPU, returned in the dtype and on the device of x; differentiable once. Batches
-    of 256 and more are shared by worker processes where there is more than one core (but not on Windows); the values are
+    of 256 and more are shared by worker processes where there is more than one core (none on Windows); the values are
     the same to the last bit.
 
     Args:

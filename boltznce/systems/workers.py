@@ -26,9 +26,10 @@ POLL_SECONDS = 1.0
 class WorkerPool:
     """Processes that each hold one ``factory()`` and apply it to batches.
 
-    Not on Windows, where `WORKERS` is false. They are Python processes of their own (neither a fork nor an import of the user's script), started when first
+    They are Python processes of their own (neither a fork nor an import of the user's script), started when first
     needed, with one thread each. They end with ``close``, with the pool's garbage collection and with this process,
-    SIGKILL included. Pickling drops them; a forked child starts its own. Threads take turns.
+    SIGKILL included. Pickling drops them; a forked child starts its own. Threads take turns. Windows has none
+    (`WORKERS`).
 
     Args:
         factory: picklable, importable without torch where start-up time matters; called once in every worker, it gives
