@@ -79,7 +79,7 @@ class Checkpoints:
                 _save(temporary / f"{part}.safetensors", tensors)
             torch.save(state, temporary / "state.pt")
             digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
-            (temporary / "digests.json").write_text(json.dumps(digests, indent=1))
+            (temporary / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
         left_by_kills = self.folder.glob(".step_*.tmp")
         for old in [*self._saved()[: -self.keep], *left_by_kills]:
             shutil.rmtree(old)

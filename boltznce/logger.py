@@ -42,14 +42,14 @@ class CSVLog:
         if new:
             self.columns += new
             self._write(self._read())
-        with full_disk_is_a_user_error(self.path), open(self.path, "a", newline="") as handle:
+        with full_disk_is_a_user_error(self.path), open(self.path, "a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow([_text(row.get(column, "")) for column in self.columns])
 
     def _read(self) -> list[dict[str, str]]:
         return read_log(self.path)
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        with atomic_file(self.path) as temporary, open(temporary, "w", newline="") as handle:
+        with atomic_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, self.columns, restval="")
             if self.columns:
                 writer.writeheader()
@@ -61,7 +61,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
     if not Path(path).exists():
         return []
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
         rows = list(csv.DictReader(whole.splitlines(), restval=""))
         for row in rows:

@@ -279,7 +279,7 @@ class RunFolder:
 
     def _write(self, record: dict) -> None:
         with atomic_file(self._record_path) as temporary:
-            temporary.write_text(json.dumps(sealed(record), indent=2) + "\n")
+            temporary.write_text(json.dumps(sealed(record), indent=2) + "\n", encoding="utf-8")
 
     @property
     def _config_path(self) -> Path:

@@ -61,7 +61,7 @@ def draw_sweep(folder: Path, trust: bool = False) -> str:
         ]
     )
     with atomic_file(folder / "table.json") as path:
-        path.write_text(json.dumps(table, indent=2) + "\n")
+        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     with atomic_file(folder / "table.md") as path:
         path.write_text(text + "\n", encoding="utf-8")
     with atomic_file(folder / "figure.png") as path:

@@ -110,7 +110,7 @@ class WeightedSamplesWriter:
         total = {name: self.counts.get(name, 0) + value for name, value in (counts or {}).items()}
         self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total, "crc": crc}
         with atomic_file(self._partial / "progress.json") as path:
-            path.write_text(json.dumps(sealed(self._progress)))
+            path.write_text(json.dumps(sealed(self._progress)), encoding="utf-8")
 
     def finish(self, format: str = "npy") -> Path:
         """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename; return the folder."""
@@ -132,7 +132,9 @@ class WeightedSamplesWriter:
             meta = self.meta | ({"counts": self.counts} if self.counts else {})
             contents = {"format": DATA_FORMAT, "n_samples": self.n_written, "shape": self._progress["shape"]}
             contents |= {"digests": digests, "meta": meta}
-            (self._partial / "meta.yaml").write_text(yaml.safe_dump(sealed(contents), sort_keys=False))
+            (self._partial / "meta.yaml").write_text(
+                yaml.safe_dump(sealed(contents), sort_keys=False), encoding="utf-8"
+            )
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self._partial, self.folder)
             for leftover in ("progress.json", ".progress.json.*.tmp"):  # last: a kill before this loses nothing

@@ -42,9 +42,11 @@ def run_benchmark(config: DictConfig) -> str:
     where = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = f"{table(rows)}\n\nMeasured on {date.today()}: {where}.\n"
     with atomic_file(folder / f"{config.what}.json") as path:
-        path.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1))
+        path.write_text(
+            json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1), encoding="utf-8"
+        )
     with atomic_file(folder / f"{config.what}.md") as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     figure(rows).savefig(folder / f"{config.what}.png", bbox_inches="tight")
     return text
 
@@ -59,6 +61,6 @@ def machine_description(device: torch.device) -> dict[str, str | int]:
 def _processor() -> str:
     """The model of the CPU as Linux tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -100,11 +100,11 @@ class Dataset:
             for name, value in arrays.items():
                 np.save(temporary / f"{name}.npy", value)
             if topology is not None:
-                (temporary / "topology.pdb").write_text(topology)
+                (temporary / "topology.pdb").write_text(topology, encoding="utf-8")
             digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
             contents = {"format": DATA_FORMAT, **(meta or {}), "n_frames": n, "digests": digests}
             text = yaml.safe_dump(sealed(contents), sort_keys=False)
-            (temporary / "meta.yaml").write_text(text)
+            (temporary / "meta.yaml").write_text(text, encoding="utf-8")
         return Dataset.load(folder)
 
     @classmethod
@@ -126,7 +126,7 @@ class Dataset:
                 raise damaged(folder / name, "it is missing", REMEDY)
             if name in digests and file_digest(folder / name) != digests[name]:
                 raise damaged(folder / name, "its contents do not fit the digest in meta.yaml", REMEDY)
-        topology = (folder / "topology.pdb").read_text() if "topology.pdb" in digests else None
+        topology = (folder / "topology.pdb").read_text(encoding="utf-8") if "topology.pdb" in digests else None
         return cls(positions, **arrays, topology=topology, meta=meta)
 
     def take(self, indices: np.ndarray | slice) -> "Dataset":

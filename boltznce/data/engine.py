@@ -110,7 +110,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("system.xml", xml), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
             with atomic_file(folder / name) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
         if not (folder / "state.npz").exists():  # later only its shape is read
             with atomic_file(folder / "start.npy") as temporary, open(temporary, "wb") as handle:
                 np.save(handle, np.asarray(positions, dtype=np.float64))
@@ -174,7 +174,7 @@ def dihedral_angle(positions: np.ndarray, atoms: tuple[int, int, int, int]) -> n
 def picoseconds_done(folder: Path) -> float:
     """How far the job of a folder is, equilibration included."""
     try:
-        return float((folder / "progress").read_text())
+        return float((folder / "progress").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # a bar shows it, and nothing else depends on it
         return 0.0
 
@@ -206,7 +206,7 @@ def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
     folder = Path(folder)
     job = Job.load(folder)
     try:
-        system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
+        system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text(encoding="utf-8"))
     except (OSError, ValueError, openmm.OpenMMException) as error:
         raise damaged(folder / "system.xml", "it cannot be read", _remedy(folder)) from error
     with _only_process(folder, alive):
@@ -261,7 +261,7 @@ def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Tick:
         if time.monotonic() - told > PROGRESS_INTERVAL:
             told = time.monotonic()
             with atomic_file(folder / "progress") as temporary:
-                temporary.write_text(f"{elapsed:.6g}")
+                temporary.write_text(f"{elapsed:.6g}", encoding="utf-8")
 
     return tick
 

@@ -54,13 +54,13 @@ def save_reference(reference: dict, path: Path) -> None:
     """Write a reference file, whole or not at all."""
     _validate(reference, path)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(reference, indent=1) + "\n")
+        temporary.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
 
 
 def load_reference(path: Path) -> dict:
     """Read and check a reference file; raises UserError if it is none."""
     try:
-        return _validate(json.loads(Path(path).read_text()), path)
+        return _validate(json.loads(Path(path).read_text(encoding="utf-8")), path)
     except FileNotFoundError as error:
         raise UserError(f"There is no reference {path}: make it with scripts/simulate.py reference=true.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -54,7 +54,11 @@ __all__ = [
 
 MBAR_MAX_FRAMES = 40_000
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
-ONE_PROCESS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a worker starts no others
+ONE_PROCESS = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "PYTHONIOENCODING": "utf-8",
+}  # a worker starts no others
 
 
 def simulate(
@@ -341,14 +345,14 @@ def _run(jobs: list[Job], folders: list[Path], n_processes: int, title: str, pro
 def _start(folder: Path) -> subprocess.Popen:
     environment = {**os.environ, **ONE_PROCESS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "boltznce.data.worker", str(folder), str(os.getpid())]
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
 def _raise_for(status: int, folder: Path) -> None:
     if status == 0:
         return
-    message = (folder / "log").read_text(errors="replace").strip()
+    message = (folder / "log").read_text(errors="replace", encoding="utf-8").strip()
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
     raise RuntimeError(f"{folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}")

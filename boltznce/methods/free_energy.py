@@ -64,7 +64,7 @@ def write_free_energy(
     figure = plot_profiles({"weighted": profile}, reference_profile(reference), state.interval, **options)
     write_report(output, results, {"profile": figure})
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
-    (output / "profile.json").write_text(json.dumps(columns, indent=1) + "\n")
+    (output / "profile.json").write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
     return f"{summary_table(results)}\n\nReport: {output / 'report.md'}"
 
 

@@ -101,7 +101,7 @@ def anneal(work: Workspace) -> dict:
             if record["weights"] not in (known, old.get("weights")):
                 work.folder.set_aside(path for pair in leavings[k + 1 :] for path in pair)
             with atomic_file(record_path) as path:
-                path.write_text(json.dumps(sealed(record), indent=1))
+                path.write_text(json.dumps(sealed(record), indent=1), encoding="utf-8")
             del drawn, loss  # a mapped file cannot be deleted on Windows
             forget_buffer(folder)
         records.append(_record(record_path))

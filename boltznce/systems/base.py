@@ -157,7 +157,7 @@ class System(abc.ABC):
         path = REFERENCE_FOLDER / f"{self.name}.json"
         if not path.is_file():
             return None
-        contents = json.loads(path.read_text())
+        contents = json.loads(path.read_text(encoding="utf-8"))
         made_for = {"temperature": self.temperature, "force_field": self.identity.get("force_field")}
         if self.state:
             made_for |= {"dihedral": self.state.coordinate, "state": list(self.state.interval)}
