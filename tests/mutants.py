@@ -184,7 +184,7 @@ MUTANTS = (
         9,
         "cis conformers given exact likelihoods",
         EVALUATION,
-        "samples[allowed_conformers(excluded_conformers(member, samples.positions), len(samples))]",
+        "samples[allowed_conformers(excluded, len(samples))]",
         "samples",
         "exact_likelihoods or report",
     ),

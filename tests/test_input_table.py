@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow
 CHARMM = ("charmm36.xml", "charmm36_2024.xml")
 AMBERS = ("amber03.xml", "amber10.xml", "amber96.xml", "amber99sb.xml", "amber99sbildn.xml", "amber99sbnmr.xml")
 AMBERS += ("amberfb15.xml", "amber14-all.xml", "amber19-all.xml")
-CYCLIC_LEUCINES = "LIVTP"
 
 
 def changed(sequence, *turns):
@@ -34,22 +33,15 @@ def numbered(sequence, numbers):
 
 
 def disulfide():
-    """Two cysteines apart, whose sulphurs are bound as a file's CONECT records say."""
-    made = Structure.of("ACE-C-NME").joined(Structure.of("ACE-C-NME"), apart=0.0)
-    sulphurs = [atom.index for atom in made.topology.atoms if atom.name == "SG"]
-    gone = [atom.index for atom in made.topology.atoms if atom.name == "HG"]
-    half = made.topology.n_atoms // 2
-    x = made.positions
-    x[half:] = x[:half] * [-1, -1, 1]  # turned half round, then moved to where the sulphurs touch
-    outward = x[sulphurs[0]] - x[:half].mean(0)
-    x[half:] = x[half:] @ turn_onto(x[sulphurs[1]] - x[half:].mean(0), -outward).T
-    x[half:] += x[sulphurs[0]] + 0.205 * outward / np.linalg.norm(outward) - x[sulphurs[1]]
-    kept = [k for k in range(made.topology.n_atoms) if k not in gone]
-    for residue in made.topology.residues:
-        residue.name = "CYX" if residue.name == "CYS" else residue.name
-    atoms = list(made.topology.atoms)
-    made.topology.add_bond(atoms[sulphurs[0]], atoms[sulphurs[1]])
-    return Structure(made.topology.subset(kept), x[kept])
+    """Two cysteines, each in a chain of its own, whose sulphurs are bound."""
+    half = Structure.of("ACE-C-NME").without("CYS2 HG").renamed(CYS="CYX")
+    sulphur, x = half.atom("CYX2 SG").index, half.positions
+    outward = (x[sulphur] - x.mean(0)) / np.linalg.norm(x[sulphur] - x.mean(0))
+    other = (x - x[sulphur]) @ turn_onto(outward, -outward + 0.01).T + x[sulphur] + 0.205 * outward
+    both = Structure(half.topology.join(half.topology), np.concatenate([x, other]))
+    atoms = list(both.topology.atoms)
+    both.topology.add_bond(atoms[sulphur], atoms[sulphur + len(x)])
+    return both
 
 
 def turn_onto(a, b):
@@ -94,7 +86,7 @@ MOLECULES = {
         0,
     ),
     "disulfide between chains": (disulfide, [("φ", "ψ"), ("φ2", "ψ2")], 0),
-    "a centre at every residue": (lambda: Structure.of(CYCLIC_LEUCINES), None, 0),
+    "a centre at every residue": (lambda: Structure.of("LIVTP"), None, 0),
 }
 
 

@@ -75,8 +75,9 @@ import boltznce
 for module in pkgutil.walk_packages(boltznce.__path__, "boltznce."):
     if not module.name.endswith(".worker"): importlib.import_module(module.name)
 assert boltznce.systems.workers.available_cores() >= 1
-boltznce.analysis.report.write_report(Path(sys.argv[1]), {{"system": "aldp", "state": "0 < \\u03c6 < 2 rad", "free_energy":
-    {{"ebm": {{"value": 1.0, "std_error": 0.1, "interval": (0.8, 1.2)}}}}}}, {{}})
+difference = {{"value": 1.0, "std_error": 0.1, "interval": (0.8, 1.2)}}
+results = {{"system": "aldp", "state": "0 < \\u03c6 < 2 rad", "free_energy": {{"ebm": difference}}}}
+boltznce.analysis.report.write_report(Path(sys.argv[1]), results, {{}})
 """
 
 

@@ -187,7 +187,7 @@ def test_writer_goes_on_after_an_interrupted_write(tmp_path):
     resumed.finish()
     assert same(WeightedSamples.load(tmp_path / "out"), samples)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["positions.npy", "energy.npy", "log_prob.npy", "log_weights.npy", "topology.pdb", "meta.yaml"]
+        ["positions.npy", "energy.npy", "log_prob.npy", "log_weights.npy", "topology.pdb", "topology.json", "meta.yaml"]
     )
 
 

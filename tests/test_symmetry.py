@@ -1,10 +1,8 @@
-"""Methyl rotations, mended chirality, trans peptide bonds."""
-
-import math
+"""Methyl rotations, mended chirality."""
 
 import torch
 
-from boltznce.systems.symmetry import is_trans, mend_chirality, rotate_methyls
+from boltznce.systems.symmetry import mend_chirality, rotate_methyls
 
 
 def test_methyls_turn_and_nothing_else_moves():
@@ -31,7 +29,3 @@ def test_mirrored_where_all_centres_are_inverted_dropped_where_some_are():
 def test_without_stereocentres_everything_is_kept():
     x = torch.randn(3, 5, 3)
     torch.testing.assert_close(mend_chirality(x, torch.empty(3, 0), mirror=True).positions, x)
-
-
-def test_trans():
-    assert is_trans(torch.tensor([[math.pi, -3.0], [math.pi, 0.1]])).tolist() == [True, False]
