@@ -7,7 +7,7 @@ import numpy as np
 from openmm import app
 
 from boltznce.systems.peptides import build_peptide
-from boltznce.topologies import pdb_text
+from boltznce.topologies import from_json, pdb_text, to_json
 
 AMBER = ["amber14-all.xml", "implicit/obc1.xml"]
 
@@ -43,7 +43,7 @@ class Structure:
 
     def renamed(self, **names):
         """Residues and atoms by other names; ``ALL`` numbers the atoms of every residue, ``LIG`` its name."""
-        other = Structure(self.topology.copy(), self.positions)
+        other = Structure(from_json(to_json(self.topology)), self.positions)  # mdtraj's copy keeps the old atoms' bonds
         for residue in other.topology.residues:
             residue.name = names.get(residue.name, names.get("residues", residue.name))
             if "atoms" in names:

@@ -393,7 +393,11 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     if name is None and not required:
         return None
     if name not in system.dihedrals:
-        raise UserError(f"Umbrella sampling needs a dihedral: set dihedral to one of {', '.join(system.dihedrals)}.")
+        choices = ", ".join(system.dihedrals) or "none here"
+        raise UserError(
+            f"Umbrella sampling needs a dihedral: set dihedral to one of {choices}, or method to langevin or "
+            "replica_exchange."
+        )
     return tuple(int(atom) for atom in system.dihedrals[name])
 
 
