@@ -13,12 +13,14 @@ from openmm import app
 
 from boltznce import UserError, WeightedSamples, load_system
 from boltznce.analysis.samples_io import read_samples
+from boltznce.config import compose
 from boltznce.data.dataset import Dataset, mode_balanced_indices
 from boltznce.data.simulate import _pdb
 from boltznce.methods import ladder, sections
 from boltznce.methods.evaluation import TURNED, allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.findings import Data, Findings
-from boltznce.methods.spline_models import make_coordinates
+from boltznce.methods.models import make
+from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.stages import _check_isomers
 from boltznce.methods.views import views_of
 from boltznce.states import State
@@ -265,26 +267,21 @@ def double_session():
     torch.set_default_dtype(torch.float32)
 
 
-def test_a_session_in_double_precision_changes_nothing(double_session, tmp_path):
-    from boltznce import train_run
-
+def test_a_session_in_double_precision_changes_nothing(double_session):
+    """Whole runs of every method: test_input_table.py."""
     system = load_system("AG", compile=False)
     assert system.energy(system.positions[None]).dtype == torch.float32
-    small = ["system=gaussians8", "budget=smoke", "threads=1", "evaluation.n_samples=50", "evaluation.n_bootstrap=20"]
-    ours = {
-        "tbg": ["flow.fit.steps=3", "flow.n_train=500", "flow.n_validation=100", "flow.solver.steps=2"],
-        "tabg": [
-            "hot.fit.steps=3",
-            "annealing.n_steps=1",
-            "annealing.fit.steps=3",
-            "annealing.n_draws=200",
-            "evaluation.n_ladder=50",
-        ],
-    }
-    for method, settings in ours.items():
-        settings += ["evaluation.batch_size=50", "evaluation.n_torus=20"]
-        run = train_run(tmp_path / method, *small, f"method={method}", f"data_dir={tmp_path}", *settings)
-        assert run.sample(20).positions.dtype == np.float32
+    plane, generator = load_system("gaussians8"), torch.Generator().manual_seed(0)
+    x = plane.sample(32, generator)
+    for name in ("flow", "ebm"):
+        model = make(compose("train", ["system=gaussians8", "budget=smoke"]), plane, name)
+        model.calibrate(plane, x, generator)
+        loss = model.of(plane).loss(x, generator)
+        (loss["loss"] if name == "ebm" else loss).backward()
+    spline = make_spline_flow(compose("train", ["system=gaussians8", "budget=smoke", "method=tabg"]), plane)
+    x_drawn, _ = spline.sample(4, generator)
+    assert x_drawn.dtype == torch.float32
+    spline.log_prob(x).sum().backward()
     assert torch.get_default_dtype() == torch.float64
 
 
