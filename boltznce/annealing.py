@@ -8,7 +8,6 @@ gradients (arXiv 2403.15881). Energies are reduced, u = U / kT.
 import itertools
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter, guard
+from boltznce.analysis.samples_io import SAMPLES
 from boltznce.errors import UserError
+from boltznce.folders import discard
 
 __all__ = [
     "BufferRecord",
@@ -187,7 +188,7 @@ def fill_buffer(
 
 def forget_buffer(folder: Path) -> None:
     """Delete what `fill_buffer` left on disk."""
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(folder, SAMPLES)
 
 
 @torch.no_grad()

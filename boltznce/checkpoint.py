@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from boltznce.errors import UserError
-from boltznce.io import atomic_file, atomic_folder, file_digest
+from boltznce.folders import Kind, claim
+from boltznce.io import atomic_file, atomic_folder, file_digest, is_temporary
 from boltznce.records import damaged, read_json
 
 __all__ = ["Checkpoints", "load_weights", "save_weights", "weights_digest"]
 
 REMEDY = "delete it and resume the run"
+
+CHECKPOINT = Kind("a checkpoint", "digests.json", names=r"\w+\.safetensors|state\.pt", whole=True)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
@@ -74,15 +77,16 @@ class Checkpoints:
 
     def save(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
         """Write the checkpoint of ``step`` whole or not at all, then delete all but the newest ``keep``."""
-        with atomic_folder(self.folder / f"step_{step:07d}") as temporary:
+        folder = self.folder / f"step_{step:07d}"
+        with atomic_folder(folder, lambda: claim(folder, CHECKPOINT)) as temporary:
             for part, tensors in weights.items():
                 _save(temporary / f"{part}.safetensors", tensors)
             torch.save(state, temporary / "state.pt")
             digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
             (temporary / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
-        left_by_kills = self.folder.glob(".step_*.tmp")
+        left_by_kills = [path for path in self.folder.glob(".step_*") if is_temporary(path.name)]
         for old in [*self._saved()[: -self.keep], *left_by_kills]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def newest(self) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
         """Weights by part and the state of the newest checkpoint, or None. Raises UserError if it is damaged."""

@@ -17,25 +17,30 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from boltznce.config import available, compose, config_dir, explain, normalize, quoted, unquoted
 from boltznce.errors import UserError
-from boltznce.run_folder import RunFolder
+from boltznce.folders import Kind, claim
+from boltznce.io import disk_reason
+from boltznce.run_folder import RUN, RunFolder
+from boltznce.signals import Stopped, listening
 
 __all__ = ["launch"]
 
+SWEEP = Kind("a sweep", "multirun.yaml")
 MULTIRUN = ("-m", "--multirun")
 SETTINGS = (HydraException, MissingMandatoryValue, InterpolationToMissingValueError)
-FOLDERS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def launch(config_name: str, main: Callable[[DictConfig], None], home: str | None = None) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``.
 
-    A mistake in the settings, a folder that cannot be made and a `UserError` end with one sentence and status 2.
+    A mistake in the settings, an error of the disk and a `UserError` end with one sentence and status 2; a signal to
+    stop with what to do to go on, and 128 + its number (`boltznce.signals`).
     ``home`` names an override such as ``resume`` or ``run`` whose value is a run folder: log files then go there.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a trace of its own
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a code page without φ or ± must end nothing
             stream.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for a trace
 
     def told(config: DictConfig) -> None:
         with _mistakes_told():
@@ -43,7 +48,7 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
             main(config)
 
     told.__module__ = main.__module__
-    with _mistakes_told():
+    with _mistakes_told(), listening():
         sys.argv[1:] = _prepared(config_name, sys.argv[1:], home)
         hydra.main(version_base=None, config_path=str(config_dir()), config_name=config_name)(told)()
 
@@ -52,12 +57,20 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
 def _mistakes_told() -> Iterator[None]:
     try:
         yield
-    except (UserError, *SETTINGS, *FOLDERS) as error:
+    except Stopped as stopped:
+        print(f"\nStopped by {stopped}. To go on: {stopped.how_to_go_on}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except (UserError, OSError, *SETTINGS) as error:
         logging.getLogger("boltznce").debug("", exc_info=True)
         if isinstance(error, SETTINGS):
             error = explain(error, sys.argv[1:])
-        elif isinstance(error, FOLDERS):
-            error = f"{error.filename}: {error.strerror}. Choose another folder, with data_dir= or hydra.run.dir=."
+        elif isinstance(error, OSError):
+            if error.filename is None and disk_reason(error) is None:
+                raise
+            what = f"{error.filename}: " if error.filename else ""
+            error = (
+                f"{what}{error.strerror or error}. Choose another folder, with data_dir=, output= or hydra.run.dir=."
+            )
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -74,7 +87,11 @@ def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> l
                 f"There is no run folder {folder}: give {home}= the folder of a run that train.py has started."
             )
         RunFolder(Path(folder), trust=given.get("trust", "").lower() == "true").check_links()  # Hydra writes there
-        words.append(f"hydra.run.dir={quoted(folder)}")
+        words += [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]  # .hydra stays that of the start
+    elif config_name == "train" and "${" not in given.get("hydra.run.dir", "${"):
+        claim(unquoted(given["hydra.run.dir"]), RUN, "another hydra.run.dir")  # before Hydra writes there
+    if "hydra.sweep.dir" in given and "${" not in given["hydra.sweep.dir"]:
+        claim(unquoted(given["hydra.sweep.dir"]), SWEEP, "another hydra.sweep.dir")
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
         for member in _members([word for word in words if word not in MULTIRUN]):
             compose(config_name, member)

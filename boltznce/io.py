@@ -1,12 +1,16 @@
-"""Writing that leaves either the whole result or nothing, and digests that tell damage from data."""
+"""Writing that leaves either the whole result or nothing; a disk's errors told; digests that tell damage from data."""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from boltznce.errors import UserError
 
@@ -14,13 +18,29 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_format",
+    "disk_errors_told",
+    "disk_reason",
     "file_digest",
-    "full_disk_is_a_user_error",
+    "is_temporary",
+    "put_in_place",
+    "remove_leftovers",
     "require_free_space",
 ]
 
 DATA_FORMAT = 1  # of datasets and of weighted samples, as their meta.yaml says it; those that say nothing have it
 RUN_FORMAT = 2  # of run folders, as their run.json says it; those that say nothing have 1
+
+_REMEDY = "free some space, make the folder writable, or choose another output, data_dir or hydra.run.dir, and go on"
+_DISK_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOENT", "ENOTDIR", "EISDIR", "ENXIO"),
+        *("ENODEV", "ESTALE", "ENAMETOOLONG", "EMFILE"),
+    )
+    if hasattr(errno, name)
+}
+_WHAT = {errno.ENOSPC: "No disk space left", errno.EDQUOT: "The disk quota is used up"}
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<suffix>tmp|old)")
 
 
 def check_format(found: int | None, known: int, what: Path | str) -> None:
@@ -30,17 +50,35 @@ def check_format(found: int | None, known: int, what: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left on device" into one sentence that names the folder."""
+def disk_errors_told(path: Path) -> Iterator[None]:
+    """Turn an error of the disk while writing ``path`` into a UserError of one sentence, whoever raises it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"No disk space left while writing {path}: "
-                "free some space, or choose another data_dir or hydra.run.dir."
-            ) from error
-        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = disk_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{_WHAT.get(reason[0], reason[1])} while writing {path}: {_REMEDY}.") from error
+
+
+def disk_reason(error: Exception) -> tuple[int | None, str] | None:
+    """Number and name of the error of the disk behind an exception (Python, safetensors, torch, numpy), or None."""
+    if isinstance(error, SafetensorError):
+        number = re.search(r"os error (\d+)", str(error))
+        return (int(number[1]), os.strerror(int(number[1]))) if number else None
+    if isinstance(error, OSError):
+        if error.errno is None:  # numpy and PIL count the bytes that were written
+            return None, "The disk took only a part"
+        return (error.errno, os.strerror(error.errno)) if error.errno in _DISK_ERRORS else None
+    words = (
+        "inline_container",
+        "PytorchStreamWriter",
+        "iostream error",
+        "write failed",
+        "write error",
+        "unexpected pos",
+    )
+    return (None, "The disk took only a part") if any(word in str(error) for word in words) else None
 
 
 def require_free_space(folder: Path, n_bytes: int) -> None:
@@ -61,32 +99,88 @@ def require_free_space(folder: Path, n_bytes: int) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path`` to write to; rename it to ``path`` once the block has ended well."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+    temporary = _beside(path)
     try:
-        with full_disk_is_a_user_error(path):
+        with disk_errors_told(path):
             yield temporary
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path`` once the block has ended well."""
+def atomic_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path`` once the block has ended well.
+
+    ``check`` is called first, and before a folder that is there is replaced: it raises where that must not be.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check()
+    with disk_errors_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+    temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with full_disk_is_a_user_error(path):
+        with disk_errors_told(path):
+            temporary.mkdir()
             yield temporary
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+            check()
+            put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a whole folder to ``path``; one of that name goes away after that."""
+    before = _beside(path, "old")
+    if path.exists():
+        os.replace(path, before)
+    try:
+        os.replace(folder, path)
+    except BaseException:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of those that `atomic_file` and `atomic_folder` give."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes have left of their writing of ``path``; put back what they have put aside."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        if found and found["name"] == path.name and not _alive(int(found["pid"])):
+            if found["suffix"] == "old" and not path.exists():
+                os.replace(leftover, path)
+            elif leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _beside(path: Path, suffix: str = "tmp") -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt" or pid == os.getpid():  # on Windows, signal 0 would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def file_digest(path: Path) -> str:

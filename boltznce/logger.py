@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from boltznce.errors import UserError
-from boltznce.io import atomic_file, full_disk_is_a_user_error
+from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged
 
 __all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger", "read_log"]
@@ -42,7 +42,7 @@ class CSVLog:
         if new:
             self.columns += new
             self._write(self._read())
-        with full_disk_is_a_user_error(self.path), open(self.path, "a", newline="", encoding="utf-8") as handle:
+        with disk_errors_told(self.path), open(self.path, "a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow([_text(row.get(column, "")) for column in self.columns])
 
     def _read(self) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """A run: train one in its folder, load one, sample from it."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -9,11 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.config import compose, locate
+from boltznce.folders import only_process
 from boltznce.logger import open_logger
 from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.records import damaged
 from boltznce.run_folder import REMEDY, RunFolder
+from boltznce.signals import Stopped
 from boltznce.systems.base import System
 
 __all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
@@ -46,8 +49,18 @@ def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
 def train(folder: RunFolder) -> str:
     """Run, or finish, all stages of the method that the folder's config names; returns a summary for the terminal.
 
-    The last stage, the report, is made anew of a finished run too: there may be data now to compare with.
+    The last stage, the report, is made anew of a finished run too: there may be data now to compare with. Raises
+    UserError where another process works in the folder.
     """
+    try:
+        with only_process(folder.path):
+            return _train(folder)
+    except Stopped as stopped:
+        stopped.how_to_go_on = f"python scripts/train.py {shlex.quote(f'resume={folder.path}')}"
+        raise
+
+
+def _train(folder: RunFolder) -> str:
     config = _config(folder)
     set_threads(config.threads)
     method = locate(config.method._target_, ModuleType)

@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.checkpoint import weights_digest
 from boltznce.errors import UserError
+from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
 from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
+from boltznce.signals import stop_if_asked
 from boltznce.trust import check_trusted
 
 try:
@@ -25,11 +27,12 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None
 
-__all__ = ["RunFolder", "peak_memory"]
+__all__ = ["RUN", "RunFolder", "peak_memory"]
 
 log = logging.getLogger(__name__)
 REMEDY = "restore it, or start a new run in another folder"
 AGAIN = "delete it and resume the run"
+RUN = Kind("a run", "run.json", names=r"\.hydra|train\.log")  # the latter two are Hydra's, which comes first
 HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what a kill can lose
 
 
@@ -52,17 +55,22 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, system: str) -> "RunFolder":
-        """Start a run of the named system, or go on in its folder. Raises UserError if that holds another system."""
+        """Start a run of the named system, or go on in its folder. Raises UserError if that holds another system.
+
+        And where there are files that are not a run's, or another process is at work.
+        """
         run = cls(path, trust=True)
-        if run._record_path.exists():
-            run.check_system(system)
-        else:
-            run.path.mkdir(parents=True, exist_ok=True)
-            home = run.path.stat().st_ino
-            run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "home": home, "stages": {}})
-        contents = OmegaConf.create(sealed(OmegaConf.to_container(config, resolve=True)))
-        with atomic_file(run._config_path) as temporary:
-            OmegaConf.save(contents, temporary)
+        if not run._record_path.exists():
+            claim(path, RUN, "another hydra.run.dir, or output")
+        with only_process(path):
+            if run._record_path.exists():
+                run.check_system(system)
+            else:
+                home = run.path.stat().st_ino
+                run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "home": home, "stages": {}})
+            contents = OmegaConf.create(sealed(OmegaConf.to_container(config, resolve=True)))
+            with atomic_file(run._config_path) as temporary:
+                OmegaConf.save(contents, temporary)
         return run
 
     @classmethod
@@ -241,8 +249,10 @@ class RunFolder:
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT):
-                book()
+                with contextlib.suppress(UserError, OSError):  # a full disk: the stage itself will say so
+                    book()
 
+        stop_if_asked()
         book()
         self._book(name, {"finished": None})
         self._running = name
@@ -253,7 +263,8 @@ class RunFolder:
         finally:
             ended.set()
             heart.join()
-            book()
+            with contextlib.suppress(UserError, OSError):
+                book()
             self._running = None
         self.mark_done(name, info)
 

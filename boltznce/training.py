@@ -1,7 +1,7 @@
 """One training loop for every model: flows, energy-based models, spline flows. It knows losses, and no physics.
 
 Killed at any moment and started again with the same arguments, it goes on from its last checkpoint; on a CPU the result
-is the same to the bit.
+is the same to the bit. A script that gets a signal to stop saves a checkpoint of the very step (`boltznce.signals`).
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from boltznce.checkpoint import REMEDY, Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
 from boltznce.records import damaged
+from boltznce.signals import asked_to_stop, deferred, stop_if_asked
 
 if TYPE_CHECKING:  # slow to import
     from lightning_fabric import Fabric
@@ -257,7 +258,7 @@ def fit(
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants few lines
     module.train()
     shown = {"desc": name, "unit": "step", "mininterval": interval, "disable": not writes}
-    with tqdm(total=settings.steps, initial=progress.step, **shown) as bar:
+    with deferred(), tqdm(total=settings.steps, initial=progress.step, **shown) as bar:
         while progress.step < settings.steps and not stopped_early():
             step = progress.step
             lr = learning_rate(settings, step, progress.lr_scale)
@@ -304,7 +305,8 @@ def fit(
                     f"Training of '{name}' diverged: the last {progress.hopeless} steps had no finite gradient. "
                     "Lower its learning rate, and look for extreme values in the data."
                 )
-            if writes and due(settings.checkpoint_every):
+            stopping = asked_to_stop()
+            if writes and (due(settings.checkpoint_every) or stopping):
                 progress.seconds = time.perf_counter() - started
                 weights = {"model": module.state_dict()}
                 state = {"progress": asdict(progress), "optimizer": optimizer.state_dict(), "means": means.sums}
@@ -313,6 +315,8 @@ def fit(
                 if best is not None:
                     weights["best"] = best
                 checkpoints.save(progress.step, weights, state)
+            if stopping:
+                stop_if_asked()
 
     _load_state(module, best if best is not None else _kept_weights(module, average), finished)
     module.eval()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,20 @@ import yaml
 
 from boltznce.analysis.weights import log_importance_weights
 from boltznce.errors import UserError
-from boltznce.io import DATA_FORMAT, atomic_file, check_format, file_digest, full_disk_is_a_user_error
+from boltznce.folders import Kind, claim, discard, hold
+from boltznce.io import (
+    DATA_FORMAT,
+    atomic_file,
+    check_format,
+    disk_errors_told,
+    file_digest,
+    is_temporary,
+    put_in_place,
+)
 from boltznce.records import damaged, read_array, read_json, read_yaml, sealed
 from boltznce.topologies import from_json, pdb_text, to_json
 
-__all__ = ["WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
+__all__ = ["SAMPLES", "WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
 
 _REMEDY = "restore it from a copy, or delete the folder and draw the samples again"
 _DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
@@ -25,6 +33,15 @@ _EXTRAS = ("topology.pdb", "topology.json", "trajectory.dcd", "trajectory.xtc")
 _CHUNK = 8192  # samples held in memory while a trajectory is written
 # the writer of each format, and how many of its units make a nm
 _TRAJECTORIES = {"dcd": (mdtraj.formats.DCDTrajectoryFile, 10.0), "xtc": (mdtraj.formats.XTCTrajectoryFile, 1.0)}
+
+SAMPLES = Kind(
+    "weighted samples", "meta.yaml", frozenset({"n_samples", "shape", "digests"}), r"subset\.npy|progress\.json", True
+)
+_UNFINISHED = Kind(
+    "unfinished weighted samples",
+    names=rf"({'|'.join(_DTYPES)})\.npy|progress\.json|topology\.pdb|meta\.yaml|trajectory\.({'|'.join(_TRAJECTORIES)})",
+    whole=True,
+)
 
 
 def check_trajectory_format(format: str) -> None:
@@ -38,6 +55,9 @@ class WeightedSamplesWriter:
 
     After a kill, a writer opened with the same ``folder`` and ``meta`` goes on at ``n_written``: what the last,
     uncommitted append left behind is cut off. ``resume=False`` starts afresh. Memory holds one chunk.
+
+    Raises UserError for a folder that has anything else in it, one that another process writes, and for files that are
+    shorter than what has been recorded of them.
     """
 
     def __init__(
@@ -52,13 +72,20 @@ class WeightedSamplesWriter:
         self.meta = json.loads(json.dumps(meta or {}, default=_plain))
         self._partial = self.folder.absolute().with_name(f".{self.folder.absolute().name}.partial")
         self._progress: dict[str, Any] = {"n": 0, "shape": None, "counts": {}, "meta": self.meta, "crc": {}}
+        claim(self.folder, SAMPLES)
+        claim(self._partial, _UNFINISHED)
+        self._held = hold(self.folder, beside=True)
         if not resume:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            discard(self._partial, _UNFINISHED)
         if (self._partial / "progress.json").exists():
             self._progress |= self._read_progress()
+        elif (self._partial / "meta.yaml").exists():  # all that was missing is its new name
+            self._progress |= _progress(read_yaml(self._partial / "meta.yaml", f"delete {self._partial}"))
         if self._progress["meta"] != self.meta:
+            self._held.release()
             raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
-        self._partial.mkdir(parents=True, exist_ok=True)
+        with disk_errors_told(self.folder):
+            self._partial.mkdir(parents=True, exist_ok=True)
 
     def _read_progress(self) -> dict[str, Any]:
         """What is recorded, after a look at the arrays: what is said to be safe must be there, and what was written."""
@@ -102,7 +129,7 @@ class WeightedSamplesWriter:
         (n, *shape), *others = shapes = [values.shape for values in arrays.values()]
         if shape != (self._progress["shape"] or shape) or any(other != (n,) for other in others):
             raise UserError(f"Samples of one shape are needed in {self.folder}: got {shapes} after {self._progress}.")
-        with full_disk_is_a_user_error(self.folder):
+        with disk_errors_told(self.folder):
             for name, values in arrays.items():
                 _write_rows(self._partial / f"{name}.npy", values, self.n_written)
         crc = self._progress["crc"]
@@ -117,7 +144,7 @@ class WeightedSamplesWriter:
         if self.n_written == 0:
             raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
         check_trajectory_format(format)
-        with full_disk_is_a_user_error(self.folder):
+        with disk_errors_told(self.folder):
             positions = np.load(self._partial / "positions.npy", mmap_mode="r")
             names = [f"{name}.npy" for name in _DTYPES]
             if self.topology is not None:
@@ -132,14 +159,14 @@ class WeightedSamplesWriter:
             meta = self.meta | ({"counts": self.counts} if self.counts else {})
             contents = {"format": DATA_FORMAT, "n_samples": self.n_written, "shape": self._progress["shape"]}
             contents |= {"digests": digests, "meta": meta}
-            (self._partial / "meta.yaml").write_text(
-                yaml.safe_dump(sealed(contents), sort_keys=False), encoding="utf-8"
-            )
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.replace(self._partial, self.folder)
-            for leftover in ("progress.json", ".progress.json.*.tmp"):  # last: a kill before this loses nothing
-                for path in self.folder.glob(leftover):
+            with atomic_file(self._partial / "meta.yaml") as path:
+                path.write_text(yaml.safe_dump(sealed(contents), sort_keys=False), encoding="utf-8")
+            for path in self._partial.iterdir():  # meta.yaml has it all from now on
+                if path.name == "progress.json" or is_temporary(path.name):
                     path.unlink()
+            claim(self.folder, SAMPLES)
+            put_in_place(self._partial, self.folder)
+        self._held.release()
         return self.folder
 
 
@@ -197,17 +224,28 @@ def _crc(path: Path, n_bytes: int) -> int | None:
 def _write_rows(path: Path, values: np.ndarray, start: int) -> None:
     """Write ``values`` from row ``start`` on, cut the file behind them, and bring the header up to date.
 
-    numpy pads the header of an .npy file so that its length does not depend on the number of rows.
+    numpy pads the header of an .npy file so that its length does not depend on the number of rows. Raises UserError for
+    a file that is shorter than ``start`` rows: nothing is written past its end.
     """
     with open(path, "r+b" if path.exists() else "w+b") as handle:
         shape = (start + len(values), *values.shape[1:])
         header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(handle, header)
-        handle.seek(start * values.dtype.itemsize * int(np.prod(shape[1:])), os.SEEK_CUR)
+        place = handle.tell() + start * values.dtype.itemsize * int(np.prod(shape[1:]))
+        if start and handle.seek(0, os.SEEK_END) < place:
+            raise UserError(f"{path} is shorter than its {start} samples: delete {path.parent}, and draw them again.")
+        handle.seek(place)
         handle.write(values.data)
         handle.truncate()
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def _progress(contents: dict[str, Any]) -> dict[str, Any]:
+    """The progress of samples whose ``meta.yaml`` is written."""
+    meta = {key: value for key, value in contents["meta"].items() if key != "counts"}
+    counts = contents["meta"].get("counts", {})
+    return {"n": contents["n_samples"], "shape": contents["shape"], "counts": counts, "meta": meta}
 
 
 def _plain(value: Any) -> Any:

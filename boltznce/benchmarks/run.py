@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.benchmarks import energy, network, spline
 from boltznce.errors import UserError
+from boltznce.folders import Kind, claim, only_process
 from boltznce.io import atomic_file
 from boltznce.methods.workspace import make_fabric
 from boltznce.run import set_threads
@@ -27,27 +28,35 @@ BENCHMARKS = {
 def run_benchmark(config: DictConfig) -> str:
     """Measure ``config.what`` with its section of the config; returns the table that is also written to ``output``.
 
-    Raises UserError for an unknown benchmark.
+    Raises UserError for an unknown benchmark, an output with files of others, and one where another process works.
     """
     if config.what not in BENCHMARKS:
         raise UserError(f"Unknown what={config.what}: choose one of {', '.join(BENCHMARKS)}.")
+    folder = Path(config.output)
+    others = "|".join(what for what in BENCHMARKS if what != config.what)
+    keys = frozenset({"machine", "settings", "rows"})
+    claim(folder, Kind("benchmarks", f"{config.what}.json", keys, rf"({others})\.(json|md|png)"), "another output")
     measure, table, figure = BENCHMARKS[config.what]
     set_threads(config.threads)
     device = make_fabric(config.device).device
     settings = OmegaConf.to_container(config[config.what], resolve=True)
-    rows = measure(**settings, device=device, min_seconds=config.min_seconds, seed=config.seed)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder):
+        rows = measure(**settings, device=device, min_seconds=config.min_seconds, seed=config.seed)
+        return _write(config.what, folder, rows, settings, device, table(rows), figure(rows))
+
+
+def _write(what: str, folder: Path, rows: list, settings: dict, device: torch.device, table: str, figure) -> str:
     machine = machine_description(device)
     where = ", ".join(f"{key} {value}" for key, value in machine.items())
-    text = f"{table(rows)}\n\nMeasured on {date.today()}: {where}.\n"
-    with atomic_file(folder / f"{config.what}.json") as path:
+    text = f"{table}\n\nMeasured on {date.today()}: {where}.\n"
+    with atomic_file(folder / f"{what}.json") as path:
         path.write_text(
             json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1), encoding="utf-8"
         )
-    with atomic_file(folder / f"{config.what}.md") as path:
+    with atomic_file(folder / f"{what}.md") as path:
         path.write_text(text, encoding="utf-8")
-    figure(rows).savefig(folder / f"{config.what}.png", bbox_inches="tight")
+    with atomic_file(folder / f"{what}.png") as path:
+        figure.savefig(path, format="png", bbox_inches="tight")
     return text
 
 

@@ -16,13 +16,15 @@ from scipy.special import i0e
 
 from boltznce.analysis.weights import normalized_weights
 from boltznce.errors import UserError
+from boltznce.folders import Kind, claim
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.records import damaged, read_array, read_yaml, sealed
 from boltznce.states import State
 
-__all__ = ["Dataset", "boltzmann_indices", "mode_balanced_indices"]
+__all__ = ["DATASET", "Dataset", "boltzmann_indices", "mode_balanced_indices"]
 
 STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the unit of angle: within it at 3 σ
+DATASET = Kind("a dataset", "meta.yaml", frozenset({"n_frames", "digests"}), whole=True)
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
 FILES = ("positions.npy", *(f"{name}.npy" for name in DTYPES))
 REMEDY = "delete its folder and make the data anew, by scripts/simulate.py or by resuming the run"
@@ -80,7 +82,8 @@ class Dataset:
             topology: the text of a PDB file.
             meta: how the frames were made.
 
-        Raises UserError for energies that are not finite, shapes that do not fit and a full disk.
+        Raises UserError for energies that are not finite, shapes that do not fit, a full disk, and a folder that has
+        anything else in it.
         """
         folder, n = Path(folder), len(energies)
         arrays = {
@@ -95,7 +98,7 @@ class Dataset:
         if (np.diff(arrays["time"]) < 0).any():
             raise UserError(f"The frames of {folder} must be in order of time: sort them before writing.")
         chunks = [positions] if isinstance(positions, np.ndarray) else positions
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, lambda: claim(folder, DATASET)) as temporary:
             _write_positions(temporary / "positions.npy", chunks, n)
             for name, value in arrays.items():
                 np.save(temporary / f"{name}.npy", value)
@@ -196,19 +199,23 @@ def mode_balanced_indices(
 
 
 def _write_positions(path: Path, chunks: Iterable[np.ndarray], n: int) -> None:
-    out, done = None, 0
-    for chunk in chunks:
-        if out is None:
-            require_free_space(path.parent, 4 * n * int(np.prod(chunk.shape[1:])))
-            out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *chunk.shape[1:]))
-        if not np.isfinite(chunk).all():
-            raise UserError("Positions are not finite: the simulation was unstable, use a shorter timestep.")
-        if done + len(chunk) <= n:
-            out[done : done + len(chunk)] = chunk
-        done += len(chunk)
+    """One after another: what is written to mapped memory on a full disk ends the process."""
+    shape, done = None, 0
+    with open(path, "wb") as handle:
+        for chunk in chunks:
+            if shape is None:
+                shape = chunk.shape[1:]
+                require_free_space(path.parent, 4 * n * int(np.prod(shape)))
+                np.lib.format.write_array_header_1_0(
+                    handle, {"descr": "<f4", "fortran_order": False, "shape": (n, *shape)}
+                )
+            if not np.isfinite(chunk).all():
+                raise UserError("Positions are not finite: the simulation was unstable, use a shorter timestep.")
+            if done + len(chunk) <= n:
+                handle.write(np.ascontiguousarray(np.broadcast_to(chunk, (len(chunk), *shape)), dtype="<f4").data)
+            done += len(chunk)
     if done != n:
         raise UserError(f"A dataset of {n} energies needs as many positions, not {done}.")
-    out.flush()
 
 
 def _check_arrays(folder: Path, n: int, arrays: dict[str, np.ndarray]) -> None:

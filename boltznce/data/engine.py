@@ -20,7 +20,7 @@ import openmm
 from filelock import FileLock, Timeout
 
 from boltznce.errors import UserError
-from boltznce.io import atomic_file, full_disk_is_a_user_error
+from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged, read_archive, read_array, read_json, sealed
 from boltznce.units import GAS_CONSTANT
 
@@ -237,7 +237,7 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
         _save_state(folder, positions, velocities, done, n_frames, 0.0, crc)
 
     tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
-    with full_disk_is_a_user_error(folder), open(folder / "frames.bin", "ab") as handle:
+    with disk_errors_told(folder), open(folder / "frames.bin", "ab") as handle:
         handle.truncate(n_frames * dtype.itemsize)  # frames of a segment that a kill cut short
         for segment in range(done, job.n_segments):
             frames = sampler.advance(positions, velocities, segment, job.rng(segment), tick)

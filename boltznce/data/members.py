@@ -8,9 +8,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from boltznce.data.dataset import Dataset
+from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.simulate import plan, run_plans
 from boltznce.errors import UserError
+from boltznce.folders import claim, only_process
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.training import step_generator
@@ -33,12 +34,15 @@ def make_data(
 
     Raises UserError as `simulate_members`, `draw_dataset` and `load_data` do.
     """
-    missing = [member for member in system.all_members() if not (_place(system, member, folder) / "meta.yaml").exists()]
-    if simulation is None:
-        for member in missing:
-            draw_dataset(member, _place(system, member, folder), n_samples, seed)
-    elif missing:
-        _simulate(system, missing, folder, **simulation)
+    for member in _unfinished(system, system.all_members(), folder):
+        claim(_place(system, member, folder), DATASET, "another data.folder")
+    if _unfinished(system, system.all_members(), folder):
+        with only_process(folder, beside=True, wait=True):  # which may have made them
+            missing = _unfinished(system, system.all_members(), folder)
+            if simulation is not None and missing:
+                _simulate(system, missing, folder, **simulation)
+            for member in missing if simulation is None else ():
+                draw_dataset(member, _place(system, member, folder), n_samples, seed)
     return {member.name: load_data(system, member, folder) for member in system.all_members()}
 
 
@@ -53,7 +57,8 @@ def simulate_members(
 
     A dataset that is there is left alone, an unfinished one goes on. Raises UserError as `plan` does.
     """
-    return _simulate(system, system.all_members(), folder, method, **settings)
+    with only_process(folder, beside=True, wait=True):
+        return _simulate(system, system.all_members(), folder, method, **settings)
 
 
 def load_data(system: System | PeptideFamily, member: System, folder: Path) -> Dataset:
@@ -83,6 +88,11 @@ def draw_dataset(system: System, folder: Path, n_samples: int, seed: int = 0) ->
 
 def _place(system: System | PeptideFamily, member: System, folder: Path) -> Path:
     return Path(folder) / system.label(member)
+
+
+def _unfinished(system: System | PeptideFamily, members: Sequence[System], folder: Path) -> list[System]:
+    """Members without a dataset."""
+    return [member for member in members if not (_place(system, member, folder) / "meta.yaml").exists()]
 
 
 def _simulate(

@@ -7,9 +7,10 @@ import numpy as np
 
 from boltznce.data.umbrella import UmbrellaResult
 from boltznce.errors import UserError
+from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
 
-__all__ = ["REFERENCE_FOLDER", "load_reference", "make_reference", "save_reference"]
+__all__ = ["REFERENCE_FOLDER", "check_reference_place", "load_reference", "make_reference", "save_reference"]
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 KEYS = {"system", "force_field", "temperature", "dihedral", "state", "delta_f", "profile", "made_by"}
@@ -51,10 +52,21 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
 
 
 def save_reference(reference: dict, path: Path) -> None:
-    """Write a reference file, whole or not at all."""
+    """Write a reference file, whole or not at all; raises UserError where anything but an older one of it stands."""
     _validate(reference, path)
+    check_reference_place(Path(path), reference["system"])
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+
+
+def check_reference_place(path: Path, system: str) -> None:
+    """Raise UserError where a file stands that is no reference of the named system."""
+    if path.exists() and not (
+        file_of_ours(path, frozenset(KEYS)) and json.loads(path.read_text(encoding="utf-8"))["system"] == system
+    ):
+        raise UserError(
+            f"{path} is no reference of {system}, and nothing of others is overwritten: choose another output."
+        )
 
 
 def load_reference(path: Path) -> dict:

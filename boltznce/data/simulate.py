@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform as machine
-import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
-from boltznce.data.dataset import Dataset
+from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.engine import (
     SAMPLERS,
     Job,
@@ -35,6 +34,7 @@ from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
+from boltznce.folders import Kind, claim, discard, only_process
 from boltznce.io import require_free_space
 from boltznce.systems.workers import available_cores
 from boltznce.topologies import pdb_text
@@ -52,6 +52,7 @@ __all__ = [
     "working_folder",
 ]
 
+UNFINISHED = Kind("an unfinished simulation", names=r"repeat_\d+", whole=True)
 MBAR_MAX_FRAMES = 40_000
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
 ONE_PROCESS = {
@@ -76,9 +77,10 @@ def simulate(
 
     Raises UserError as `plan` does, for an unstable simulation and for a full disk.
     """
-    work = plan(system, folder, method, **settings)
-    run_plans([work], n_processes, f"{method} {system.name}", progress)
-    return work.finish()
+    with only_process(folder, beside=True, wait=True):
+        work = plan(system, folder, method, **settings)
+        run_plans([work], n_processes, f"{method} {system.name}", progress)
+        return work.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Plan:
             return Dataset.load(self.folder)
         if not (self.folder / "meta.yaml").exists():
             gather(self.system, self.job_folders, self.folder)
-            shutil.rmtree(working_folder(self.folder))
+            discard(working_folder(self.folder), UNFINISHED)
         return Dataset.load(self.folder)
 
 
@@ -196,8 +198,11 @@ def plan(
         dataset = Dataset.load(folder)
         if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != system.identity:
             raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it.")
+        discard(working_folder(folder), UNFINISHED)  # a kill came before it was gone
         return Plan(system, folder, [], [])
 
+    claim(folder, DATASET, "another name, or data.folder")
+    claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
     n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
     n_frames = n_repeats * n_recorded * round(duration / frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)

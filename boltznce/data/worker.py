@@ -8,6 +8,7 @@ from pathlib import Path
 
 from boltznce.data.engine import run_job
 from boltznce.errors import UserError
+from boltznce.signals import ignore
 
 __all__ = ["main"]
 
@@ -20,6 +21,7 @@ def main(folder: str, parent: str) -> None:
         if os.name == "posix" and os.getppid() != int(parent):
             raise SystemExit("the parent process has gone")
 
+    ignore()
     try:
         run_job(Path(folder), alive)
     except UserError as error:

@@ -11,10 +11,14 @@ from boltznce.analysis.plotting import plot_profiles
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
+from boltznce.folders import Kind, claim, hold
+from boltznce.io import atomic_file
 from boltznce.states import State
 from boltznce.systems.base import System
 
 __all__ = ["reference_difference", "reference_profile", "write_free_energy"]
+
+FREE_ENERGY = Kind("a free energy", "profile.json", frozenset({"centres", "free_energy", "std_error"}))
 
 
 def write_free_energy(
@@ -31,7 +35,8 @@ def write_free_energy(
     """Write ``metrics.json``, ``report.md``, the profile and its figure to ``output``; return the table.
 
     ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where
-    neither says which.
+    neither says which, for an output that holds
+    anything else, and where another process writes it.
     """
     own = system.state or (None, None)
     coordinate, interval = coordinate or own[0], state or own[1]
@@ -40,6 +45,8 @@ def write_free_energy(
             f"{system.name} names no state: give coordinate= (a dihedral such as phi) and state=[low,high] in radians."
         )
     state = State.of((coordinate, interval))
+    claim(output, FREE_ENERGY, "another output")
+    held = hold(output)
     samples = WeightedSamples.load(samples_folder)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
     limits = system.coordinate_range(coordinate)
@@ -62,9 +69,11 @@ def write_free_energy(
     }
     options = {"angle_name": coordinate, "limits": limits}
     figure = plot_profiles({"weighted": profile}, reference_profile(reference), state.interval, **options)
-    write_report(output, results, {"profile": figure})
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
-    (output / "profile.json").write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(output / "profile.json") as path:  # first: by it the folder is known as ours
+        path.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
+    write_report(output, results, {"profile": figure})
+    held.release()
     return f"{summary_table(results)}\n\nReport: {output / 'report.md'}"
 
 

@@ -103,7 +103,7 @@ def anneal(work: Workspace) -> dict:
             with atomic_file(record_path) as path:
                 path.write_text(json.dumps(sealed(record), indent=1), encoding="utf-8")
             del drawn, loss  # a mapped file cannot be deleted on Windows
-            forget_buffer(folder)
+        forget_buffer(folder)
         records.append(_record(record_path))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
 
