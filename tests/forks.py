@@ -106,10 +106,10 @@ TABG = [  # seconds
 BOLTZNCE = [
     *("system=gaussians8", "method=boltznce", "budget=smoke", "threads=1", "device=cpu", "data_dir=data"),
     *("data.n_samples=2000", "flow.n_train=1000", "flow.n_validation=100", "flow.batch_size=64", "flow.fit.steps=40"),
-    *("flow.fit.checkpoint_every=10", "flow.fit.validate_every=20", "flow.fit.log_every=1", "flow.solver.steps=6"),
+    *("flow.fit.checkpoint_every=10", "flow.fit.validate_every=20", "+flow.fit.log_every=1", "flow.solver.steps=6"),
     *("samples.n_train=256", "samples.n_validation=64", "samples.batch_size=64"),
     *("ebm.fit.checkpoint_every=5", "ebm.batch_size=64", "ebm.fit.steps=20", "ebm.fit.validate_every=10"),
-    *("ebm.fit.log_every=1", "evaluation.n_samples=256", "evaluation.batch_size=64", "evaluation.n_bootstrap=20"),
+    *("+ebm.fit.log_every=1", "evaluation.n_samples=256", "evaluation.batch_size=64", "evaluation.n_bootstrap=20"),
     *("evaluation.n_torus=50", "evaluation.n_exact=32", "evaluation.n_correction=32"),
 ]
 SIMULATION = [

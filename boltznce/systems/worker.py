@@ -34,7 +34,9 @@ def main(parent: int) -> None:
     package = types.ModuleType("boltznce")
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["boltznce"] = package
+    from boltznce.signals import ignore
 
+    ignore()
     function = _made_by(messages.get())
     while True:
         connection.send_bytes(_answer(function, messages.get()))
