@@ -60,8 +60,12 @@ def _mistakes_told() -> Iterator[None]:
     except Stopped as stopped:
         print(f"\nStopped by {stopped}. To go on: {stopped.how_to_go_on}", file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except (UserError, OSError, *SETTINGS) as error:
+    except (ValueError, OSError, *SETTINGS) as error:
         logging.getLogger("boltznce").debug("", exc_info=True)
+        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError) and not isinstance(error, UserError):
+            error = error.__cause__  # of Hydra's log file
+        elif isinstance(error, ValueError) and not isinstance(error, (UserError, *SETTINGS)):
+            raise
         if isinstance(error, SETTINGS):
             error = explain(error, sys.argv[1:])
         elif isinstance(error, OSError):
