@@ -9,18 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 from boltznce.cli import launch
 from boltznce.config import build
 from boltznce.data.members import simulate_members
-from boltznce.data.reference import REFERENCE_FOLDER, check_reference_place, make_reference, save_reference
+from boltznce.data.reference import (
+    REFERENCE_FOLDER,
+    check_reference_place,
+    make_reference,
+    require_reference,
+    save_reference,
+)
 from boltznce.data.simulate import umbrella_result
-from boltznce.errors import UserError
 from boltznce.folders import inside
 
 
 def main(config: DictConfig) -> None:
     system, folder = build(config.system), inside(config.data_dir, config.name, "name")
     if config.reference:
-        system.choose()  # of a family nobody has said which
-        if config.sampling != "umbrella":
-            raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
+        require_reference(system.choose(), config.sampling, config.settings.get("dihedral"))  # of a family: which?
         output = Path(config.output) if config.output else REFERENCE_FOLDER / f"{system.name}.json"
         check_reference_place(output, system.name)
     settings = {key: config[key] for key in ("duration", "n_repeats", "n_processes", "engine", "seed")}
@@ -29,7 +32,7 @@ def main(config: DictConfig) -> None:
         print(f"{len(dataset)} frames of {name} in {folder}")
     if config.reference:
         dataset = datasets[system.name]
-        result = umbrella_result(dataset, **({"state": system.state.interval} if system.state else {}))
+        result = umbrella_result(dataset, state=system.state.interval)
         command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
         save_reference(make_reference(system, dataset.meta, result, command), output)
         print(result.summary())

@@ -9,7 +9,8 @@ import torch
 from openmm import app
 
 from boltznce import UserError, load_system
-from boltznce.systems import base, molecular
+from boltznce.systems import molecular, reference
+from boltznce.systems.reference import load_reference
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +112,31 @@ def test_topology_can_be_typed_again(system):
 
 
 def test_reference_only_for_what_it_was_made_for(system, tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "REFERENCE_FOLDER", tmp_path)
+    contents = load_reference(reference.REFERENCE_FOLDER / "aldp.json")
+    monkeypatch.setattr(reference, "REFERENCE_FOLDER", tmp_path)
     assert system.reference() is None
-    contents = {"temperature": 300.0, "force_field": system.forcefield, "delta_f": 3.0}
     (tmp_path / "aldp.json").write_text(json.dumps(contents))
     assert system.reference() == contents
     assert system.at_temperature(400.0).reference() is None
     (tmp_path / "aldp.json").write_text(json.dumps(contents | {"dihedral": "phi", "state": [0.0, 1.0]}))
     assert system.reference() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"energy_backend": "openmm"}, "aldp"),
+        ({"forcefield": ["amber96.xml", "amber96_obc.xml"]}, None),
+        ({"state": ["phi", [0.0, 1.5]]}, None),
+        ({"state": ["psi", [0.0, 2.0]]}, None),
+        ({"dihedrals": {"phi": [6, 8, 14, 16]}}, None),
+        ({"nonbonded_method": "CutoffNonPeriodic", "cutoff_nm": 2.0}, None),
+        ({"structure": "AK", "state": None}, None),
+    ],
+)
+def test_a_shipped_reference_stands_under_what_it_is_of_and_nothing_else(settings, found):
+    known = load_system("aldp", **settings).reference()
+    assert (known and known["system"]) == found
 
 
 def peptide(sequence):

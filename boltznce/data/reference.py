@@ -1,4 +1,4 @@
-"""The reference free energies that ship with the package: one small JSON file a system."""
+"""A reference free energy from a simulation: its contents, and how they are written."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,29 @@ from boltznce.data.umbrella import UmbrellaResult
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
+from boltznce.systems.reference import REFERENCE_FOLDER, checked_reference, load_reference
 
-__all__ = ["REFERENCE_FOLDER", "check_reference_place", "load_reference", "make_reference", "save_reference"]
+__all__ = [
+    "REFERENCE_FOLDER",
+    "check_reference_place",
+    "load_reference",
+    "make_reference",
+    "require_reference",
+    "save_reference",
+]
 
-REFERENCE_FOLDER = Path(__file__).parent / "reference"
-KEYS = {"system", "force_field", "temperature", "dihedral", "state", "delta_f", "profile", "made_by"}
+
+def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
+    """Raise UserError where umbrella sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if sampling != "umbrella":
+        raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
+    if system.state is None:
+        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
+    if dihedral not in (None, system.state.coordinate):
+        raise UserError(
+            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
+            f"one of {dihedral}, or leave settings.dihedral out."
+        )
 
 
 def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> dict:
@@ -22,12 +40,12 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
     ``meta`` is that of the dataset and ``command`` the one that makes such a reference.
     """
     settings, options = meta["settings"], meta["settings"]["options"]
-    name, state = system.state or (None, (0.0, 2.0))
+    name, state = system.state
     reference = {
         "system": system.name,
-        "force_field": list(system.forcefield),
-        "temperature": system.temperature,
+        "identity": system.identity,
         "dihedral": name,
+        "atoms": list(settings["dihedral"]),
         "state": list(state),
         "delta_f": {"value": round(result.delta_f, 4), "std_error": round(result.delta_f_error, 4)},
         "profile": {
@@ -48,12 +66,12 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
             "command": command,
         },
     }
-    return _validate(reference, "this result")
+    return checked_reference(reference, "this result")
 
 
 def save_reference(reference: dict, path: Path) -> None:
     """Write a reference file, whole or not at all; raises UserError where anything but an older one of it stands."""
-    _validate(reference, path)
+    checked_reference(reference, path)
     check_reference_place(Path(path), reference["system"])
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
@@ -62,37 +80,13 @@ def save_reference(reference: dict, path: Path) -> None:
 def check_reference_place(path: Path, system: str) -> None:
     """Raise UserError where a file stands that is no reference of the named system."""
     if path.exists() and not (
-        file_of_ours(path, frozenset(KEYS)) and json.loads(path.read_text(encoding="utf-8"))["system"] == system
+        file_of_ours(path, frozenset({"system", "delta_f", "profile"}))
+        and json.loads(path.read_text(encoding="utf-8"))["system"] == system
     ):
         raise UserError(
             f"{path} is no reference of {system}, and nothing of others is overwritten: choose another output."
         )
 
 
-def load_reference(path: Path) -> dict:
-    """Read and check a reference file; raises UserError if it is none."""
-    try:
-        return _validate(json.loads(Path(path).read_text(encoding="utf-8")), path)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no reference {path}: make it with scripts/simulate.py reference=true.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no reference file: make it with scripts/simulate.py reference=true.") from error
-
-
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [round(float(v), 4) if np.isfinite(v) else None for v in values]
-
-
-def _validate(reference: dict, source: object) -> dict:
-    fault = None
-    if not isinstance(reference, dict) or KEYS - set(reference):
-        fault = "keys are missing"
-    elif len({len(reference["profile"].get(key, ())) for key in ("phi", "f", "std_error")}) != 1:
-        fault = "the columns of its profile differ in length"
-    elif not all(np.isfinite(reference["delta_f"].get(key, np.nan)) for key in ("value", "std_error")):
-        fault = (
-            "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
-        )
-    if fault:
-        raise UserError(f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true.")
-    return reference

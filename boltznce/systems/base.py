@@ -2,9 +2,7 @@
 
 import abc
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.states import State
+from boltznce.systems.identity import differences
+from boltznce.systems.reference import find_reference
 from boltznce.trust import is_plain_name
 
 __all__ = ["ROLES", "System", "as_tensor", "check_name"]
 
-REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
 ROLES = ("train", "validation", "test")
 
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -136,8 +135,11 @@ class System(abc.ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes data of this system its own, in types that YAML keeps; recorded with a dataset."""
-        return {"name": self.name}
+        """What makes data of this system its own, in types that YAML keeps; recorded with data, references and runs.
+
+        Compared by `boltznce.systems.identity.differences`; the name is for the reader.
+        """
+        return {"name": self.name, "temperature": self.temperature}
 
     def require_gradient(self, purpose: str) -> None:
         """Raise UserError if the energy has no gradient; to be called by what needs one, named by ``purpose``."""
@@ -153,15 +155,8 @@ class System(abc.ABC):
         return other
 
     def reference(self) -> dict[str, Any] | None:
-        """The reference result shipped for this system; None without one for its temperature, force field and state."""
-        path = REFERENCE_FOLDER / f"{self.name}.json"
-        if not path.is_file():
-            return None
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        made_for = {"temperature": self.temperature, "force_field": self.identity.get("force_field")}
-        if self.state:
-            made_for |= {"dihedral": self.state.coordinate, "state": list(self.state.interval)}
-        return contents if all(contents.get(key, value) == value for key, value in made_for.items()) else None
+        """The reference result that ships for this system; None without one of its identity, dihedral and state."""
+        return None if self.state is None else find_reference(self)
 
     # ---- a family of one --------------------------------------------------------------------------------------------
 
@@ -193,8 +188,8 @@ class System(abc.ABC):
         )
 
     def equals(self, other: "System") -> bool:
-        """Whether data of one are data of the other: the same identity and temperature."""
-        return (self.identity, self.temperature) == (other.identity, other.temperature)
+        """Whether data of one are data of the other, whatever their names."""
+        return not differences(other.identity, self.identity)
 
 
 def as_tensor(x: Any) -> Tensor:

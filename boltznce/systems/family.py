@@ -75,6 +75,11 @@ class PeptideFamily:
         force_field = " + ".join(self.settings["forcefield"])
         return f"PeptideFamily({self.name}, {self.selection}: {counts} peptides, {self.temperature:g} K, {force_field})"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """That of the first to train on, under the family's name: the peptides that it has stand in the config."""
+        return self.example.identity | {"name": self.name}
+
     def member(self, sequence: str) -> MolecularSystem:
         """A peptide of the family, listed or not: made once."""
         if sequence not in self._members:

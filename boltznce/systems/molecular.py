@@ -21,13 +21,14 @@ from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
 from boltznce.systems.force_field_files import shipped_file
 from boltznce.systems.forcefield import TorchForceField
+from boltznce.systems.identity import molecule_identity, openmm_digest
 from boltznce.systems.openmm_energy import OpenMMEnergy
 from boltznce.systems.peptides import build_peptide, looks_like_sequence
 from boltznce.systems.semiempirical import XTBEnergy
 from boltznce.systems.torsions import backbone_dihedrals, neighbours, turning_dihedrals
 from boltznce.units import GAS_CONSTANT
 
-__all__ = ["MolecularSystem"]
+__all__ = ["STRUCTURES", "MolecularSystem", "structure_file"]
 
 STRUCTURES = Path(__file__).parent / "structures"
 BACKENDS = ("torch", "openmm", "xtb")
@@ -96,6 +97,8 @@ class MolecularSystem(System):
         self.name, self.temperature = name, float(temperature)
         self.energy_backend, self.compile = energy_backend, compile
         self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
+        self._files = [Path(name).name if Path(name).is_file() else name for name in self.forcefield]
+        self._nonbonded = {"nonbonded": nonbonded_method, "cutoff_nm": cutoff_nm and float(cutoff_nm)}
         self._openmm_topology, self._structure_nm = read_structure(structure)
         self._openmm_system = build_openmm_system(self._openmm_topology, list(forcefield), nonbonded_method, cutoff_nm)
         self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers, compile)
@@ -157,7 +160,20 @@ class MolecularSystem(System):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "force_field": self.forcefield}
+        return {"name": self.name, "temperature": self.temperature, **self._unchanging}
+
+    @cached_property
+    def _unchanging(self) -> dict[str, Any]:
+        """The entries of the identity that are the same at every temperature."""
+        centres = torch.tensor(self.stereocentres, dtype=torch.long).view(-1, 4)
+        signs = handedness(torch.from_numpy(self._structure_nm), centres).tolist()
+        elements = [atom.element.symbol for atom in self.topology.atoms]
+        entries = {"force_field": self._files} | molecule_identity(elements, self.bonds, signs)
+        if self.energy_backend == "xtb":
+            return entries | {"charge": total_charge(self._openmm_system)}
+        xml = openmm.XmlSerializer.serialize(self._openmm_system)
+        constraints = self._openmm_system.getNumConstraints()
+        return entries | self._nonbonded | {"constraints": constraints, "openmm": openmm_digest(xml)}
 
     def chirality(self, x: Array) -> Array:
         """Per stereocentre +1 for the handedness of the structure and -1 for its mirror image, (batch, n_centres)."""
@@ -192,17 +208,28 @@ class MolecularSystem(System):
         return self.dihedrals[name]
 
 
+def structure_file(structure: str | Path) -> Path | None:
+    """The PDB file that a structure names: a shipped one or one of the user's; None for a sequence and for no file.
+
+    What reads as a sequence is none of the files that happen to lie in the working directory.
+    """
+    shipped = STRUCTURES / f"{structure}.pdb"
+    if shipped.is_file():
+        return shipped
+    path = Path(structure).expanduser()
+    return path if path.is_file() and not looks_like_sequence(str(structure)) else None
+
+
 def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
     """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, a PDB file or a peptide's sequence."""
-    shipped = STRUCTURES / f"{structure}.pdb"
-    path = shipped if shipped.is_file() else Path(structure).expanduser()
-    if not path.is_file():
+    path = structure_file(structure)
+    if path is None:
         if looks_like_sequence(str(structure)):
             return build_peptide(str(structure))
         names = ", ".join(sorted(p.stem for p in STRUCTURES.glob("*.pdb")))
         raise UserError(
-            f"There is no structure file {path}: give the path of a PDB file, one of the shipped structures ({names}), "
-            "or the sequence of a peptide, as AK or ACE-AAA-NME."
+            f"There is no structure file {structure}: give the path of a PDB file, one of the shipped structures "
+            f"({names}), or the sequence of a peptide, as AK or ACE-AAA-NME."
         )
     if path.stat().st_size > MOST_BYTES:
         raise UserError(f"{path} is too large to be a molecule's PDB file: give another structure.")

@@ -8,7 +8,7 @@ fine grid.
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from boltznce.errors import UserError
 from boltznce.states import State
 from boltznce.systems.base import Interval, System, check_name
+from boltznce.systems.identity import digest
 
 __all__ = [
     "Checkerboard",
@@ -34,6 +35,8 @@ __all__ = [
 COORDINATES = ("angle", "diagonal", "x", "y")
 N_CELLS = 400  # of the table, along each side
 NEGLIGIBLE = 30.0  # kT above the lowest energy: what lies outside the table is as high or higher
+NO_PHYSICS = ("name", "temperature", "box", "state", "length_scale")  # of the fields of a system
+LONGEST = 16  # numbers of a parameter that an identity keeps as they are
 SEEN = 1e-11  # a bin of a profile with less probability is a gap
 
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -101,14 +104,9 @@ class PlaneSystem(System):
 
     @property
     def identity(self) -> dict[str, Any]:
-        mass, r = torch.from_numpy(self._table.mass), self._table.centres
-        mean_energy = float(mass @ self.energy(r.unsqueeze(1)).nan_to_num(0.0))
-        moments = [*(mass @ r).tolist(), *(mass @ r**2).tolist()]
-        return {
-            "name": self.name,
-            "mean_energy": round(mean_energy, 4),
-            "moments": [round(value, 4) for value in moments],
-        }
+        entries = {"name": self.name, "temperature": self.temperature, "kind": type(self).__name__}
+        own = [field.name for field in fields(self) if field.name not in NO_PHYSICS]
+        return entries | {"parameters": {name: _plain(getattr(self, name)) for name in own}}
 
     # ---- density ----------------------------------------------------------------------------------------------------
 
@@ -442,6 +440,14 @@ def _highest_corner(values: Tensor) -> Tensor:
 
 def _in_parts(energy, r: Tensor, size: int = 60_000) -> Tensor:
     return torch.cat([energy(part) for part in r.split(size)])
+
+
+def _plain(value: Any) -> Any:
+    """A parameter in types that YAML keeps: a list of numbers, their digest where there are many."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    rounded = torch.as_tensor(value).double().mul(1e6).round().div(1e6).add(0.0).tolist()  # no -0.0
+    return digest(rounded) if torch.as_tensor(value).numel() > LONGEST else rounded
 
 
 def _device(generator: torch.Generator | None) -> torch.device | str:

@@ -1,0 +1,65 @@
+"""The reference free energies that ship with the package: one small JSON file a system, of it and its state alone."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from boltznce.errors import UserError
+from boltznce.states import State
+from boltznce.systems.identity import differences
+
+__all__ = ["REFERENCE_FOLDER", "checked_reference", "find_reference", "load_reference"]
+
+REFERENCE_FOLDER = Path(__file__).parents[1] / "data" / "reference"
+KEYS = {"system", "identity", "dihedral", "atoms", "state", "delta_f", "profile", "made_by"}
+
+
+class _Known(Protocol):
+    name: str
+    identity: dict[str, Any]
+    state: State
+    dihedrals: dict[str, Sequence[int]]
+
+
+def find_reference(system: _Known) -> dict[str, Any] | None:
+    """The reference that ships under a system's name, if it is of this system, dihedral and state in every entry."""
+    path = REFERENCE_FOLDER / f"{system.name}.json"
+    if not path.is_file():
+        return None
+    reference = load_reference(path)
+    asked = {
+        "dihedral": system.state.coordinate,
+        "atoms": list(system.dihedrals.get(system.state.coordinate, ())),
+        "state": list(system.state.interval),
+    }
+    fits = all(reference[key] == value for key, value in asked.items())
+    return reference if fits and not differences(reference["identity"], system.identity) else None
+
+
+def load_reference(path: Path) -> dict[str, Any]:
+    """Read and check a reference file; raises UserError if it is none."""
+    try:
+        return checked_reference(json.loads(Path(path).read_text(encoding="utf-8")), path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no reference {path}: make it with scripts/simulate.py reference=true.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no reference file: make it with scripts/simulate.py reference=true.") from error
+
+
+def checked_reference(reference: dict, source: object) -> dict:
+    """The reference itself; raises UserError, naming its ``source``, if it is none."""
+    fault = None
+    if not isinstance(reference, dict) or KEYS - set(reference):
+        fault = "keys are missing"
+    elif len({len(reference["profile"].get(key, ())) for key in ("phi", "f", "std_error")}) != 1:
+        fault = "the columns of its profile differ in length"
+    elif not all(np.isfinite(reference["delta_f"].get(key, np.nan)) for key in ("value", "std_error")):
+        fault = (
+            "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
+        )
+    if fault:
+        raise UserError(f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true.")
+    return reference
