@@ -20,8 +20,9 @@ from boltznce.folders import Kind, claim
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.records import damaged, read_array, read_yaml, sealed
 from boltznce.states import State
+from boltznce.systems.identity import digest
 
-__all__ = ["DATASET", "Dataset", "boltzmann_indices", "mode_balanced_indices"]
+__all__ = ["DATASET", "Dataset", "boltzmann_indices", "contents_digest", "mode_balanced_indices"]
 
 STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the unit of angle: within it at 3 σ
 DATASET = Kind("a dataset", "meta.yaml", frozenset({"n_frames", "digests"}), whole=True)
@@ -55,6 +56,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def digest(self) -> str:
+        """A short digest of the whole dataset that these frames are of."""
+        return contents_digest(self.meta)
 
     def __repr__(self) -> str:
         name = self.meta.get("system", {}).get("name", "unknown")
@@ -114,13 +120,8 @@ class Dataset:
     def load(cls, folder: Path) -> "Dataset":
         """Open a dataset; UserError names the file and the remedy where shapes, digests or numbers are wrong."""
         folder = Path(folder)
-        if not (folder / "meta.yaml").is_file():
-            raise UserError(f"There is no dataset in {folder}: make one with scripts/simulate.py, or correct the path.")
-        meta = read_yaml(folder / "meta.yaml", REMEDY)
-        check_format(meta.get("format"), DATA_FORMAT, folder)
-        digests, n = meta.get("digests"), meta.get("n_frames")
-        if not isinstance(n, int) or not isinstance(digests, dict) or not set(FILES) <= set(digests):
-            raise damaged(folder / "meta.yaml", "it lacks the number of frames or a digest", REMEDY)
+        meta = cls.read_meta(folder)
+        digests, n = meta["digests"], meta["n_frames"]
         positions = read_array(folder / "positions.npy", REMEDY, (n, None, None), "f4", mmap=True)
         arrays = {name: read_array(folder / f"{name}.npy", REMEDY, (n,), kind) for name, kind in DTYPES.items()}
         _check_arrays(folder, n, arrays)
@@ -131,6 +132,19 @@ class Dataset:
                 raise damaged(folder / name, "its contents do not fit the digest in meta.yaml", REMEDY)
         topology = (folder / "topology.pdb").read_text(encoding="utf-8") if "topology.pdb" in digests else None
         return cls(positions, **arrays, topology=topology, meta=meta)
+
+    @staticmethod
+    def read_meta(folder: Path) -> dict:
+        """What ``meta.yaml`` says, without opening the arrays; UserError as for `load`."""
+        path = Path(folder) / "meta.yaml"
+        if not path.is_file():
+            raise UserError(f"There is no dataset in {folder}: make one with scripts/simulate.py, or correct the path.")
+        meta = read_yaml(path, REMEDY)
+        check_format(meta.get("format"), DATA_FORMAT, folder)
+        digests, n = meta.get("digests"), meta.get("n_frames")
+        if not isinstance(n, int) or not isinstance(digests, dict) or not set(FILES) <= set(digests):
+            raise damaged(path, "it lacks the number of frames or a digest", REMEDY)
+        return meta
 
     def take(self, indices: np.ndarray | slice) -> "Dataset":
         """The frames of ``indices``, in that order; a slice copies no positions."""
@@ -155,6 +169,11 @@ class Dataset:
         if (stops <= starts).any():
             raise UserError(f"A dataset of {len(self)} frames is too short to split: simulate longer.")
         return tuple(self.take(slice(a, b)) for a, b in zip(starts, stops, strict=True))
+
+
+def contents_digest(meta: dict) -> str:
+    """A short digest of all files of a dataset with this ``meta.yaml``."""
+    return digest(sorted(meta.get("digests", {}).items()))
 
 
 def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:

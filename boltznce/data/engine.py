@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
+from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import openmm
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged, read_archive, read_array, read_json, sealed
+from boltznce.systems.identity import openmm_digest
 from boltznce.units import GAS_CONSTANT
 
 __all__ = [
@@ -93,18 +95,29 @@ class Job:
         """The random numbers of one segment; segment -1 is the equilibration."""
         return np.random.default_rng([self.seed, self.repeat, segment + 1])
 
+    def settings(self, n_repeats: int) -> dict:
+        """What the distribution of the frames of so many repeats depends on, in types that YAML keeps."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self)))
+        for name in ("repeat", "platform", "engine", "compile"):
+            del settings[name]
+        return {**settings, "n_repeats": n_repeats}
+
     def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
         """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
         xml = openmm.XmlSerializer.serialize(system)
         if (folder / "job.json").exists():
             old = Job.load(folder)
             names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
-            changed = sorted(name for name in names if getattr(self, name) != getattr(old, name))
-            if not (folder / "system.xml").is_file() or (folder / "system.xml").read_bytes() != xml.encode():
-                changed.append("the molecule or its force field")
+            changed = [
+                f"{name}: {getattr(old, name)}, not {getattr(self, name)}"
+                for name in names
+                if getattr(self, name) != getattr(old, name)
+            ]
+            if not _same_energy(folder / "system.xml", xml):
+                changed.append("another molecule or force field")
             if changed:
                 raise UserError(
-                    f"{folder} holds an unfinished simulation with other settings ({', '.join(changed)}): "
+                    f"{folder} holds an unfinished simulation with other settings ({'; '.join(changed)}): "
                     "delete the folder to start anew, or restore the settings to continue."
                 )
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +138,14 @@ class Job:
             return cls(**description)
         except (KeyError, TypeError) as error:
             raise damaged(folder / "job.json", "it has other entries than a job", _remedy(folder)) from error
+
+
+def _same_energy(path: Path, xml: str) -> bool:
+    """Whether the file has the energy of a serialized System, by whatever version of OpenMM it was written."""
+    try:
+        return openmm_digest(path.read_text(encoding="utf-8")) == openmm_digest(xml)
+    except (OSError, UnicodeDecodeError, ParseError):
+        return False
 
 
 class Unstable(Exception):

@@ -3,13 +3,15 @@
 A member's data are in ``folder / system.label(member)``.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from boltznce.data.dataset import DATASET, Dataset
-from boltznce.data.simulate import plan, run_plans
+from boltznce.data.matching import made_here, require_settings, require_system
+from boltznce.data.simulate import Plan, plan, run_plans
 from boltznce.errors import UserError
 from boltznce.folders import claim, only_process
 from boltznce.systems.base import System
@@ -17,6 +19,8 @@ from boltznce.systems.family import PeptideFamily
 from boltznce.training import step_generator
 
 __all__ = ["draw_dataset", "load_data", "make_data", "simulate_members"]
+
+ACCEPT = ("same", "any")
 
 
 def make_data(
@@ -26,24 +30,37 @@ def make_data(
     simulation: Mapping[str, Any] | None,
     n_samples: int | None = None,
     seed: int = 0,
+    accept: str = "same",
 ) -> dict[str, Dataset]:
     """The datasets of all members, by name; those that are not there yet are made first.
 
     Args:
         simulation: settings of `simulate_members`; None draws ``n_samples`` exactly, with ``seed``.
+        accept: "same": data that are there must have been made with these settings; "any": however they were made.
 
-    Raises UserError as `simulate_members`, `draw_dataset` and `load_data` do.
+    Raises UserError as `simulate_members`, `draw_dataset` and `load_data` do, before anything is made.
     """
-    for member in _unfinished(system, system.all_members(), folder):
+    if accept not in ACCEPT:
+        raise UserError(f"Unknown data.accept={accept}: choose one of {', '.join(ACCEPT)}.")
+    everyone = system.all_members()
+    missing = _unfinished(system, everyone, folder)
+    for member in missing:
         claim(_place(system, member, folder), DATASET, "another data.folder")
-    if _unfinished(system, system.all_members(), folder):
-        with only_process(folder, beside=True, wait=True):  # which may have made them
-            missing = _unfinished(system, system.all_members(), folder)
-            if simulation is not None and missing:
-                _simulate(system, missing, folder, **simulation)
-            for member in missing if simulation is None else ():
+    with only_process(folder, beside=True, wait=True) if missing else contextlib.nullcontext():
+        missing = _unfinished(system, everyone, folder)  # another process may have made some
+        there = {member.name: load_data(system, member, folder) for member in everyone if member not in missing}
+        compared = [member for member in everyone if accept == "same" and _made_here(there.get(member.name))]
+        if simulation is None:
+            for member in compared:
+                recorded = there[member.name].meta["settings"]
+                require_settings(_place(system, member, folder), recorded, _exact_settings(n_samples, seed))
+            for member in missing:
                 draw_dataset(member, _place(system, member, folder), n_samples, seed)
-    return {member.name: load_data(system, member, folder) for member in system.all_members()}
+        else:
+            for each in _simulated(system, [*compared, *missing], folder, **simulation).values():
+                if each.jobs:
+                    each.finish()
+    return {member.name: there.get(member.name) or load_data(system, member, folder) for member in everyone}
 
 
 def simulate_members(
@@ -55,23 +72,22 @@ def simulate_members(
         method, settings: see `boltznce.data.simulate.simulate`, in place of ``system.simulation``;
             ``settings["test"]``, if given, replaces some of them for members that are nothing but tests.
 
-    A dataset that is there is left alone, an unfinished one goes on. Raises UserError as `plan` does.
+    A dataset that is there, and was made with these settings, stays; an unfinished one goes on. Raises UserError as
+    `plan` does.
     """
     with only_process(folder, beside=True, wait=True):
-        return _simulate(system, system.all_members(), folder, method, **settings)
+        plans = _simulated(system, system.all_members(), folder, method, **settings)
+        return {name: each.finish() for name, each in plans.items()}
 
 
 def load_data(system: System | PeptideFamily, member: System, folder: Path) -> Dataset:
-    """The dataset of a member; raises UserError if it is missing, damaged or of another system or force field."""
+    """The dataset of a member; raises UserError if it is missing, damaged or, as far as can be told, of another system.
+
+    See `boltznce.data.matching.require_system`.
+    """
     place = _place(system, member, folder)
     dataset = Dataset.load(place)
-    made_of = dataset.meta.get("system", {})
-    same = all(made_of.get(key, value) == value for key, value in member.identity.items())
-    if not same or dataset.positions.shape[1:] != (member.n_atoms, member.dim):
-        raise UserError(
-            f"{place} holds data of another system or force field ({made_of.get('name')}, not {member.name}): set "
-            "data.folder to another folder; data are made there if it does not exist."
-        )
+    require_system(place, dataset, member)
     return dataset
 
 
@@ -80,10 +96,14 @@ def draw_dataset(system: System, folder: Path, n_samples: int, seed: int = 0) ->
     x = system.sample(n_samples, step_generator(seed, "data", 0))
     meta = {
         "system": system.identity,
-        "settings": {"method": "exact", "n_samples": n_samples, "seed": seed},
+        "settings": _exact_settings(n_samples, seed),
         "date": date.today().isoformat(),
     }
     return Dataset.write(folder, x.numpy(), system.energy(x).double().numpy(), meta=meta)
+
+
+def _exact_settings(n_samples: int | None, seed: int) -> dict[str, Any]:
+    return {"method": "exact", "n_samples": n_samples, "seed": seed}
 
 
 def _place(system: System | PeptideFamily, member: System, folder: Path) -> Path:
@@ -95,7 +115,11 @@ def _unfinished(system: System | PeptideFamily, members: Sequence[System], folde
     return [member for member in members if not (_place(system, member, folder) / "meta.yaml").exists()]
 
 
-def _simulate(
+def _made_here(dataset: Dataset | None) -> bool:
+    return dataset is not None and made_here(dataset.meta.get("settings") or {})
+
+
+def _simulated(
     system: System | PeptideFamily,
     members: Sequence[System],
     folder: Path,
@@ -105,12 +129,14 @@ def _simulate(
     progress: bool = True,
     test: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> dict[str, Dataset]:
+) -> dict[str, Plan]:
+    """The members' simulations by name, run to their end."""
     settings = {"method": "umbrella", **system.simulation, **settings, **({"method": method} if method else {})}
     trained = [*system.members("train"), *system.members("validation")]
     plans = {}
     for member in members:
         more = {} if member in trained else test or {}
         plans[member.name] = plan(member, _place(system, member, folder), **{**settings, **more})
-    run_plans(list(plans.values()), n_processes, f"{settings['method']} {system.name}", progress)
-    return {name: each.finish() for name, each in plans.items()}
+    if any(each.jobs for each in plans.values()):
+        run_plans(list(plans.values()), n_processes, f"{settings['method']} {system.name}", progress)
+    return plans

@@ -1,7 +1,6 @@
 """Reference data: independent repeats of a simulation, one process each, gathered into a dataset."""
 
 import dataclasses
-import json
 import os
 import platform as machine
 import subprocess
@@ -30,6 +29,7 @@ from boltznce.data.engine import (
     read_frames,
     seconds_spent,
 )
+from boltznce.data.matching import made_here, require_settings, require_system
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
 from boltznce.data.walkers import ENGINES
@@ -95,7 +95,9 @@ class Plan:
     def finish(self) -> Dataset:
         """The dataset; written now if all jobs have just ended."""
         if not self.jobs:
-            return Dataset.load(self.folder)
+            dataset = Dataset.load(self.folder)
+            require_system(self.folder, dataset, self.system)
+            return dataset
         if not (self.folder / "meta.yaml").exists():
             gather(self.system, self.job_folders, self.folder)
             discard(working_folder(self.folder), UNFINISHED)
@@ -146,7 +148,7 @@ def plan(
         n_walkers: Langevin: trajectories of each repeat.
 
     Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
-    the folder, an unstable simulation and a full disk.
+    the folder (see `boltznce.data.matching`), an unstable simulation and a full disk.
     """
     folder = Path(folder)
     if system.exact:
@@ -195,9 +197,10 @@ def plan(
     ]
     _check(jobs)
     if (folder / "meta.yaml").exists():
-        dataset = Dataset.load(folder)
-        if dataset.meta.get("settings") != _settings(jobs) or dataset.meta.get("system") != system.identity:
-            raise UserError(f"{folder} holds a dataset made with other settings: choose another name, or delete it.")
+        recorded = Dataset.read_meta(folder).get("settings") or {}
+        if not made_here(recorded):
+            raise UserError(f"{folder} holds data that no simulation of this library has made: choose another name.")
+        require_settings(folder, recorded, jobs[0].settings(len(jobs)))
         discard(working_folder(folder), UNFINISHED)  # a kill came before it was gone
         return Plan(system, folder, [], [])
 
@@ -289,7 +292,7 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         topology=_pdb(system),
         meta={
             "system": system.identity,
-            "settings": _settings(jobs),
+            "settings": jobs[0].settings(len(jobs)),
             "engine": jobs[0].engine,
             "ps_per_walker": float(end),
             "cpu_seconds": round(sum(seconds_spent(path) for path in folders), 2),
@@ -312,9 +315,9 @@ def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
 
 
 def force_evaluations(meta: dict) -> int:
-    """How often the simulation in a dataset's ``meta`` has computed forces; 0 where nothing was simulated."""
-    settings = meta["settings"]
-    if settings["method"] not in SAMPLERS:
+    """How often the simulation in a dataset's ``meta`` has computed forces; 0 where nothing was simulated here."""
+    settings = meta.get("settings") or {}
+    if settings.get("method") not in SAMPLERS or "ps_per_walker" not in meta:
         return 0
     options = settings["options"]
     n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
@@ -408,14 +411,6 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
 
 def _ring(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:
     return Ring(options["n_windows"], options["kappa"], GAS_CONSTANT * temperature, largest_gap(dihedral))
-
-
-def _settings(jobs: list[Job]) -> dict:
-    """What the distribution of the frames depends on, in types that YAML keeps."""
-    settings = json.loads(json.dumps(dataclasses.asdict(jobs[0])))
-    for name in ("repeat", "platform", "engine", "compile"):
-        del settings[name]
-    return {**settings, "n_repeats": len(jobs)}
 
 
 def _chunks(

@@ -51,6 +51,7 @@ def start_finetuning(
         config.system = {"_target_": f"{MolecularSystem.__module__}.MolecularSystem", **family.settings_of(peptide)}
         config.data.folder = str(Path(config.data.folder) / peptide)
         config.data.split = steps.split
+        config.data.accept = "any"  # the parent's, where there are some
         simulation = OmegaConf.merge(family.simulation, config.data.simulation, steps.simulation)
         config.data.simulation = {key: value for key, value in simulation.items() if key != "test"}
         config.kind = "molecule"

@@ -46,11 +46,11 @@ def make_data(work: Workspace) -> dict:
         if not work.frames_exist(member):
             work.folder.check_writes(place)
         work.folder.leave(place)
-    exact = {"n_samples": section.get("n_samples"), "seed": work.config.seed}
-    made = members.make_data(work.system, Path(section.folder), simulation=simulation, **exact)
+    how = {key: section[key] for key in ("n_samples", "seed", "accept") if key in section}
+    made = members.make_data(work.system, Path(section.folder), simulation=simulation, **how)
     for member in work.system.all_members():
         _check_isomers(member, made[member.name], section.folder)
-    return {"frames": sum(map(len, made.values()))}
+    return {"frames": sum(map(len, made.values())), "datasets": {name: data.digest for name, data in made.items()}}
 
 
 def _check_isomers(member: System, data: Dataset, folder: str) -> None:
