@@ -66,6 +66,7 @@ def _train(folder: RunFolder) -> str:
     method = locate(config.method._target_, ModuleType)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
+    folder.record_identity(work.system)
     *_, last = method.STAGES
     for name, stage in method.STAGES.items():
         if name != last and folder.stage_done(name):

@@ -19,7 +19,10 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
 from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
+from boltznce.run_inputs import changed_settings, copy_inputs, keep_inputs, open_inputs, replaced_inputs
 from boltznce.signals import stop_if_asked
+from boltznce.systems.base import System
+from boltznce.systems.identity import differences
 from boltznce.trust import check_trusted
 
 try:
@@ -33,12 +36,15 @@ log = logging.getLogger(__name__)
 REMEDY = "restore it, or start a new run in another folder"
 AGAIN = "delete it and resume the run"
 RUN = Kind("a run", "run.json", names=r"\.hydra|(cli|train)\.log")  # the latter two are Hydra's, which comes first
+RESULTS = ("checkpoints", "samples")  # what unfinished stages leave
+MOST_TOLD = 4  # changed settings
 HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what a kill can lose
 
 
 class RunFolder:
-    """A folder with ``config.yaml`` (resolved) and ``run.json``: its format, the system's name and, for each stage,
+    """A folder with ``config.yaml`` (resolved), copies of the files that this names (see `boltznce.run_inputs`), and
 
+    ``run.json``: its format, the system's name and identity and, for each stage,
     ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null), ``leaves``
     (see :meth:`leave`) and what the stage adds. :meth:`create` makes one or goes on in one, :meth:`open` takes what is
     there.
@@ -55,22 +61,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, system: str) -> "RunFolder":
-        """Start a run of the named system, or go on in its folder. Raises UserError if that holds another system.
+        """Start a run of the named system, or go on in its folder; files that the config names are copied into it.
 
-        And where there are files that are not a run's, or another process is at work.
+        Raises UserError if the folder holds results of another system, or of other settings that they depend on, or
+        files that are not a run's, and where another process is at work.
         """
-        run = cls(path, trust=True)
+        run, settings = cls(path, trust=True), OmegaConf.to_container(config, resolve=True)
+        sources = keep_inputs(settings)
         if not run._record_path.exists():
             claim(path, RUN, "another hydra.run.dir, or output")
         with only_process(path):
-            if run._record_path.exists():
+            begun = run._record_path.exists()
+            if begun:
                 run.check_system(system)
-            else:
+                run._check_settings(settings, sources)
+            run.path.mkdir(parents=True, exist_ok=True)
+            copy_inputs(run.path, sources)
+            with atomic_file(run._config_path) as temporary:
+                OmegaConf.save(OmegaConf.create(sealed(settings)), temporary)
+            if not begun:
                 home = run.path.stat().st_ino
                 run._write({"format": RUN_FORMAT, "system": system, "started": _now(), "home": home, "stages": {}})
-            contents = OmegaConf.create(sealed(OmegaConf.to_container(config, resolve=True)))
-            with atomic_file(run._config_path) as temporary:
-                OmegaConf.save(contents, temporary)
         return run
 
     @classmethod
@@ -89,14 +100,21 @@ class RunFolder:
 
     @property
     def config(self) -> DictConfig:
-        """The resolved config that the run was last started with. Raises UserError if it is damaged or not trusted."""
-        config = read_settings(self._config_path, REMEDY)
-        contents = OmegaConf.to_container(config)
-        if "${" in str(contents):
-            raise damaged(self._config_path, "it refers to values in place of having them", REMEDY)
+        """The resolved config that the run was last started with, its files those of the folder.
+
+        Raises UserError if it is damaged or not trusted.
+        """
+        contents = self._settings()
         if not self.trust:
             check_trusted(contents, self._config_path)
-        return config
+        return OmegaConf.create(open_inputs(contents, self.path))
+
+    def _settings(self) -> dict:
+        """The config as it is on disk."""
+        contents = OmegaConf.to_container(read_settings(self._config_path, REMEDY))
+        if "${" in str(contents):
+            raise damaged(self._config_path, "it refers to values in place of having them", REMEDY)
+        return contents
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -160,6 +178,37 @@ class RunFolder:
         if self.system != name:
             found = f"{self.path} is a run of another system, '{self.system}', not '{name}'"
             raise UserError(f"{found}: choose another hydra.run.dir.")
+
+    def _check_settings(self, settings: dict, sources: Mapping[str, Path]) -> None:
+        """Raise UserError if there are results, and they are of other settings or of other input files."""
+        if not (any(map(self.stage_done, self.stages)) or any((self.path / name).exists() for name in RESULTS)):
+            self._write(self._read() | {"identity": None})
+            return
+        pairs = changed_settings(self._settings(), settings)
+        changed = [f"{key}: {old}, not {new}" for key, (old, new) in pairs.items()]
+        changed += [f"the contents of {source}" for source in replaced_inputs(self.path, sources)]
+        if changed:
+            more = f"; and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
+            raise UserError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:MOST_TOLD])}{more}): choose another "
+                f"hydra.run.dir, or go on with the run's own by resume={self.path}."
+            )
+
+    def record_identity(self, system: System) -> None:
+        """Write down what the run's system is, once."""
+        with self._lock:
+            record = self._read()
+            if record.get("identity") is None:
+                self._write(record | {"identity": system.identity})
+
+    def check_identity(self, system: System) -> None:
+        """Raise UserError, saying what differs, if the system is no longer the one that was written down."""
+        recorded = self._read().get("identity")
+        if recorded and (told := differences(recorded, system.identity)):
+            raise UserError(
+                f"The config of {self.path} no longer gives the system of the run: {' and '.join(told.values())}. "
+                "Restore its files, or the version of OpenMM that it was made with, or start a new run."
+            )
 
     # ---- stages, and what they leave --------------------------------------------------------------------------------
 

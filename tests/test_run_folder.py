@@ -82,11 +82,24 @@ def test_mark_done_adds_to_what_is_recorded(tmp_path):
     assert list(run.stages) == ["data", "report"]
 
 
-def test_going_on_in_a_folder_keeps_the_record_and_takes_the_new_config(tmp_path):
+def test_going_on_in_a_folder_keeps_the_record_and_takes_what_changes_no_result(tmp_path):
     RunFolder.create(tmp_path, CONFIG, "aldp").mark_done("data")
-    run = RunFolder.create(tmp_path, OmegaConf.create({"seed": 2}), "aldp")
+    more = OmegaConf.create({"threads": 2, "flow": {"fit": {"checkpoint_every": 7}}})
+    run = RunFolder.create(tmp_path, OmegaConf.merge(CONFIG, more), "aldp")
     assert run.stage_done("data")
-    assert run.config.seed == 2
+    assert run.config.threads == 2
+
+
+def test_other_settings_are_refused_where_there_are_results(tmp_path):
+    """``seed=7 hydra.run.dir=<finished run>``; with nothing there yet, a mistake may be mended."""
+    RunFolder.create(tmp_path, OmegaConf.create({"seed": 2}), "aldp")
+    run = RunFolder.create(tmp_path, CONFIG, "aldp")
+    assert run.config.seed == 1
+    run.mark_done("flow")
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"other settings \(seed: 1, not 7; size: 4, not None.*resume="):
+        RunFolder.create(tmp_path, OmegaConf.create({"seed": 7, "double": 4}), "aldp")
+    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_folder_of_another_system(tmp_path):

@@ -1,0 +1,126 @@
+"""What a run is made from: the files that its config names, copied into its folder, and what in a config decides.
+
+In ``config.yaml`` a copied file stands by its path from the run's folder, ``inputs/...``: it is the same file when the
+run is opened from elsewhere, or has been moved, or the original has changed. Folders of data stand by absolute paths.
+"""
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from boltznce.errors import UserError
+from boltznce.io import atomic_file, file_digest
+from boltznce.systems.molecular import STRUCTURES, structure_file
+
+__all__ = ["changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
+
+INPUTS = "inputs"
+FILES = ("flow.start", "ebm.start", "flow.published_weights")  # and system.structure, system.forcefield
+FOLDERS = ("data.folder", "data_dir")
+# settings, and sections of them, by which no result changes
+HARMLESS = {
+    "checkpoint_every",
+    "compile",
+    "data_dir",
+    "device",
+    "logger",
+    "n_processes",
+    "n_workers",
+    "progress",
+    "threads",
+}
+
+Config = dict[str, Any]
+
+
+def keep_inputs(config: Config) -> dict[str, Path]:
+    """Put the paths of copies in place of a resolved config's files; returns where each copy comes from.
+
+    Raises UserError for a force-field file that includes one from outside its folder.
+    """
+    sources: dict[str, Path] = {}
+    for section, key, name in _paths(config):
+        value = section[key]
+        if name in FOLDERS:
+            section[key] = str(Path(value).absolute())
+            continue
+        source = structure_file(value) if name == "system.structure" else Path(value).expanduser()
+        if source is None or source.is_relative_to(STRUCTURES) or not source.is_file():
+            continue
+        folder = PurePosixPath(INPUTS, name)
+        section[key] = str(folder / source.name)
+        if name.startswith("system.forcefield"):
+            sources |= {str(folder / inside): path for inside, path in _with_included(source.absolute(), source.name)}
+        else:
+            sources[section[key]] = source.absolute()
+    return sources
+
+
+def copy_inputs(folder: Path, sources: Mapping[str, Path]) -> None:
+    """Copy files to their places in a run's folder, each whole or not at all."""
+    for place, source in sources.items():
+        if source != (folder / place).absolute():
+            with atomic_file(folder / place) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def replaced_inputs(folder: Path, sources: Mapping[str, Path]) -> list[str]:
+    """The sources whose contents are not those of the copies that a run's folder has."""
+    copied = {place: source for place, source in sources.items() if (folder / place).is_file()}
+    return [str(source) for place, source in copied.items() if file_digest(folder / place) != file_digest(source)]
+
+
+def open_inputs(config: Config, folder: Path) -> Config:
+    """The config of a run's folder with the paths of its own files made absolute, in place."""
+    for section, key, name in _paths(config):
+        if name not in FOLDERS and str(section[key]).startswith(f"{INPUTS}/"):
+            section[key] = str((folder / section[key]).absolute())
+    return config
+
+
+def changed_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (recorded, given), of those that a result depends on."""
+    there, here = dict(_flat(recorded)), dict(_flat(given))
+    names = [name for name in {**there, **here} if not HARMLESS & set(name.split("."))]
+    return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
+
+
+def _paths(config: Config) -> Iterator[tuple[Any, Any, str]]:
+    """Where in a config paths of files and folders may stand: what holds each, its key there, the setting's name."""
+    for name in ("system.structure", *FILES, *FOLDERS):
+        *sections, key = name.split(".")
+        holder: Any = config
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            yield holder, key, name
+    files = (config.get("system") or {}).get("forcefield")
+    if isinstance(files, list):
+        for k, file in enumerate(files):
+            if isinstance(file, str):
+                yield files, k, f"system.forcefield.{k}"
+
+
+def _with_included(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """A force-field file and those that it includes from beside it, by their names in its folder."""
+    yield name, path
+    try:
+        included = [element.attrib.get("file", "") for element in ElementTree.parse(path).getroot().findall("Include")]
+    except (ElementTree.ParseError, OSError):
+        return  # OpenMM will tell
+    for file in filter(None, included):
+        if not (path.parent / file).is_file():
+            continue  # one of OpenMM's own
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"{path} includes {file}, from outside its folder: put that file beside it.")
+        yield from _with_included(path.parent / file, str(PurePosixPath(name).parent / file))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
