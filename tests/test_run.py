@@ -132,6 +132,24 @@ def test_data_of_another_system_are_refused(tiny_overrides, tiny_run, tmp_path):
         train(RunFolder.create(tmp_path, config, config.system.name))
 
 
+@pytest.mark.slow
+def test_a_run_whose_data_are_gone_or_others_costs_the_comparison(tiny_run, tmp_path):
+    """The report is written without it, and says so."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    data = bz.load_run(tiny_run).config.data.folder
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace(data, str(tmp_path / "data")))
+    for words in ("are no longer in", "no longer holds the data of aldp"):
+        train(RunFolder.open(tmp_path / "run"))
+        assert words in (tmp_path / "run" / "report.md").read_text()
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert "md" not in metrics
+        assert metrics["settings"]["energy"] == "amber99sbildn.xml + amber99_obc.xml + NoCutoff"
+        frames = Dataset.load(data)
+        meta = {key: frames.meta[key] for key in ("system", "settings")}
+        Dataset.write(tmp_path / "data", np.array(frames.positions), frames.energies, meta=meta)
+
+
 def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
     """The published networks at full size, on real frames."""
     config = compose("train", ["budget=paper"])

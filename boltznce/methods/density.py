@@ -18,6 +18,7 @@ from boltznce.analysis.report import write_report
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.models import load_trained, make, weights_path
+from boltznce.methods.provenance import energy_in_words
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.toy import PlaneSystem
 
@@ -76,7 +77,8 @@ def report(work: Workspace) -> dict:
         "seed": config.seed,
         "density": errors,
         "timing": {"stages": {"ebm": work.folder.stages["ebm"]["seconds"]}},
-        "settings": {"steps": config.ebm.fit.steps, "batch": config.ebm.batch_size, "grid": f"{n} x {n}"},
+        "settings": {"steps": config.ebm.fit.steps, "batch": config.ebm.batch_size, "grid": f"{n} x {n}"}
+        | {"temperature": f"{system.temperature:g}", "energy": energy_in_words(system.identity)},
     }
     title = TITLES[config.ebm.model.objective]
     figure = plot_densities({system.name: densities(log_p, log_q, n, title)}, {system.name: system.box})

@@ -14,6 +14,7 @@ from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_diff
 from boltznce.analysis.metrics import energy_cut
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.data.dataset import Dataset, boltzmann_indices
+from boltznce.errors import UserError
 from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
 from boltznce.methods.views import View, views_of
 from boltznce.methods.workspace import Workspace
@@ -182,6 +183,7 @@ def gather(work: Workspace, member: System) -> Findings:
     values = None
     if system.state is not None:
         values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
+    data, missing = _data(work, member, system)
     subsets = {kind: ExactSubset.load(work.samples(f"exact_{kind}", member)) for kind in ("uniform", "weights")}
     return Findings(
         system,
@@ -190,33 +192,43 @@ def gather(work: Workspace, member: System) -> Findings:
         excluded,
         samples,
         values,
-        _data(work, member, system),
+        data,
         {kind: subset for kind, subset in subsets.items() if subset is not None},
         system.reference(),
         work.folder.stages["evaluation"]["per_sample"][member.name],
         work.config.evaluation,
         work.config.seed,
-        generator.notes,
+        (*generator.notes, *missing),
     )
 
 
-def _data(work: Workspace, member: System, system: System) -> Data | None:
-    """Frames that the flow was not trained on, exact draws where they can be had, or None where there is nothing."""
-    n = work.config.evaluation.n_reference or sys.maxsize
+def _data(work: Workspace, member: System, system: System) -> tuple[Data | None, tuple[str, ...]]:
+    """Frames that the flow was not trained on, exact draws where they can be had, or None where there is nothing.
+
+    And a sentence where data were there once, or are no data of this run: they are not compared with, and that is all.
+    """
+    section, missing = work.config.evaluation, ()
+    if "data" in work.folder.stages and not work.frames_exist(member):
+        folder = work.config.data.folder
+        missing = (f"There is no comparison with the data of {member.name}, which are no longer in {folder}.",)
     if work.frames_exist(member):
-        whole, frames = work.frames(member), work.unseen_frames(member)
-        if whole.meta.get("settings", {}).get("temperature", system.temperature) != system.temperature:
-            return None
+        n = section.n_reference or sys.maxsize
+        try:
+            whole = work.frames(member)
+        except UserError as error:
+            return None, (f"There is no comparison with data: {error}",)
+        frames = work.unseen(member, whole)
     elif system.exact:
+        n = section.n_reference or section.n_samples
         x = system.sample(n, work.generator("exact draws", member)).cpu()
         zeros, order, energies = np.zeros(n), np.arange(n), system.energy(x).double().numpy()
         whole = frames = Dataset(x.numpy(), energies, zeros, order, zeros, order % 2, None, {})
     else:
-        return None
+        return None, missing
     excluded = excluded_conformers(system, frames.positions)
     kept = frames.take(allowed_conformers(excluded, len(frames)))
     if not len(kept) or not np.isfinite(kept.log_weights).any():
         log.warning("All data of %s are other isomers than its structure: compared with none.", member.name)
         return None
     index = boltzmann_indices(kept.log_weights, min(n, len(kept)), work.numpy_generator("held out", member))
-    return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights)
+    return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights), missing

@@ -192,7 +192,7 @@ def _settings(work: Workspace) -> dict[str, str]:
 def _notes(work: Workspace) -> tuple[str, ...]:
     system, folder = work.system, work.config.data.folder
     (member,) = system.members("test")
-    if system.exact or (folder is not None and work.frames_exist(member)):
+    if system.exact or "data" in work.folder.stages or (folder is not None and work.frames_exist(member)):
         return ()
     note = (
         f"There are no data of this system at this temperature in {folder}, so that NLL and divergences are missing: "

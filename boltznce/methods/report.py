@@ -10,6 +10,7 @@ from boltznce.analysis import plotting
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.logger import read_log
 from boltznce.methods.findings import Findings, gather
+from boltznce.methods.provenance import provenance
 from boltznce.methods.sections import Part
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
@@ -114,7 +115,7 @@ def _of_whole_run(work: Workspace, settings: Mapping[str, str], notes: list[str]
             "peak_memory_mib": max(record["peak_memory"] for record in stages.values()),
         },
         "counts": {"molecules trained on": len(trained)} | ({"frames of the data": frames} if frames else {}),
-        "settings": settings | {"seed": str(config.seed)},
+        "settings": settings | provenance(work) | {"seed": str(config.seed)},
         "notes": notes,
     }
 
@@ -127,7 +128,9 @@ def _notes(work: Workspace, rows: Mapping[str, Mapping]) -> list[str]:
     if missing:
         notes.append(f"The data of {', '.join(missing)} never were in the state: trained on as they are.")
     if any("reference" not in row.get("free_energy", {"reference"}) for row in rows.values()):
-        notes.append("No reference ships for this system at this temperature and with this force field.")
+        notes.append(
+            "No reference ships for this system: for its structure, force field, cutoff, temperature and state."
+        )
     return notes
 
 

@@ -23,17 +23,15 @@ def report(work: Workspace) -> dict:
 
 
 def flow_settings(work: Workspace) -> dict[str, str]:
-    """Those of the flow and its data, in words."""
+    """Those of the flow, in words."""
     section, system, model = work.config.flow, work.system, work.config.flow.model
     trained, validated = (system.members(role) for role in ("train", "validation"))
     names = {"trained on": trained, "validated on": [member for member in validated if member not in trained]}
     chosen = {key: " ".join(member.name for member in part) for key, part in names.items() if part}
-    first = work.frames(trained[0]) if trained else None
     return chosen | {
         "flow network": network_in_words(work, "flow"),
         "flow": f"{model.interpolant} interpolant, {model.coupling} coupling, scales of {section.scales}",
         "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(section.solver)).items()),
-        "data": first.meta.get("settings", {}).get("method", "unknown") if first else "none",
     }
 
 

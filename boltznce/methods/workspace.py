@@ -52,8 +52,10 @@ class Workspace:
 
     @cached_property
     def system(self) -> System:
-        """What the run samples, or the family of what it samples."""
-        return build(self.config.system)
+        """What the run samples, or the family of it; UserError if it is no longer what it was when the run began."""
+        system = build(self.config.system)
+        self.folder.check_identity(system)
+        return system
 
     @cached_property
     def models(self) -> Any:
@@ -67,15 +69,21 @@ class Workspace:
         return section.folder is not None and (Path(section.folder) / self.system.label(member) / "meta.yaml").exists()
 
     def frames(self, member: System) -> Dataset:
-        """The member's data. Raises UserError for data of another system."""
-        return load_data(self.system, member, Path(self.config.data.folder))
+        """The member's data. Raises UserError for those of another system, and for others than the run began with."""
+        folder = Path(self.config.data.folder)
+        dataset = load_data(self.system, member, folder)
+        digests = self.folder.stages.get("data", {}).get("datasets", {})
+        if digests.get(member.name, dataset.digest) != dataset.digest:
+            raise UserError(
+                f"{folder} no longer holds the data of {member.name} that {self.folder.path} began with: restore them, "
+                "or start a new run."
+            )
+        return dataset
 
-    def unseen_frames(self, member: System) -> Dataset:
-        """Those that no flow of this run was trained on: the test part, or all of a member not trained on."""
-        frames, trained = self.frames(member), self.folder.stages.get("flow", {}).get("steps", 0)
-        return (
-            frames.split(**self.config.data.split)[2] if trained and member in self.system.members("train") else frames
-        )
+    def unseen(self, member: System, frames: Dataset) -> Dataset:
+        """Those of a member's data that no flow of this run was trained on: the test part, or all where none was."""
+        trained = self.folder.stages.get("flow", {}).get("steps", 0) and member in self.system.members("train")
+        return frames.split(**self.config.data.split)[2] if trained else frames
 
     def samples(self, what: str, member: System) -> Path:
         """The folder of a member's samples."""
