@@ -104,10 +104,10 @@ class RunFolder:
 
         Raises UserError if it is damaged or not trusted.
         """
-        contents = self._settings()
+        contents = open_inputs(self._settings(), self.path)
         if not self.trust:
             check_trusted(contents, self._config_path)
-        return OmegaConf.create(open_inputs(contents, self.path))
+        return OmegaConf.create(contents)
 
     def _settings(self) -> dict:
         """The config as it is on disk."""

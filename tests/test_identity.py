@@ -280,7 +280,7 @@ def test_a_run_keeps_its_structure_and_its_force_field(tmp_path, monkeypatch):
         RunFolder.create(run.path, config, "aldp")
     shutil.rmtree(there)
     monkeypatch.chdir(elsewhere)
-    opened = RunFolder.open(shutil.move(run.path, tmp_path / "moved"))
+    opened = RunFolder.open(shutil.move(run.path, tmp_path / "moved"), trust=True)  # it has a force field of its own
     again = build(opened.config.system)
     assert again.identity == system.identity
     assert (system.identity["handedness"], aldp().identity["handedness"]) == ("+", "-")
