@@ -20,6 +20,7 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import disk_reason
 from boltznce.run_folder import RUN, RunFolder
+from boltznce.settings import check
 from boltznce.signals import Stopped, listening
 
 __all__ = ["launch"]
@@ -45,6 +46,7 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
     def told(config: DictConfig) -> None:
         with _mistakes_told():
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # before any work
+            check(config, config_name)
             main(config)
 
     told.__module__ = main.__module__

@@ -19,6 +19,7 @@ from torch import nn
 from boltznce.errors import UserError
 from boltznce.precision import ordinary_tensors
 from boltznce.records import read_settings
+from boltznce.settings import check
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
@@ -228,12 +229,14 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     >>> compose("train", ["system=gaussians8", "seed=7"]).flow.model.coupling
     'independent'
 
-    Raises UserError, listing what exists, for a choice or a key that does not.
+    Raises UserError, listing what exists, for a choice or a key that does not, and for a value that makes no sense.
     """
     words = normalize(overrides)
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(config_dir())):
-            return hydra.compose(config_name, overrides=words)
+            config = hydra.compose(config_name, overrides=words)
+            check(config, config_name)
+            return config
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, words) from error
 

@@ -25,6 +25,7 @@ __all__ = [
     "put_in_place",
     "remove_leftovers",
     "require_free_space",
+    "require_writable",
 ]
 
 DATA_FORMAT = 1  # of datasets and of weighted samples, as their meta.yaml says it; those that say nothing have it
@@ -93,6 +94,20 @@ def require_free_space(folder: Path, n_bytes: int) -> None:
             f"{n_bytes / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
             "Free some space, or choose another data_dir or hydra.run.dir."
         )
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError if ``folder`` cannot be made or written to, as far as that can be known without trying."""
+    existing = Path(folder).absolute()
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}. Choose another folder.") from error
+    if not existing.is_dir():
+        raise UserError(f"The folder {folder} cannot be made, as {existing} is a file: choose another one.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {folder} cannot be written, as {existing} may not be: choose another one.")
 
 
 @contextlib.contextmanager

@@ -9,13 +9,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.analysis.samples_io import check_trajectory_format
 from boltznce.config import compose, locate
 from boltznce.folders import only_process
+from boltznce.io import require_writable
 from boltznce.logger import open_logger
 from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
+from boltznce.methods.preflight import preflight
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.records import damaged
 from boltznce.run_folder import REMEDY, RunFolder
+from boltznce.settings import require
 from boltznce.signals import Stopped
 from boltznce.systems.base import System
 
@@ -41,16 +45,24 @@ def train_run(path: Path | str, *overrides: str) -> "Run":
 
 
 def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
-    """The folder of a new run with a composed config of ``train``, or of one that is to go on with it."""
+    """The folder of a new run with a composed config of ``train``, or of one that is to go on with it.
+
+    Raises UserError, and makes none, for whatever `preflight` finds wrong with the config.
+    """
+    require_writable(Path(path))
+    preflight(config)
     kept = [key for key in config if key not in ("resume", "trust")]
-    return RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
+    folder = RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
+    folder.checked = True
+    return folder
 
 
 def train(folder: RunFolder) -> str:
     """Run, or finish, all stages of the method that the folder's config names; returns a summary for the terminal.
 
-    The last stage, the report, is made anew of a finished run too: there may be data now to compare with. Raises
-    UserError where another process works in the folder.
+    The last stage, the report, is made anew of a finished run too: there may be data now to compare with. What can be
+    known to fail is told as a UserError before the first stage (see `preflight`), and so is another process at work in
+    the folder.
     """
     try:
         with only_process(folder.path):
@@ -63,6 +75,8 @@ def train(folder: RunFolder) -> str:
 def _train(folder: RunFolder) -> str:
     config = _config(folder)
     set_threads(config.threads)
+    if not folder.checked:
+        preflight(config)
     method = locate(config.method._target_, ModuleType)
     logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
@@ -140,10 +154,14 @@ class Run:
                 be repeated.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
-        Raises UserError where the run has no generator, no likelihood of that kind, or not yet, and for a system that
-        it is not for.
+        Raises UserError where the run has no generator, no likelihood of that kind, or not yet, for a system that it is
+        not for, for numbers that make no sense, and for a folder with other samples than these.
         """
+        require(
+            "sample", n=n, likelihood=likelihood, seed=seed, batch_size=batch_size, n_probes=n_probes, format=format
+        )
         generator = self.generator(system)
+        check_trajectory_format(format, generator.system.dim)
         likelihood = choose_likelihood(generator, likelihood)
         settings = {"batch_size": min(batch_size or generator.batch_size(likelihood), n), "n_probes": n_probes}
 
@@ -185,5 +203,6 @@ def _config(folder: RunFolder) -> DictConfig:
 
 def set_threads(threads: int | None) -> None:
     """The number of CPU threads of torch; None leaves it at one a core."""
+    require(threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -56,6 +56,7 @@ class RunFolder:
 
     def __init__(self, path: Path, trust: bool = False):
         self.path, self.trust = Path(path), trust
+        self.checked = False  # whether its config has passed `boltznce.methods.preflight`, in this process
         self._lock = threading.Lock()  # the heartbeat and the stage both write
         self._running: str | None = None
 

@@ -8,8 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.settings import require
 
-__all__ = ["State", "in_interval"]
+__all__ = ["State", "in_interval", "require_radians"]
+
+ROUNDING = 1e-5  # of float32 angles
 
 
 class State(NamedTuple):
@@ -27,7 +30,8 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, given: Sequence[Any]) -> Self:
-        """From a config's ``[coordinate, [low, high]]``; raises UserError as `in_interval` does."""
+        """From a config's ``[coordinate, [low, high]]``; raises UserError for any other, as `in_interval` does."""
+        require("system", state=given)
         coordinate, (low, high) = given
         in_interval(0.0, (low, high))
         return cls(coordinate, (float(low), float(high)))
@@ -65,15 +69,39 @@ def in_interval(values: Any, interval: tuple[float, float]) -> Any:
     """Mask of ``values`` (tensor or array, any shape) inside the open ``interval``.
 
     It lies on the circle, in radians, and may reach across π: (3.0, 4.0). With one infinite end it is a half line, of a
-    coordinate that is no angle: (0, inf). Raises UserError for any other.
+    coordinate that is no angle: (0, inf). Raises UserError for any other, and for values on the circle that cannot be
+    radians.
     """
     low, high = interval
     values = values.double() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
     if math.isinf(low) != math.isinf(high):
         return (values > low) & (values < high)
+    if _beyond_the_circle(low, high):
+        radians = ", ".join(f"{math.radians(end):.4g}" for end in interval)
+        raise UserError(
+            f"A state is an interval in radians, between -2π and 2π: got ({low:g}, {high:g}), which "
+            f"in degrees would be ({radians})."
+        )
     if not 0 < high - low < 2 * math.pi:
         raise UserError(
-            f"A state is an interval (low, high) in radians, shorter than the circle: got {tuple(interval)}."
+            "A state is an interval (low, high) in radians, shorter than the circle, with low below high: got "
+            f"({low:g}, {high:g}); one that reaches across π goes on beyond it, as (3.0, 4.0)."
         )
+    require_radians(values)
     offset = (values - low) % (2 * math.pi)
     return (offset > 0) & (offset < high - low)
+
+
+def require_radians(angles: Any) -> None:
+    """Raise UserError for angles (any shape) beyond ±2π, as degrees are; NaN and no angles at all pass."""
+    angles = np.ravel(angles.detach().cpu() if isinstance(angles, Tensor) else angles)
+    known = angles[np.isfinite(angles)]
+    if len(known) and _beyond_the_circle(known.min(), known.max()):
+        raise UserError(
+            f"Angles are in radians, and these reach from {known.min():.4g} to {known.max():.4g}: convert "
+            "degrees with numpy.radians (or wrap angles that were unrolled into (-π, π])."
+        )
+
+
+def _beyond_the_circle(low: float, high: float) -> bool:
+    return math.isfinite(low) and math.isfinite(high) and max(abs(low), abs(high)) > 2 * math.pi + ROUNDING

@@ -22,14 +22,14 @@ from boltznce.checkpoint import REMEDY, Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
 from boltznce.records import damaged
+from boltznce.settings import require
 from boltznce.signals import asked_to_stop, deferred, stop_if_asked
 
 if TYPE_CHECKING:  # slow to import
     from lightning_fabric import Fabric
 
-__all__ = ["FitResult", "FitSettings", "Loss", "WeightAverage", "fit", "learning_rate", "step_generator"]
+__all__ = ["FitResult", "FitSettings", "Loss", "WeightAverage", "check_fit", "fit", "learning_rate", "step_generator"]
 
-SCHEDULES = ("constant", "cosine", "plateau")
 PLATEAU_THRESHOLD = 1e-4  # relative improvement that counts, the default of torch's ReduceLROnPlateau
 HOPELESS_STEPS = 100  # so many steps on end without a finite gradient, and training gives up
 
@@ -39,7 +39,10 @@ Validation = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How long and how to train. Validations are every ``validate_every`` steps (0: never) and after the last."""
+    """How long and how to train. Validations are every ``validate_every`` steps (0: never) and after the last.
+
+    Raises UserError for numbers that make no sense.
+    """
 
     steps: int
     lr: float = 1e-3
@@ -57,6 +60,9 @@ class FitSettings:
     early_stopping_patience: int | None = None  # validations without improvement; the best weights are kept
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        require(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def fit(
     Where that exists it is loaded and nothing trained. Raises UserError for settings that contradict each other, for a
     damaged checkpoint, and when no step has a finite gradient any more.
     """
-    _check(settings, name, validate)
+    check_fit(settings, name, validate is not None)
     folder = Path(folder)
     finished, log_path = folder / "checkpoints" / f"{name}.safetensors", folder / f"{name}.csv"
     module = fabric.to_device(module)
@@ -333,12 +339,9 @@ def fit(
     return FitResult(**summary, weights=finished, log=log_path)
 
 
-def _check(settings: FitSettings, name: str, validate: Validation | None) -> None:
-    if settings.schedule not in SCHEDULES:
-        raise UserError(f"Unknown schedule '{settings.schedule}' for '{name}': choose one of {', '.join(SCHEDULES)}.")
-    if settings.steps < 1:
-        raise UserError(f"steps={settings.steps} for '{name}': ask for at least one step.")
-    validates = validate is not None and settings.validate_every > 0
+def check_fit(settings: FitSettings, name: str, validates: bool) -> None:
+    """Raise UserError for settings that need a validation, where there is none."""
+    validates = validates and settings.validate_every > 0
     if settings.schedule == "plateau" and not validates:
         raise UserError(f"schedule=plateau of '{name}' needs a validation: set validate_every, or another schedule.")
     if settings.early_stopping_patience is not None and not validates:

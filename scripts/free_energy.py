@@ -14,7 +14,6 @@ from boltznce.methods.free_energy import write_free_energy
 
 
 def main(config: DictConfig) -> None:
-    state = None if config.state is None else tuple(config.state)
     run = load_run(config.run, config.device, config.trust)
     system = run.system.choose(build(config.system) if "system" in config else None)
     print(
@@ -23,7 +22,7 @@ def main(config: DictConfig) -> None:
             Path(config.samples or run.path / "samples" / "weighted" / run.system.label(system)),
             Path(config.output),
             coordinate=config.coordinate,
-            state=state,
+            state=None if config.state is None else tuple(config.state),
             n_bins=config.n_bins,
             n_bootstrap=config.n_bootstrap,
             seed=config.seed,

@@ -11,15 +11,12 @@ from boltznce import load_run
 from boltznce.analysis.samples_io import SAMPLES
 from boltznce.cli import launch
 from boltznce.config import build
-from boltznce.errors import UserError
 from boltznce.folders import claim
 
 
 def main(config: DictConfig) -> None:
     output = Path(config.output)
     claim(output, SAMPLES, "another output")
-    if (output / "meta.yaml").exists():
-        raise UserError(f"{output} holds samples already: set output= to another folder, or delete it.")
     samples = load_run(config.run, config.device, config.trust).sample(
         config.n_samples,
         config.likelihood,

@@ -13,7 +13,8 @@ import numpy as np
 from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
 from boltznce.errors import UserError
-from boltznce.states import in_interval
+from boltznce.settings import require
+from boltznce.states import in_interval, require_radians
 
 __all__ = [
     "CorrectedFreeEnergyDifference",
@@ -100,13 +101,14 @@ def free_energy_difference(
 
     Without ``log_weights`` all weights are equal. The bootstrap draws samples, or, for a time series, ``n_blocks``
     contiguous blocks of it (each much longer than the correlation time). Raises UserError for angles that are not
-    finite, or NaN weights.
+    finite or not in radians, NaN weights, and settings that make no sense.
 
     >>> free_energy_difference(np.repeat([1.0, -1.5], [100, 300]))  # a quarter in the state: log 3
     ΔF = 1.10 ± 0.11 kT [0.90, 1.32]
     >>> round(free_energy_difference([1.0, -1.0, -1.0], np.log([1.0, 2.0, 3.0])).value, 3)
     1.609
     """
+    require(state=state, n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
     angle, log_weights = _checked(angle, log_weights)
     inside = in_interval(angle, state)
     sides = _sides(log_weights, inside)
@@ -137,6 +139,7 @@ def choose_subset(
     ``"weights"``: with replacement in proportion to the weights; repeats need one likelihood. It makes the correction
     far more precise where the weights are uneven.
     """
+    require("subset", n=n, state=state)
     angle, log_weights = _checked(angle, log_weights)
     uniform, inside, chosen = _is_uniform(drawn_by), in_interval(angle, state), []
     for side in (np.flatnonzero(inside), np.flatnonzero(~inside)):
@@ -194,6 +197,7 @@ def corrected_free_energy_difference(
     >>> corrected.correction_state, round(float(corrected.value - np.log(3.0)), 6)
     (0.5, -0.5)
     """
+    require(state=state, n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
     angle, log_weights = _checked(angle, log_weights)
     subset = np.asarray(subset, dtype=np.int64)
     error = np.asarray(ebm_log_prob, dtype=np.float64) - np.asarray(exact_log_prob, dtype=np.float64)
@@ -250,8 +254,11 @@ def free_energy_profile(
     >>> free_energy_profile([-1.5, 1.5, 1.5, 1.5], n_bins=2, n_bootstrap=20).free_energy.round(3)
     array([1.099, 0.   ])
     """
+    require(n_bins=n_bins, n_bootstrap=n_bootstrap, seed=seed, **({} if kappa is None else {"kappa": kappa}))
     angle, log_weights = _checked(angle, log_weights)
-    if limits is not None:
+    if limits is None:
+        require_radians(angle)
+    else:
         if kappa is not None:
             raise UserError("A profile between limits is a histogram: leave out kappa.")
         log_weights = np.where((angle >= limits[0]) & (angle < limits[1]), log_weights, -np.inf)

@@ -12,6 +12,7 @@ from boltznce.analysis.samples_io import WeightedSamplesWriter, check_trajectory
 from boltznce.analysis.weights import effective_sample_size, guard, log_importance_weights, normalized_weights
 from boltznce.errors import UserError
 from boltznce.io import require_free_space
+from boltznce.settings import require
 
 __all__ = [
     "WeightedSamples",
@@ -115,6 +116,7 @@ class WeightedSamples:
 
     def resample(self, n: int, generator: np.random.Generator) -> "WeightedSamples":
         """``n`` samples drawn with replacement in proportion to their weights; their log weights are zero."""
+        require(n=n)
         index = np.sort(generator.choice(len(self), size=n, p=self.weights))
         return replace(self[index], log_weights=np.zeros(n))
 
@@ -123,7 +125,7 @@ class WeightedSamples:
 
         ``format="dcd"`` or ``"xtc"`` adds ``trajectory.dcd`` or ``.xtc`` for MD tools.
         """
-        check_trajectory_format(format)
+        check_trajectory_format(format, np.shape(self.positions)[2])
         n_bytes = 4 * np.size(self.positions) * (1 if format == "npy" else 2) + 24 * len(self)
         require_free_space(Path(folder), n_bytes)
         writer = WeightedSamplesWriter(folder, self.topology, self.meta, resume=False)

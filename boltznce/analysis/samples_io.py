@@ -44,10 +44,12 @@ _UNFINISHED = Kind(
 )
 
 
-def check_trajectory_format(format: str) -> None:
-    """Raise UserError for a format of weighted samples that does not exist."""
+def check_trajectory_format(format: str, dim: int = 3) -> None:
+    """Raise UserError for a format of weighted samples that does not exist, or is not for positions of ``dim``."""
     if format not in ("npy", *_TRAJECTORIES):
         raise UserError(f"Unknown format {format!r} of weighted samples: choose npy, {' or '.join(_TRAJECTORIES)}.")
+    if format != "npy" and dim != 3:
+        raise UserError(f"A {format} trajectory holds three-dimensional positions: use format=npy.")
 
 
 class WeightedSamplesWriter:
@@ -143,7 +145,7 @@ class WeightedSamplesWriter:
         """Write topology, trajectory (``dcd``, ``xtc``) and ``meta.yaml`` with digests; rename; return the folder."""
         if self.n_written == 0:
             raise UserError(f"No samples were written to {self.folder}: draw some before finishing it.")
-        check_trajectory_format(format)
+        check_trajectory_format(format, self._progress["shape"][-1])
         with disk_errors_told(self.folder):
             positions = np.load(self._partial / "positions.npy", mmap_mode="r")
             names = [f"{name}.npy" for name in _DTYPES]
@@ -254,8 +256,6 @@ def _plain(value: Any) -> Any:
 
 
 def _write_trajectory(path: Path, positions: np.ndarray) -> None:
-    if positions.shape[2] != 3:
-        raise UserError(f"A {path.suffix[1:]} trajectory holds three-dimensional positions: use format=npy.")
     opener, scale = _TRAJECTORIES[path.suffix[1:]]
     with opener(str(path), "w") as trajectory:
         for start in range(0, len(positions), _CHUNK):

@@ -19,10 +19,18 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.records import damaged, read_array, read_yaml, sealed
+from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.identity import digest
 
-__all__ = ["DATASET", "Dataset", "boltzmann_indices", "contents_digest", "mode_balanced_indices"]
+__all__ = [
+    "DATASET",
+    "Dataset",
+    "boltzmann_indices",
+    "check_shares",
+    "contents_digest",
+    "mode_balanced_indices",
+]
 
 STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the unit of angle: within it at 3 σ
 DATASET = Kind("a dataset", "meta.yaml", frozenset({"n_frames", "digests"}), whole=True)
@@ -159,8 +167,7 @@ class Dataset:
         The fractions are of the simulated time. ``gap`` is the fraction that is left out at each of the two borders,
         taken from their later side, so that frames on either side have little memory of each other.
         """
-        if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6 or gap < 0:
-            raise UserError(f"Shares {train}, {validation}, {test} of a split must sum to 1 and exceed gap={gap}.")
+        check_shares(train, validation, test, gap)
         edges = self.time[0] + (self.time[-1] - self.time[0]) * np.cumsum([0.0, train, validation, test])
         edges[-1] = np.inf
         skip = gap * (self.time[-1] - self.time[0])
@@ -174,6 +181,13 @@ class Dataset:
 def contents_digest(meta: dict) -> str:
     """A short digest of all files of a dataset with this ``meta.yaml``."""
     return digest(sorted(meta.get("digests", {}).items()))
+
+
+def check_shares(train: float = 0.7, validation: float = 0.1, test: float = 0.2, gap: float = 0.01) -> None:
+    """Raise UserError for shares of a split that make no sense (see `Dataset.split`)."""
+    require("split", train=train, validation=validation, test=test, gap=gap)
+    if min(train, validation, test) <= gap or abs(train + validation + test - 1) > 1e-6:
+        raise UserError(f"Shares {train}, {validation}, {test} of a split must sum to 1 and exceed gap={gap}.")
 
 
 def boltzmann_indices(log_weights: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:

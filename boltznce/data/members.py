@@ -14,11 +14,12 @@ from boltznce.data.matching import made_here, require_settings, require_system
 from boltznce.data.simulate import Plan, plan, run_plans
 from boltznce.errors import UserError
 from boltznce.folders import claim, only_process
+from boltznce.settings import require
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.training import step_generator
 
-__all__ = ["draw_dataset", "load_data", "make_data", "simulate_members"]
+__all__ = ["draw_dataset", "load_data", "make_data", "simulate_members", "simulation_settings"]
 
 ACCEPT = ("same", "any")
 
@@ -106,6 +107,11 @@ def _exact_settings(n_samples: int | None, seed: int) -> dict[str, Any]:
     return {"method": "exact", "n_samples": n_samples, "seed": seed}
 
 
+def simulation_settings(system: System | PeptideFamily, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `boltznce.data.simulate.jobs_of`: the given ones in place of the system's own."""
+    return {"method": "umbrella", **system.simulation, **given}
+
+
 def _place(system: System | PeptideFamily, member: System, folder: Path) -> Path:
     return Path(folder) / system.label(member)
 
@@ -131,7 +137,8 @@ def _simulated(
     **settings: Any,
 ) -> dict[str, Plan]:
     """The members' simulations by name, run to their end."""
-    settings = {"method": "umbrella", **system.simulation, **settings, **({"method": method} if method else {})}
+    require(n_processes=n_processes)
+    settings = simulation_settings(system, settings | ({"method": method} if method else {}))
     trained = [*system.members("train"), *system.members("validation")]
     plans = {}
     for member in members:

@@ -1,6 +1,7 @@
 """Reference data: independent repeats of a simulation, one process each, gathered into a dataset."""
 
 import dataclasses
+import math
 import os
 import platform as machine
 import subprocess
@@ -36,6 +37,7 @@ from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, discard, only_process
 from boltznce.io import require_free_space
+from boltznce.settings import require, require_keywords
 from boltznce.systems.workers import available_cores
 from boltznce.topologies import pdb_text
 from boltznce.units import GAS_CONSTANT
@@ -45,6 +47,7 @@ __all__ = [
     "choose_engine",
     "force_evaluations",
     "gather",
+    "jobs_of",
     "plan",
     "run_plans",
     "simulate",
@@ -77,6 +80,7 @@ def simulate(
 
     Raises UserError as `plan` does, for an unstable simulation and for a full disk.
     """
+    require(n_processes=n_processes)
     with only_process(folder, beside=True, wait=True):
         work = plan(system, folder, method, **settings)
         run_plans([work], n_processes, f"{method} {system.name}", progress)
@@ -104,9 +108,36 @@ class Plan:
         return Dataset.load(self.folder)
 
 
-def plan(
+def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Plan:
+    """Write the jobs of a simulation beside ``folder``, if its dataset is not there yet.
+
+    ``settings`` are those of `jobs_of`. Raises UserError as that does, for another simulation in the folder (see
+    `boltznce.data.matching`) and for a full disk.
+    """
+    require_keywords(jobs_of, settings, "a simulation")
+    folder, jobs = Path(folder), jobs_of(system, method, **settings)
+    job = jobs[0]
+    if (folder / "meta.yaml").exists():
+        recorded = Dataset.read_meta(folder).get("settings") or {}
+        if not made_here(recorded):
+            raise UserError(f"{folder} holds data that no simulation of this library has made: choose another name.")
+        require_settings(folder, recorded, job.settings(len(jobs)))
+        discard(working_folder(folder), UNFINISHED)  # a kill came before it was gone
+        return Plan(system, folder, [], [])
+
+    claim(folder, DATASET, "another name, or data.folder")
+    claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
+    n_recorded = {"umbrella": "n_windows", "replica_exchange": "n_ladders", "langevin": "n_walkers"}[method]
+    n_frames = len(jobs) * job.options.get(n_recorded, 1) * round(job.duration / job.frame_interval)
+    require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
+    folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
+    for job, path in zip(jobs, folders, strict=True):
+        job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
+    return Plan(system, folder, jobs, folders)
+
+
+def jobs_of(
     system,
-    folder: Path,
     method: str = "umbrella",
     *,
     duration: float,
@@ -129,8 +160,8 @@ def plan(
     max_temperature: float = 800.0,
     n_ladders: int = 1,
     n_walkers: int = 1,
-) -> Plan:
-    """Check the settings of a simulation and write its jobs beside ``folder``, if its dataset is not there yet.
+) -> list[Job]:
+    """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
     Args:
         method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
@@ -138,7 +169,7 @@ def plan(
         n_repeats: independent repeats.
         engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
-        dihedral: name in ``system.dihedrals``; default that of ``system.state``.
+        dihedral: name in ``system.dihedrals``; default that of ``system.state``, else the first.
         frame_interval, segment_length: ps between frames, and between saves that a killed run goes on from.
         timestep, friction, hydrogen_mass: ps, 1/ps, amu. Heavy hydrogens allow 2 fs and change no configuration.
         platform: an OpenMM platform, or ``auto``: Reference for small molecules, else OpenMM's fastest.
@@ -147,10 +178,10 @@ def plan(
         n_ladders: replica exchange: independent ladders of each repeat.
         n_walkers: Langevin: trajectories of each repeat.
 
-    Raises UserError for settings that do not fit, a system whose energy is not a force field's, another simulation in
-    the folder (see `boltznce.data.matching`), an unstable simulation and a full disk.
+    Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """
-    folder = Path(folder)
+    given = dict(locals())  # before there are others
+    require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
     if system.exact:
         raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
@@ -172,8 +203,6 @@ def plan(
         | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
         "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
     }
-    if method not in SAMPLERS:
-        raise UserError(f"Unknown simulation method '{method}': choose one of {', '.join(SAMPLERS)}.")
     jobs = [
         Job(
             method=method,
@@ -196,29 +225,14 @@ def plan(
         for repeat in range(n_repeats)
     ]
     _check(jobs)
-    if (folder / "meta.yaml").exists():
-        recorded = Dataset.read_meta(folder).get("settings") or {}
-        if not made_here(recorded):
-            raise UserError(f"{folder} holds data that no simulation of this library has made: choose another name.")
-        require_settings(folder, recorded, jobs[0].settings(len(jobs)))
-        discard(working_folder(folder), UNFINISHED)  # a kill came before it was gone
-        return Plan(system, folder, [], [])
-
-    claim(folder, DATASET, "another name, or data.folder")
-    claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
-    n_recorded = {"umbrella": n_windows, "replica_exchange": n_ladders, "langevin": n_walkers}[method]
-    n_frames = n_repeats * n_recorded * round(duration / frame_interval)
-    require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
-    folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
-    for job, path in zip(jobs, folders, strict=True):
-        job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
-    return Plan(system, folder, jobs, folders)
+    return jobs
 
 
 def run_plans(
     plans: Sequence[Plan], n_processes: int | None = None, title: str = "simulations", progress: bool = True
 ) -> None:
     """Run the jobs of all plans, one process each, ``n_processes`` at a time (default: one a core)."""
+    require(n_processes=n_processes)
     jobs = [job for each in plans for job in each.jobs]
     folders = [path for each in plans for path in each.job_folders]
     _run(jobs, folders, n_processes or available_cores(), title, progress)
@@ -368,12 +382,7 @@ def _raise_for(status: int, folder: Path) -> None:
 
 def _check(jobs: list[Job]) -> None:
     """Raise UserError for settings that cannot be run as they stand."""
-    if not jobs:
-        raise UserError("n_repeats must be 1 or more.")
     job = jobs[0]
-    for name in ("duration", "frame_interval", "segment_length", "timestep", "friction", "temperature"):
-        if not getattr(job, name) > 0:
-            raise UserError(f"{name} must be positive, not {getattr(job, name)}.")
     step = job.options.get("exchange_interval", job.frame_interval)
     pairs = [
         ("duration", job.duration, "segment_length", job.segment_length),
@@ -384,22 +393,22 @@ def _check(jobs: list[Job]) -> None:
     for whole, a, part, b in pairs:
         if not b > 0 or round(a / b) < 1 or abs(a / b - round(a / b)) > 1e-6:
             raise UserError(f"{whole}={a} must be a multiple of {part}={b} (ps).")
-    if job.method == "umbrella" and (
-        job.options["n_windows"] < 4 or job.options["n_windows"] % 2 or not job.options["kappa"] > 0
-    ):
-        raise UserError("n_windows must be even and at least 4, and kappa positive.")
-    if job.options.get("n_walkers", 1) < 1:
-        raise UserError("n_walkers must be 1 or more.")
-    if job.method == "replica_exchange" and (
-        job.options["n_replicas"] < 2 or job.options["max_temperature"] <= job.temperature
-    ):
-        raise UserError(f"n_replicas must be at least 2, and max_temperature above the system's {job.temperature} K.")
+    if job.options.get("max_temperature", math.inf) <= job.temperature:
+        hottest = job.options["max_temperature"]
+        raise UserError(f"max_temperature={hottest} must be above the system's {job.temperature} K.")
+    if job.platform != "auto" and job.platform not in (names := _platforms()):
+        raise UserError(f"platform={job.platform} is not there: choose auto or one of {', '.join(names)}.")
+
+
+def _platforms() -> list[str]:
+    return [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
 
 
 def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int, int, int] | None:
     name = name or (system.state.coordinate if system.state else None)
     if name is None and not required:
         return None
+    name = name or next(iter(system.dihedrals), None)
     if name not in system.dihedrals:
         choices = ", ".join(system.dihedrals) or "none here"
         raise UserError(

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from boltznce.settings import require
+
 __all__ = ["Probes", "exact_divergence", "hutchinson_divergence", "rademacher"]
 
 Field = Callable[[Tensor], Tensor]
@@ -67,6 +69,7 @@ class Probes:
         fixed: bool = False,
         refresh: int = 8,
     ) -> None:
+        require(n_probes=n_probes)
         self.n_probes, self.generator, self.gradients = n_probes, generator, gradients
         self.fixed, self.refresh = fixed, refresh
         self.shape, self.basis = basis.shape[1:], basis.flatten(1)

@@ -17,6 +17,7 @@ from boltznce.flows.divergence import Probes, exact_divergence, hutchinson_diver
 from boltznce.flows.prior import subspace_basis
 from boltznce.flows.solvers import SolverSettings, integrate
 from boltznce.flows.whitening import Whitening
+from boltznce.settings import require
 
 __all__ = ["LIKELIHOODS", "InterpolantFlow"]
 
@@ -204,6 +205,7 @@ class InterpolantFlow(ContextModel):
         `log_prob`).
         """
         parts = []
+        require(n_samples=n_samples)
         for rows in self._batches(n_samples, batch_size, likelihood, progress):
             size, like = rows.stop - rows.start, {"device": self.basis.device, "dtype": self.basis.dtype}
             x1 = self.prior.sample(size, generator, **like)
@@ -270,6 +272,7 @@ class InterpolantFlow(ContextModel):
 
     def _batches(self, n: int, batch_size: int, likelihood: str, progress: bool) -> Iterator[slice]:
         """Slices that make up ``n``, with a progress bar over elements."""
+        require(batch_size=batch_size)
         if likelihood not in LIKELIHOODS:
             raise UserError(f"Unknown likelihood '{likelihood}': choose one of {', '.join(LIKELIHOODS)}.")
         if self.prior.mask is not None:

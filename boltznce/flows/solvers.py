@@ -5,13 +5,13 @@ The state is ``(x, l)``: positions and the running integral of div v. ``field(x,
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from boltznce.errors import UserError
+from boltznce.settings import require
 
 __all__ = ["SOLVERS", "SolverSettings", "integrate", "time_grid"]
 
@@ -22,7 +22,10 @@ SOLVERS = ("dopri5", "heun", "rk4")
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` at (k / steps) ** grid_power."""
+    """``dopri5`` is adaptive (rtol, atol); ``heun`` and ``rk4`` take ``steps`` at (k / steps) ** grid_power.
+
+    Raises UserError for others, and for numbers that make no sense.
+    """
 
     method: str = "dopri5"
     rtol: float = 1e-5
@@ -31,8 +34,7 @@ class SolverSettings:
     grid_power: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.method not in SOLVERS:
-            raise UserError(f"Unknown solver '{self.method}': choose one of {', '.join(SOLVERS)}.")
+        require("solver", **asdict(self))
 
 
 def time_grid(settings: SolverSettings, t_start: float, t_end: float) -> list[float]:

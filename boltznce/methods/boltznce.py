@@ -3,14 +3,25 @@
 Stages: data -> flow -> samples -> ebm -> evaluation -> report; for one molecule or many.
 """
 
+from omegaconf import DictConfig
+
+from boltznce.methods import tbg
 from boltznce.methods.evaluation import evaluate
 from boltznce.methods.models import load_models
+from boltznce.methods.preflight import check_ebm
 from boltznce.methods.report import make_report, summary
 from boltznce.methods.stages import draw_training_samples, make_data, train_ebm, train_flow
 from boltznce.methods.tbg import SECTIONS, flow_settings, network_in_words
 from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
 
-__all__ = ["STAGES", "load_models", "report", "summary"]
+__all__ = ["STAGES", "check", "load_models", "report", "summary"]
+
+
+def check(config: DictConfig, system: System) -> None:
+    """Raise UserError for what can be known to fail (see `preflight`)."""
+    tbg.check(config, system)
+    check_ebm(config, system)
 
 
 def report(work: Workspace) -> dict:

@@ -18,11 +18,13 @@ from boltznce.analysis.report import write_report
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.models import load_trained, make, weights_path
+from boltznce.methods.preflight import check_ebm
 from boltznce.methods.provenance import energy_in_words
 from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
 from boltznce.systems.toy import PlaneSystem
 
-__all__ = ["COLUMNS", "STAGES", "TITLES", "densities", "load_models", "summary"]
+__all__ = ["COLUMNS", "STAGES", "TITLES", "check", "densities", "load_models", "summary"]
 
 TITLES = {"nce": "NCE", "score": "score matching", "both": "both"}
 CALIBRATION = 4096  # draws on which a network measures the scale of its inputs
@@ -34,13 +36,18 @@ COLUMNS = {
 }
 
 
-def train_ebm(work: Workspace) -> dict:
-    """Fit the EBM to draws of the system itself, new ones at every step."""
-    section, system = work.config.ebm, work.system
-    if not system.exact:
+def check(config: DictConfig, system: System) -> None:
+    """Raise UserError for what can be known to fail (see `preflight`)."""
+    if not system.example.exact:
         raise UserError(
             f"method=density compares with a density that is known: {system.name} has none, choose one in the plane."
         )
+    check_ebm(config, system)
+
+
+def train_ebm(work: Workspace) -> dict:
+    """Fit the EBM to draws of the system itself, new ones at every step."""
+    section, system = work.config.ebm, work.system
     model = make(work.config, system, "ebm").to(work.device)
     model.calibrate(system, system.sample(CALIBRATION, work.generator("calibration")), work.generator("noise"))
     held_out = system.sample(section.n_validation, work.generator("validation"))

@@ -126,16 +126,16 @@ def draw_to_folder(
 ) -> WeightedSamples:
     """Draw until ``n`` samples are kept, and save them to ``folder``.
 
-    A killed call goes on where it was, a finished one is loaded.
+    A killed call goes on where it was, a finished one is loaded; UserError for a folder of other samples.
     """
     likelihood = choose_likelihood(models, likelihood)
     batch_size = batch_size or models.batch_size(likelihood)
+    settings = {"system": models.system.name, "likelihood": likelihood, "n": n}
+    settings |= {"batch_size": batch_size, "n_probes": n_probes} | (meta or {})
     if not (folder / "meta.yaml").exists():
         n_bytes = n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24)
         require_free_space(folder, n_bytes)
-        settings = {"system": models.system.name, "likelihood": likelihood, "n": n}
-        settings |= {"batch_size": batch_size, "n_probes": n_probes}
-        writer = WeightedSamplesWriter(folder, models.system.topology, settings | (meta or {}))
+        writer = WeightedSamplesWriter(folder, models.system.topology, settings)
         batches = draw_batches(
             models,
             n,
@@ -153,4 +153,9 @@ def draw_to_folder(
                 writer.append(*(a.cpu().numpy() for a in arrays), counts=batch.counts)
                 bar.update(len(batch.energy))
         writer.finish(format)
-    return WeightedSamples.load(folder)
+    samples = WeightedSamples.load(folder)
+    others = [f"{key}={samples.meta.get(key)}" for key, value in settings.items() if samples.meta.get(key) != value]
+    if others or not (format == "npy" or (folder / f"trajectory.{format}").exists()):
+        found = ", ".join(others) or f"no trajectory.{format}"
+        raise UserError(f"{folder} holds other samples ({found}): set output= to another folder, or delete it.")
+    return samples

@@ -14,12 +14,20 @@ from boltznce.data.dataset import boltzmann_indices
 from boltznce.data.simulate import force_evaluations
 from boltznce.methods import stages
 from boltznce.methods.ladder import evaluate_ladder, report_ladder
+from boltznce.methods.preflight import check_fit_of, check_training_data
 from boltznce.methods.report import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
-__all__ = ["STAGES", "load_models", "make_data", "summary", "train_flow"]
+__all__ = ["STAGES", "check", "load_models", "make_data", "summary", "train_flow"]
+
+
+def check(config: DictConfig, system: System) -> None:
+    """Raise UserError for what can be known to fail (see `preflight`)."""
+    check_training_data(config, system)
+    check_fit_of(config.flow, "flow", validates=True)
+    make_spline_flow(config, system)
 
 
 def make_data(work: Workspace) -> dict:

@@ -13,6 +13,7 @@ from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, hold
 from boltznce.io import atomic_file
+from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.base import System
 
@@ -38,6 +39,7 @@ def write_free_energy(
     neither says which, for an output that holds
     anything else, and where another process writes it.
     """
+    require("free_energy", coordinate=coordinate, state=state, n_bins=n_bins, n_bootstrap=n_bootstrap, seed=seed)
     own = system.state or (None, None)
     coordinate, interval = coordinate or own[0], state or own[1]
     if coordinate is None or interval is None:

@@ -28,6 +28,7 @@ from boltznce.molecules import Molecules
 from boltznce.networks.compile import compile_forward
 from boltznce.networks.published import load_published_vector_field
 from boltznce.precision import ordinary_tensors
+from boltznce.settings import require
 from boltznce.systems.base import System
 from boltznce.systems.bond_graph import BondGraph
 from boltznce.systems.conformers import random_conformers
@@ -46,7 +47,6 @@ __all__ = [
 
 MODELS = {"flow": InterpolantFlow, "ebm": EnergyBasedModel}
 N_CONFORMERS = 1024  # rough ones, on which a molecule's scales are measured
-MOLECULE_SCALES = ("frames", "conformers")
 
 
 # ---- one network, the molecules that it serves ----------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Model(nn.Module):
         """The model of a molecule, on the network's device; made at the first call."""
         device = next(self.parameters()).device
         if molecule.name not in self._known:
-            model = self._bound(self.network, molecule).to(device)
+            model = self.unscaled(molecule).to(device)
             if model.needs_calibration:
                 # on the CPU, from a seed of its own: the same on every device and in every run
                 generator = torch.Generator().manual_seed(0)
@@ -80,6 +80,10 @@ class Model(nn.Module):
                 model.calibrate(rough.to(device), torch.Generator(device).manual_seed(0))
             self._known[molecule.name] = model
         return self._known[molecule.name].train(self.training).to(device)
+
+    def unscaled(self, molecule: System) -> nn.Module:
+        """A model of a molecule whose scales are not measured."""
+        return self._bound(self.network, molecule)
 
     def on(self, molecule: System, batch: Molecules) -> nn.Module:
         """The model of a padded batch of unlike molecules, with the settings that any one of them has."""
@@ -105,6 +109,10 @@ class OneMolecule(nn.Module):
             )
         return self.own
 
+    def unscaled(self, molecule: System) -> nn.Module:
+        """The model, as it is."""
+        return self.of(molecule)
+
     def calibrate(self, molecule: System, frames: Tensor, generator: torch.Generator) -> None:
         """Measure the scales on the molecule's frames (batch, n, dim) in nm."""
         self.of(molecule).calibrate(frames, generator)
@@ -121,8 +129,7 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
     settings = OmegaConf.to_container(section.model, resolve=True)
     if published and settings["whiten"]:
         raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
-    if section.scales not in MOLECULE_SCALES:
-        raise UserError(f"Unknown {name}.scales={section.scales}: choose one of {', '.join(MOLECULE_SCALES)}.")
+    require(name, scales=section.scales)
     if section.scales == "frames" and system.is_family:
         raise UserError(
             f"{name}.scales=frames are those of one molecule, and {system.name} has more: set {name}.scales=conformers."

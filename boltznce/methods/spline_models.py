@@ -18,6 +18,7 @@ from boltznce.flows.spline_flow import SplineFlow
 from boltznce.methods.drawing import Batch, Generator
 from boltznce.methods.models import load_trained, weights_path
 from boltznce.precision import ordinary_tensors
+from boltznce.settings import require_keywords
 from boltznce.systems.base import System
 from boltznce.systems.stiffness import harmonic_constants
 
@@ -31,12 +32,13 @@ def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinate
     """
     if not system.bonds:
         box = settings.get("box")
-        if box is None or not all(low < high for low, high in box):
+        if box is None:
             raise UserError(
                 f"The generator of {system.name} needs a box that holds it, not {box}: "
                 "set generator.box=[[low,high],[low,high]]."
             )
         return BoxCoordinates(system.n_atoms, *zip(*box, strict=True))
+    require_keywords(InternalCoordinates, settings.coordinates, "generator.coordinates")
     bonds, angles = harmonic_constants(system.openmm_system())
     return InternalCoordinates(
         system.positions,
@@ -53,6 +55,7 @@ def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinate
 @ordinary_tensors()
 def make_spline_flow(config: DictConfig, system: System) -> SplineFlow:
     """An untrained generator; its first weights follow from the config's seed."""
+    require_keywords(SplineFlow, config.generator.model, "generator.model")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return SplineFlow(make_coordinates(system, config.generator), **config.generator.model)

@@ -16,7 +16,6 @@ from boltznce.checkpoint import save_weights
 from boltznce.data import members
 from boltznce.data.batching import Batches
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
-from boltznce.errors import UserError
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import excluded_conformers, require_some_left
 from boltznce.methods.models import load_trained, make, weights_path
@@ -116,10 +115,6 @@ def draw_training_samples(work: Workspace) -> dict:
 def train_ebm(work: Workspace) -> dict:
     """Fit the EBM to the flow's draws: score matching, NCE, and regression of E(x, 0) onto likelihoods if asked for."""
     section = work.config.ebm
-    if section.padded and section.regression_weight:
-        raise UserError(
-            "The regression needs batches of one molecule: set ebm.padded=false or ebm.regression_weight=0."
-        )
     if not section.fit.steps:
         return _as_it_begins(work, "ebm")
     train, validation = (

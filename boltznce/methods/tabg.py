@@ -31,6 +31,7 @@ from boltznce.flows.spline_flow import SplineFlow
 from boltznce.io import atomic_file
 from boltznce.methods.ladder import evaluate_ladder, report_ladder
 from boltznce.methods.models import load_trained, weights_path
+from boltznce.methods.preflight import check_comparison, check_fit_of
 from boltznce.methods.report import summary
 from boltznce.methods.spline_models import SplineModels, make_spline_flow
 from boltznce.methods.stages import minibatch
@@ -40,12 +41,23 @@ from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
 from boltznce.training import Loss
 
-OBJECTIVES = {
-    "hot": ("reverse_kl", "log_variance", "path_kl"),
-    "annealing": ("forward_kl", "log_variance", "path_kl"),
-}
+__all__ = ["STAGES", "anneal", "check", "ladder", "load_models", "summary", "train_hot"]
 
-__all__ = ["STAGES", "anneal", "ladder", "load_models", "summary", "train_hot"]
+
+def check(config: DictConfig, system: System) -> None:
+    """Raise UserError for what can be known to fail (see `preflight`)."""
+    hot, annealing = config.hot, config.annealing
+    for name in ("hot", "annealing"):
+        check_fit_of(config[name], name, validates=False)
+        if config[name].objective in ("reverse_kl", "path_kl"):
+            system.require_gradient(f"{name}.objective={config[name].objective}")
+    if not hot.drop_highest < hot.batch_size:
+        raise UserError(f"hot.drop_highest={hot.drop_highest} must be below hot.batch_size={hot.batch_size}.")
+    if not annealing.fit.steps:
+        raise UserError("annealing.fit.steps=0 trains nothing: ask for one step or more, or set annealing.n_steps=0.")
+    ladder(config)
+    make_spline_flow(config, system)
+    check_comparison(config, system)
 
 
 def train_hot(work: Workspace) -> dict:
@@ -56,7 +68,6 @@ def train_hot(work: Workspace) -> dict:
     ranks the draws, and gets out.
     """
     section = work.config.hot
-    _check_objectives(work.config)
     loss = _on_own_draws(section.objective, section, work.system.at_temperature(section.temperature))
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
@@ -150,12 +161,6 @@ def _on_buffer(work: Workspace, drawn: WeightedSamples, name: str) -> Loss:
         return forward_kl(flow.log_prob(minibatch(data, section.batch_size, generator)))
 
     return loss
-
-
-def _check_objectives(config: DictConfig) -> None:
-    for stage, known in OBJECTIVES.items():
-        if config[stage].objective not in known:
-            raise UserError(f"Unknown {stage}.objective={config[stage].objective}: choose one of {', '.join(known)}.")
 
 
 def _stage_lr(section: DictConfig, k: int, n_stages: int) -> float:

@@ -5,16 +5,27 @@ Stages: data -> flow -> evaluation -> report.
 
 from dataclasses import asdict
 
+from omegaconf import DictConfig
+
 from boltznce.methods.evaluation import evaluate
 from boltznce.methods.models import load_models, solver_settings
+from boltznce.methods.preflight import check_evaluation, check_flow, check_training_data
 from boltznce.methods.report import make_report, summary
 from boltznce.methods.sections import COMMON, slowest_coordinates
 from boltznce.methods.stages import make_data, train_flow
 from boltznce.methods.workspace import Workspace
+from boltznce.systems.base import System
 
-__all__ = ["STAGES", "flow_settings", "load_models", "network_in_words", "report", "summary"]
+__all__ = ["STAGES", "check", "flow_settings", "load_models", "network_in_words", "report", "summary"]
 
 SECTIONS = (*COMMON, slowest_coordinates)
+
+
+def check(config: DictConfig, system: System) -> None:
+    """Raise UserError for what can be known to fail (see `preflight`)."""
+    check_training_data(config, system)
+    check_flow(config, system)
+    check_evaluation(config, system)
 
 
 def report(work: Workspace) -> dict:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.identity import differences
 from boltznce.systems.reference import find_reference
@@ -148,8 +149,7 @@ class System(abc.ABC):
 
     def at_temperature(self, temperature: float) -> Self:
         """The same system at another temperature (K; dimensionless in the plane)."""
-        if not temperature > 0:
-            raise UserError(f"A temperature must be positive, not {temperature}.")
+        require(temperature=temperature)
         other = copy.copy(self)
         other.temperature = float(temperature)
         return other
@@ -176,6 +176,11 @@ class System(abc.ABC):
     def label(self, member: "System") -> str:
         """What tells a member's folder and random streams from another's: nothing, where there is no other."""
         return ""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Those of all members, which need not be made for it."""
+        return ("",)
 
     def choose(self, system: "System | str | None" = None) -> "System":
         """The member that is meant: itself, by None, its name or its equal; raises UserError for another."""

@@ -109,6 +109,11 @@ class PeptideFamily:
         """A member's sequence: what tells its folder and random streams from another's."""
         return member.name
 
+    @property
+    def labels(self) -> Sequence[str]:
+        """Those of all members, which need not be made for it."""
+        return [sequence for role in ROLES for sequence in self.sequences[role]]
+
     def choose(self, system: MolecularSystem | str | None = None) -> MolecularSystem:
         """A peptide, listed or not, by its sequence or as `load_system` makes it.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 from boltznce.precision import ordinary_tensors
+from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.base import System, as_tensor, check_name
 from boltznce.systems.encodings import encode_atoms
@@ -31,7 +32,6 @@ from boltznce.units import GAS_CONSTANT
 __all__ = ["STRUCTURES", "MolecularSystem", "structure_file"]
 
 STRUCTURES = Path(__file__).parent / "structures"
-BACKENDS = ("torch", "openmm", "xtb")
 MOST_BYTES = 2**26  # of a structure
 LONGEST_BOND = 0.5  # nm, of a structure; real ones have 0.25 at most
 XTB = ["GFN2-xTB", "ALPB water"]
@@ -90,10 +90,9 @@ class MolecularSystem(System):
         compile: str | bool = "auto",
     ):
         check_name(name)
-        if not temperature > 0:
-            raise UserError(f"A temperature must be positive, not {temperature}.")
-        if energy_backend not in BACKENDS:
-            raise UserError(f"Unknown energy_backend {energy_backend!r}: choose one of {', '.join(BACKENDS)}.")
+        require("system", name=name, temperature=temperature, nonbonded_method=nonbonded_method, cutoff_nm=cutoff_nm)
+        require(encoding=encoding, n_places=n_places, energy_backend=energy_backend, n_workers=n_workers)
+        require(compile=compile)
         self.name, self.temperature = name, float(temperature)
         self.energy_backend, self.compile = energy_backend, compile
         self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
@@ -265,8 +264,6 @@ def build_openmm_system(
 ) -> openmm.System:
     """An OpenMM System with every degree of freedom: no constraints, no removal of the centre-of-mass motion."""
     method = getattr(app, nonbonded_method, None)
-    if nonbonded_method not in ("NoCutoff", "CutoffNonPeriodic"):
-        raise UserError(f"Unknown nonbonded_method {nonbonded_method!r}: choose NoCutoff or CutoffNonPeriodic.")
     if (cutoff_nm is None) != (nonbonded_method == "NoCutoff"):
         raise UserError("nonbonded_method=CutoffNonPeriodic needs cutoff_nm, and NoCutoff takes none.")
     cutoff = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}

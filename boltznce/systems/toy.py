@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from boltznce.errors import UserError
+from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.base import Interval, System, check_name
 from boltznce.systems.identity import digest
@@ -49,7 +50,7 @@ class PlaneSystem(System):
     Args:
         name: what to call it.
         box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
-        state: a coordinate of `COORDINATES` and an interval of it; (0, inf) is a half plane.
+        state: a coordinate of `COORDINATES` and an interval of it; (0, inf) is a half plane. None: no state.
         temperature: dimensionless.
         length_scale: a typical size, in which networks measure positions.
     """
@@ -61,20 +62,21 @@ class PlaneSystem(System):
 
     name: str
     box: tuple[Interval, Interval] = field()
-    state: State = field()
+    state: State | None = field()
     temperature: float = 1.0
     length_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if not self.temperature > 0:
-            raise UserError(f"A temperature must be positive, not {self.temperature}.")
+        require("system", **{each.name: getattr(self, each.name) for each in fields(self) if each.init})
         self.temperature, self.length_scale = float(self.temperature), float(self.length_scale)
         self.box = tuple((float(low), float(high)) for low, high in self.box)
+        if self.state is None:
+            return
         coordinate, interval = self.state
         self._check_coordinate(coordinate)
         if coordinate != "angle" and math.isfinite(sum(interval)):
-            raise UserError(f"A state along {coordinate} is a half plane, as (0, inf), not {interval}.")
+            raise UserError(f"A state along {coordinate} is a half plane, as (0, inf), not {tuple(interval)}.")
         self.state = State.of(self.state)
 
     def __repr__(self) -> str:
@@ -85,7 +87,9 @@ class PlaneSystem(System):
         """U (batch,) of points (batch, 2), in their dtype."""
 
     def mode(self, x: Tensor) -> Tensor:
-        """Number of each position's mode, (batch, 1, 2) -> (batch,); by default 1 inside the state and 0 outside."""
+        """Number of each position's mode, (batch, 1, 2) -> (batch,); by default 1 in the state and 0 elsewhere."""
+        if self.state is None:
+            return torch.zeros(len(x), dtype=torch.long)
         return self.state.contains(self.coordinate(x, self.state.coordinate)).long()
 
     def typical_energy(self) -> float:
@@ -129,6 +133,7 @@ class PlaneSystem(System):
         A cell of the table is drawn by an upper bound of its density, a point in it uniformly, and kept with
         probability density / bound.
         """
+        require(n=n)
         table = self._table
         draws, missing = [], n
         while missing > 0:
@@ -181,12 +186,16 @@ class PlaneSystem(System):
         return ranges[name]
 
     @property
-    def mode_weights(self) -> np.ndarray:
-        """Exact population of every mode, (modes,), at this temperature."""
+    def mode_weights(self) -> np.ndarray | None:
+        """Exact population of every mode, (modes,), at this temperature; None where all is one."""
+        if self.state is None and type(self).mode is PlaneSystem.mode:
+            return None
         return np.bincount(self.mode(self._table.centres.unsqueeze(1)).numpy(), weights=self._table.mass)
 
-    def reference(self) -> dict[str, Any]:
+    def reference(self) -> dict[str, Any] | None:
         """The exact ΔF of the state and the profile along its coordinate (100 bins), as a shipped reference."""
+        if self.state is None:
+            return None
         name, mass = self.state.coordinate, self._table.mass
         values = self.coordinate(self._table.centres.unsqueeze(1), name).numpy()
         state = mass[self.state.contains(values)].sum()
