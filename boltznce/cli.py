@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
@@ -99,15 +100,21 @@ def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> l
     if "hydra.sweep.dir" in given and "${" not in given["hydra.sweep.dir"]:
         claim(unquoted(given["hydra.sweep.dir"]), SWEEP, "another hydra.sweep.dir")
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
-        for member in _members([word for word in words if word not in MULTIRUN]):
+        swept = OverridesParser.create().parse_overrides([word for word in words if word not in MULTIRUN])
+        for member in _members(swept):
             compose(config_name, member)
+        for override in filter(Override.is_discrete_sweep, swept):
+            for value in override.sweep_string_iterator():
+                check(
+                    {override.key_or_group: OverridesParser.create().parse_override(f"x={value}").value()}, config_name
+                )
     return words
 
 
-def _members(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _members(swept: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     """A sweep's members, as far as they differ in a choice of configs: of other values the first."""
     choices = []
-    for override in OverridesParser.create().parse_overrides(list(words)):
+    for override in swept:
         each = [override.input_line]
         if override.is_discrete_sweep():
             each = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

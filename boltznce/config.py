@@ -27,7 +27,9 @@ from boltznce.trust import check_trusted, registered
 
 __all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
-PATHS = ("resume", "run", "output")  # overrides that are the path of one folder
+PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
+MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "flow.published_weights")
+MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
 SYSTEMS = (System, PeptideFamily)
 
 
@@ -171,7 +173,7 @@ def build(
 def normalize(overrides: Sequence[str], default_budget: str | None = None) -> list[str]:
     """Overrides whose values Hydra reads as they are meant.
 
-    Paths of run folders are quoted, and so are sequences, which may be spelled like numbers (``NAN``, ``INF``); a
+    Paths of folders are quoted, and so are sequences, which may be spelled like numbers (``NAN``, ``INF``); a
     system's file or sequence becomes a choice of Hydra's, as if it were in ``configs/system``. ``budget=`` is set to
     the default where neither it nor an experiment, which has one, is given.
 
@@ -180,19 +182,21 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
 
     Raises UserError for a sequence that cannot be built.
     """
-    trust = "trust=true" in map(str.lower, overrides)
-    words = [_normalized(word, trust) for word in overrides]
+    trust, one = "trust=true" in map(str.lower, overrides), not {"-m", "--multirun"} & set(overrides)
+    words = [_normalized(word, trust, PATHS + MORE_PATHS * one) for word in overrides]
     if default_budget and not {"budget", "experiment"} & {word.partition("=")[0] for word in words}:
         words.append(f"budget={default_budget}")
     return words
 
 
-def _normalized(word: str, trust: bool) -> str:
+def _normalized(word: str, trust: bool, paths: Sequence[str]) -> str:
     key, _, value = word.partition("=")
-    if key in PATHS and value not in ("", "null"):
+    if key.startswith("~") and not key.startswith(("~hydra", "~system.")):
+        raise UserError(f"{key} takes a setting away, which there must be: set it to null or to another value.")
+    if key in paths and value not in ("", "null"):
         return f"{key}={quoted(unquoted(value))}"
-    if key == "peptide" and looks_like_sequence(value):
-        return f"{key}={quoted(value)}"
+    if re.fullmatch(r"null|true|false|[-+.]?\d[^,]*", value) and available(key.lstrip("+").partition("@")[0]):
+        return f"{key}={quoted(value)}"  # a choice of configs has a name: this is none, and is told so
     if key == "system" and not value.endswith(")"):  # choice(...), glob(...)
         names = [value] if Path(value).is_file() else re.findall(r"'[^']*'|\"[^\"]*\"|[^,]+", value)
         return f"{key}={','.join(_offered(name, trust) for name in names)}"
@@ -213,14 +217,17 @@ def _offered(word: str, trust: bool) -> str:
 
 
 def quoted(value: str) -> str:
-    """A value for Hydra that is nothing but this text."""
-    return "'" + value.replace("'", r"\'") + "'"
+    """A value for Hydra that is nothing but this text: backslashes count only before a quote and at the end."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + ("\\'" if at[2] else ""), value) + "'"
 
 
 def unquoted(value: str) -> str:
     """The text of a value that may stand in quotes."""
     in_quotes = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    return value[1:-1].replace("\\" + value[0], value[0]) if in_quotes else value
+    if not in_quotes:
+        return value
+    escaped = rf"(\\*)(\\{value[0]}|$)"
+    return re.sub(escaped, lambda at: at[1][: len(at[1]) // 2] + at[2][1:], value[1:-1])
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

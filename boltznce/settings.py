@@ -134,7 +134,7 @@ RULES: dict[str, Rule] = {
     "stiffness": POSITIVE,
     "tilt": NUMBER,
     "n_modes": COUNT,
-    "weights": _list_of(POSITIVE, "positive numbers") | NULL,
+    "weights": _list_of(NUMBER, "numbers") | NULL,
     # ---- data
     "folder": PATH | NULL,
     "accept": _one_of("same", "any"),

@@ -94,6 +94,21 @@ def test_scripts_sample_and_free_energy(tiny_run, tmp_path):
     assert "ΔF" in done.stdout
 
 
+def test_a_repeated_sample_is_there_and_another_is_refused(tiny_run, tmp_path):
+    run = bz.load_run(tiny_run)
+    first = run.sample(8, likelihood="none", folder=tmp_path / "samples")
+    written = (tmp_path / "samples" / "meta.yaml").stat().st_mtime_ns
+    again = run.sample(8, likelihood="none", folder=tmp_path / "samples")
+    np.testing.assert_array_equal(first.positions, again.positions)
+    for other in ({"n": 9}, {"n": 8, "seed": 1}, {"n": 8, "format": "dcd"}):
+        with pytest.raises(bz.UserError, match="holds other samples"):
+            run.sample(**other, likelihood="none", folder=tmp_path / "samples")
+    assert (tmp_path / "samples" / "meta.yaml").stat().st_mtime_ns == written
+    for wrong in ({"n": -1}, {"n": 8, "n_probes": 0}, {"n": 8, "batch_size": 0}, {"n": 8, "format": "pdb"}):
+        with pytest.raises(bz.UserError, match=list(wrong)[-1]):
+            run.sample(**wrong)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

@@ -47,11 +47,11 @@ def write_free_energy(
             f"{system.name} names no state: give coordinate= (a dihedral such as phi) and state=[low,high] in radians."
         )
     state = State.of((coordinate, interval))
+    limits = system.coordinate_range(coordinate)
     claim(output, FREE_ENERGY, "another output")
     held = hold(output)
     samples = WeightedSamples.load(samples_folder)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
-    limits = system.coordinate_range(coordinate)
     profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
     reference = system.reference() if state == own else None
     options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}

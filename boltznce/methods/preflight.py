@@ -162,6 +162,9 @@ def _check_model(config: DictConfig, system: System, name: str) -> None:
     section, member = config[name], system.example
     check_fit_of(section, name, validates=True)
     require_keywords(MODELS[name], section.model, f"{name}.model")
+    for key in ("start", "published_weights"):
+        if section.get(key) and not Path(section[key]).is_file():
+            raise UserError(f"{name}.{key}={section[key]} is no file: give one of weights, or null.")
     target, x = section.network._target_, member.positions.expand(2, -1, -1)
     try:
         with torch.random.fork_rng(), torch.no_grad():

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from boltznce.errors import UserError
+
 __all__ = ["GraphormerEnergy"]
 
 # Å, added to each component of a difference vector: an atom's distance to itself then has a derivative, and energies
@@ -84,6 +86,8 @@ class GraphormerEnergy(nn.Module):
         n_types: int | None = None,
     ):
         super().__init__()
+        if width % n_heads:
+            raise UserError(f"width={width} of a Graphormer must be a multiple of n_heads={n_heads}.")
         self.n_types = n_types or n_features
         self.type_embedding = nn.Embedding(n_features, width)
         self.time_embedding = two_layers(1, 1, width)

@@ -157,6 +157,10 @@ class MolecularSystem(System):
         """A named dihedral (see `dihedral`): what tells the states of a molecule apart."""
         return self.dihedral(x, name)
 
+    def coordinate_range(self, name: str) -> None:
+        """None, as a dihedral goes round the circle; raises UserError for one that there is not."""
+        self._atoms(name)
+
     @property
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "temperature": self.temperature, **self._unchanging}
