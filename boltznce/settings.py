@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.errors import UserError
 
-__all__ = ["check", "leaves", "require", "require_keywords", "rule_of"]
+__all__ = ["check", "leaves", "require", "require_keywords", "rule_of", "without_rule"]
 
 
 class Rule(NamedTuple):
@@ -330,6 +330,12 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
             _hold(rule, path, value)
         elif ours and path.partition(".")[0] in SECTIONS and ".network." not in path:
             raise UserError(f"There is no setting {path}: check its spelling, --cfg job prints every one there is.")
+
+
+def without_rule(config: DictConfig, script: str = "train") -> list[str]:
+    """Names of the settings of a composed config that `check` lets be anything."""
+    names = [path if "." in path else f"{script}.{path}" for path, _ in leaves(OmegaConf.to_container(config))]
+    return [name for name in names if rule_of(name) is None]
 
 
 def require(section: str = "", /, **values: Any) -> None:

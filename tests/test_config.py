@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from boltznce import UserError, cli, config, load_system
+from boltznce.settings import without_rule
 from boltznce.systems.base import System
 
 
@@ -97,12 +98,15 @@ def test_every_size_composes_and_lacks_nothing(system, kind, methods, budget):
         composed = config.compose("train", [f"system={system}", f"method={method}", f"budget={budget}"])
         assert (composed.system.name, composed.kind, composed.budget) == (system, kind, budget)
         assert config.OmegaConf.missing_keys(composed) == set()
+        assert without_rule(composed) == []
         assert config.locate(composed.method._target_, ModuleType).__name__ == f"boltznce.methods.{method}"
 
 
 @pytest.mark.parametrize("name", config.available("experiment"))
 def test_experiments_are_published_settings_unless_told_otherwise(name):
-    assert config.compose("train", [f"experiment={name}"]).budget == ("cpu" if name.endswith("fig_toy") else "paper")
+    composed = config.compose("train", [f"experiment={name}"])
+    assert without_rule(composed) == []
+    assert composed.budget == ("cpu" if name.endswith("fig_toy") else "paper")
     assert config.compose("train", [f"experiment={name}", "budget=smoke"]).budget == "smoke"
 
 
