@@ -64,6 +64,7 @@ POSITIVE = _number("a positive number", lambda value: value > 0)
 NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
 NUMBER = _number("a number", lambda value: True)
 SHARE = _number("a share, from 0 up to but not 1", lambda value: 0 <= value < 1)
+PART = _number("a part, from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = _number("a number between 0 and 1", lambda value: 0 < value < 1)
 BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a name", lambda value: isinstance(value, str) and value.strip() != "")
@@ -139,9 +140,9 @@ RULES: dict[str, Rule] = {
     "folder": PATH | NULL,
     "accept": _one_of("same", "any"),
     "split": SECTION | NULL,
-    "split.train": INSIDE,
-    "split.validation": INSIDE,
-    "split.test": INSIDE,
+    "split.train": PART,
+    "split.validation": PART,
+    "split.test": PART,
     "gap": SHARE,
     "data.simulation": SECTION | NULL,
     "sampling": _one_of("umbrella", "replica_exchange", "langevin"),

@@ -79,8 +79,8 @@ def in_interval(values: Any, interval: tuple[float, float]) -> Any:
     if _beyond_the_circle(low, high):
         radians = ", ".join(f"{math.radians(end):.4g}" for end in interval)
         raise UserError(
-            f"A state is an interval in radians, shorter than the circle and between -2π and 2π: got ({low:g}, {high:g}), "
-            f"which in degrees would be ({radians})."
+            "A state is an interval in radians, shorter than the circle and between -2π and 2π: got "
+            f"({low:g}, {high:g}), which in degrees would be ({radians})."
         )
     if not 0 < high - low < 2 * math.pi:
         raise UserError(
