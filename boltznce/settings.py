@@ -155,10 +155,10 @@ RULES: dict[str, Rule] = {
     "frame_interval": POSITIVE,
     "equilibration": NOT_NEGATIVE,
     "segment_length": POSITIVE,
-    "timestep": _number(f"a number of ps above 0, at most {LONGEST_TIMESTEP}", lambda dt: 0 < dt <= LONGEST_TIMESTEP),
+    "timestep": _number(f"a positive number of ps, at most {LONGEST_TIMESTEP}", lambda dt: 0 < dt <= LONGEST_TIMESTEP),
     "friction": POSITIVE,
     "hydrogen_mass": _number("a number of amu, 1 or more", lambda value: value >= 1) | NULL,
-    "platform": _one_of("auto", "Reference", "CPU", "CUDA", "OpenCL", "HIP"),
+    "platform": TEXT,
     "n_windows": Rule(
         "an even whole number, 4 or more", lambda value: _is(value, Integral) and value >= 4 and value % 2 == 0
     ),

@@ -19,7 +19,7 @@ from boltznce.config import load_system
 from boltznce.data import engine
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
 from boltznce.data.reference import load_reference, make_reference, save_reference
-from boltznce.data.simulate import simulate, umbrella_result, working_folder
+from boltznce.data.simulate import plan, simulate, umbrella_result, working_folder
 from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, bias_energies, largest_gap, window_centres
 from boltznce.errors import UserError
 from boltznce.units import GAS_CONSTANT
@@ -222,10 +222,7 @@ def test_bad_settings(aldp, tmp_path, settings, message):
 
 def test_crashed_worker_is_an_error_and_not_a_wait(aldp, tmp_path, monkeypatch):
     make_job_folder = working_folder(tmp_path / "set") / "repeat_0"
-    with pytest.raises(UserError):
-        simulate(
-            aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, progress=False, platform="Abacus", **SHORT
-        )
+    plan(aldp, tmp_path / "set", "langevin", duration=1.0, n_repeats=1, **SHORT)
     (make_job_folder / "job.json").unlink()
     (make_job_folder / "state.npz").write_bytes(b"not an archive")
     with pytest.raises(UserError, match=r"state\.npz is damaged.*delete"):

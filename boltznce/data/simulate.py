@@ -397,7 +397,7 @@ def _check(jobs: list[Job]) -> None:
         hottest = job.options["max_temperature"]
         raise UserError(f"max_temperature={hottest} must be above the system's {job.temperature} K.")
     if job.platform != "auto" and job.platform not in (names := _platforms()):
-        raise UserError(f"platform={job.platform} is not there: choose auto or one of {', '.join(names)}.")
+        raise UserError(f"There is no platform {job.platform!r}: choose auto or one of {', '.join(names)}.")
 
 
 def _platforms() -> list[str]:
