@@ -193,7 +193,7 @@ def _normalized(word: str, trust: bool, paths: Sequence[str]) -> str:
     key, _, value = word.partition("=")
     if key.startswith("~") and not key.startswith(("~hydra", "~system.")):
         raise UserError(f"{key} takes a setting away, which there must be: set it to null or to another value.")
-    if key in paths and value not in ("", "null"):
+    if key in paths and value not in ("", "null") and not (key == "samples" and value.startswith("{")):
         return f"{key}={quoted(unquoted(value))}"
     if re.fullmatch(r"null|true|false|[-+.]?\d[^,]*", value) and available(key.lstrip("+").partition("@")[0]):
         return f"{key}={quoted(value)}"  # a choice of configs has a name: this is none, and is told so

@@ -7,6 +7,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import mdtraj
 import numpy as np
 import openmm
 import pytest
@@ -640,7 +641,8 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     residue = topology.addResidue("CHN", topology.addChain())
     for k in range(4):
         topology.addAtom(f"C{k}", app.Element.getBySymbol("C"), residue)
-    system = SimpleNamespace(identity={"name": "chain"}, positions=x[0], openmm_topology=lambda: topology)
+    made_of = {"topology": mdtraj.Topology.from_openmm(topology), "openmm_topology": lambda: topology}
+    system = SimpleNamespace(identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
     folders = []
     for repeat in range(2):
         lengths = {"duration": 100.0, "frame_interval": 1.0, "segment_length": 100.0, "equilibration": 0.0}

@@ -32,7 +32,7 @@ def make_coordinates(system: System, settings: DictConfig) -> InternalCoordinate
     """
     if not system.bonds:
         box = settings.get("box")
-        if box is None:
+        if box is None or not all(low < high for low, high in box):
             raise UserError(
                 f"The generator of {system.name} needs a box that holds it, not {box}: "
                 "set generator.box=[[low,high],[low,high]]."
