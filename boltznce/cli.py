@@ -104,10 +104,10 @@ def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> l
         for member in _members(swept):
             compose(config_name, member)
         for override in filter(Override.is_discrete_sweep, swept):
-            for value in override.sweep_string_iterator():
-                check(
-                    {override.key_or_group: OverridesParser.create().parse_override(f"x={value}").value()}, config_name
-                )
+            if not available(override.key_or_group):  # a value, and no choice of configs
+                for word in override.sweep_string_iterator():
+                    value = OverridesParser.create().parse_override(f"x={word}").value()
+                    check({override.key_or_group: value}, config_name)
     return words
 
 

@@ -214,9 +214,17 @@ class RunFolder:
     # ---- stages, and what they leave --------------------------------------------------------------------------------
 
     def stage_done(self, name: str) -> bool:
-        """Whether the stage has come to its end, and what it left is there."""
-        record = self.stages.get(name, {})
-        return record.get("finished") is not None and all(map(_is_there, self._places(record)))
+        """Whether the stage has come to its end, and what it left is there.
+
+        What is not in the folder (data) may be gone once the next stage, which has used it, is done.
+        """
+        record, later = self.stages.get(name, {}), list(self.stages)
+        if record.get("finished") is None:
+            return False
+        later = later[later.index(name) + 1 :]
+        used = bool(later) and self.stage_done(later[0])
+        needed = [leaf for leaf in record.get("leaves", {}) if not (used and Path(leaf).is_absolute())]
+        return all(_is_there(self.path / leaf) for leaf in needed)
 
     def leave(self, path: Path) -> Path:
         """Note that the stage that is running leaves this file, or this folder of samples or data; returns it.

@@ -35,6 +35,18 @@ def test_stages_are_booked_and_marked(tmp_path):
     assert again.system == "aldp"
 
 
+def test_data_elsewhere_are_needed_until_the_next_stage_is_done(tmp_path):
+    run, data = RunFolder.create(tmp_path / "run", CONFIG, "aldp"), tmp_path / "data.npy"
+    for name, path in (("data", data), ("flow", run.path / "flow.bin"), ("report", run.path / "report.md")):
+        with run.stage(name):
+            run.leave(path).write_bytes(b"whole")
+    assert all(map(run.stage_done, run.stages))
+    data.unlink()
+    assert all(map(run.stage_done, run.stages)), "the flow has used them"
+    (run.path / "flow.bin").unlink()
+    assert [run.stage_done(name) for name in run.stages] == [False, False, True]
+
+
 def test_failed_stage_keeps_its_time_and_is_not_done(tmp_path):
     run = RunFolder.create(tmp_path, CONFIG, "aldp")
 
