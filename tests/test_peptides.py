@@ -237,12 +237,13 @@ def test_sequence_on_the_command_line():
             compose("simulate", [word])
 
 
-def test_a_structure_file_goes_before_a_sequence(tmp_path, monkeypatch):
+def test_a_sequence_is_no_file_that_happens_to_have_its_name(tmp_path, monkeypatch):
     topology, x = build_peptide("ACE-A-NME")
     with open(tmp_path / "AK", "w") as file:
         app.PDBFile.writeFile(topology, x * 10, file)
     monkeypatch.chdir(tmp_path)
-    assert read_structure("AK")[0].getNumResidues() == 3
+    assert read_structure("AK")[0].getNumResidues() == 2
+    assert read_structure("./AK")[0].getNumResidues() == 3
     assert read_structure("AAA")[0].getNumResidues() == 3
     with pytest.raises(UserError, match=r"no structure file.*sequence of a peptide"):
         read_structure("missing.pdb")

@@ -316,7 +316,7 @@ def test_damaged_or_foreign_final_weights(tmp_path):
     ("settings", "message"),
     [
         ({"schedule": "sine"}, "constant, cosine, plateau"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 0}, "steps=0 must be a whole number, 1 or more"),
         ({"schedule": "plateau", "validate_every": 0}, "validate_every"),
         ({"early_stopping_patience": 3, "validate_every": 0}, "early_stopping_patience"),
     ],
