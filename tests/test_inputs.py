@@ -42,6 +42,7 @@ def load(tmp_path):
 # ---- the structure's own isomer --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_conditional_on_the_structures_own_isomer(load):
     cis = Structure.of("ACE-AP-NME").turned("ALA2 C", "PRO3 N", np.pi)
     system = load(cis)
@@ -118,6 +119,7 @@ def findings(system, views=None):
     return copy.copy(found) if views is None else found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_torsions", [0, 1, 2])
 def test_reports_are_made_of_the_torsions_that_there_are(load, n_torsions):
     """N-methylacetamide with none, its ω, and two torsions of the user's."""

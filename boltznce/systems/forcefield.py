@@ -62,10 +62,14 @@ class TorchForceField(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return _EnergyWithGradient.apply(x, self)
-        return torch.cat([self._kernel("energy", piece) for piece in x.split(self.chunk_size(x.device))])
+        pieces = [self._kernel("energy", piece) for piece in x.split(self.chunk_size(x.device))]
+        return infinite_where_undefined(torch.cat(pieces))
 
     def energy_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies (batch,) in kJ/mol and their gradients (batch, n_atoms, 3) in kJ/mol/nm, without a graph."""
+        """Energies (batch,) in kJ/mol and their gradients (batch, n_atoms, 3) in kJ/mol/nm, without a graph.
+
+        Where there are none they are NaN, so that a simulation that explodes cannot go on.
+        """
         pieces = [self._kernel("energy_and_gradient", piece) for piece in x.detach().split(self.chunk_size(x.device))]
         energies, gradients = zip(*pieces, strict=True)
         return torch.cat(energies), torch.cat(gradients)
@@ -78,10 +82,8 @@ class TorchForceField(nn.Module):
     def _kernel(self, kind: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         with full_precision():
             if self._fused is not None:
-                found = self._fused(kind, x, self.chunk_size(x.device))
-            else:
-                found = self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
-        return infinite_where_undefined(found) if kind == "energy" else infinite_where_undefined(*found)
+                return self._fused(kind, x, self.chunk_size(x.device))
+            return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
 
     def _energy(self, x: Tensor) -> Tensor:
         geometry = Geometry(x)
@@ -110,7 +112,7 @@ class _EnergyWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, field: TorchForceField) -> Tensor:
-        energy, gradient = field.energy_and_gradient(x)
+        energy, gradient = infinite_where_undefined(*field.energy_and_gradient(x))
         ctx.save_for_backward(x, gradient)
         ctx.field = field
         return energy
