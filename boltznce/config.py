@@ -30,6 +30,7 @@ __all__ = ["available", "build", "compose", "config_dir", "explain", "load_syste
 PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
 MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "flow.published_weights")
 MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
+LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")  # of which one may take parts away
 SYSTEMS = (System, PeptideFamily)
 
 
@@ -191,7 +192,7 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
 
 def _normalized(word: str, trust: bool, paths: Sequence[str]) -> str:
     key, _, value = word.partition("=")
-    if key.startswith("~") and not key.startswith(("~hydra", "~system.")):
+    if key.startswith("~") and not key.startswith(LISTS):
         raise UserError(f"{key} takes a setting away, which there must be: set it to null or to another value.")
     if key in paths and value not in ("", "null") and not (key == "samples" and value.startswith("{")):
         return f"{key}={quoted(unquoted(value))}"
