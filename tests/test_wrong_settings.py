@@ -350,7 +350,6 @@ def test_a_mistake_is_told_before_the_folder_is_made(tmp_path):
 
 # What the sentence says of settings that it names in other words, or of two that do not go together
 EXPLAINED = {
-    "flow.published_weights=x.pt": "flow.model.whiten=false",
     "system.weights=[1,-1]": "a positive weight",
     "system.forcefield=[none.xml]": "The force field none.xml",
     "annealing.n_steps=0": "A temperature ladder goes down",
