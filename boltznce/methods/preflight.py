@@ -20,6 +20,7 @@ from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
 from boltznce.methods.models import MODELS, load_trained, make
 from boltznce.methods.workspace import make_fabric
+from boltznce.precision import ordinary_tensors
 from boltznce.settings import check, require_keywords
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, check_fit
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+@ordinary_tensors()
 def preflight(config: DictConfig) -> None:
     """Raise UserError for whatever would end a run with this config later on: of a system, a method, its settings."""
     check(config)
