@@ -30,7 +30,8 @@ __all__ = ["available", "build", "compose", "config_dir", "explain", "load_syste
 PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
 MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "flow.published_weights")
 MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
-LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")  # parts may go
+# sections that are lists of the user's choice: an entry may be taken away, where a setting may not
+LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
 SYSTEMS = (System, PeptideFamily)
 
 

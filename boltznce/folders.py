@@ -98,9 +98,8 @@ def hold(folder: Path | str, *, beside: bool = False, wait: bool = False) -> Hel
     path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
     with disk_errors_told(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(
-            path, is_singleton=True
-        )  # of this process: a second call in a notebook does not wait for itself
+        # one of this process: a second call in a notebook does not wait for itself
+        lock = FileLock(path, is_singleton=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:

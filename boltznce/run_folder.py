@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from boltznce.checkpoint import weights_digest
-from boltznce.errors import UserError
+from boltznce.errors import UserError, first_few
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
 from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
@@ -37,7 +37,6 @@ REMEDY = "restore it, or start a new run in another folder"
 AGAIN = "delete it and resume the run"
 RUN = Kind("a run", "run.json", names=r"\.hydra|(cli|train)\.log")  # the latter two are Hydra's, which comes first
 RESULTS = ("checkpoints", "samples")  # what unfinished stages leave
-MOST_TOLD = 4  # changed settings
 HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what a kill can lose
 
 
@@ -189,9 +188,8 @@ class RunFolder:
         changed = [f"{key}: {old}, not {new}" for key, (old, new) in pairs.items()]
         changed += [f"the contents of {source}" for source in replaced_inputs(self.path, sources)]
         if changed:
-            more = f"; and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed[:MOST_TOLD])}{more}): choose another "
+                f"{self.path} holds a run with other settings ({first_few(changed)}): choose another "
                 f"hydra.run.dir, or go on with the run's own by resume={self.path}."
             )
 

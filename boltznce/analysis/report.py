@@ -76,8 +76,7 @@ trusted.
 
 made | What the flow made
 Shares of the draws with the right bonds, and with the right chirality too; of those that were mended by a mirror, or by
-renaming equal atoms; and of what was kept the share with a peptide bond turned from
-trans to cis or back.
+renaming equal atoms; and of what was kept the share with a peptide bond turned from trans to cis or back.
 
 distances | Distances to the reference data
 Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where

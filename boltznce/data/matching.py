@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from boltznce.data.dataset import Dataset
-from boltznce.errors import UserError
+from boltznce.errors import UserError, first_few
 from boltznce.systems.base import System
 from boltznce.systems.identity import FORCE_FIELD, differences
 from boltznce.units import GAS_CONSTANT
@@ -19,7 +19,6 @@ N_FRAMES = 16  # whose energies are computed anew, spread over the dataset
 # Energies of float32 positions, by torch in float32, OpenMM or xTB, agree far better: to 0.005 kT and 1e-6.
 TOLERANCE, RELATIVE = 0.02, 1e-5  # kT; of the energy
 ASTRONOMIC = 300.0  # kT above the recorded energy
-MOST_TOLD = 4
 
 
 def require_system(place: Path, dataset: Dataset, system: System) -> None:
@@ -84,8 +83,7 @@ def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> d
 
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Changed settings in words, the first few of them."""
-    words = [f"{key}: {there}, not {here}" for key, (there, here) in changed.items()]
-    return "; ".join(words[:MOST_TOLD]) + (f"; and {len(words) - MOST_TOLD} more" if len(words) > MOST_TOLD else "")
+    return first_few([f"{key}: {there}, not {here}" for key, (there, here) in changed.items()])
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,7 @@ def write_free_energy(
     """Write ``metrics.json``, ``report.md``, the profile and its figure to ``output``; return the table.
 
     ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where
-    neither says which, for an output that holds
-    anything else, and where another process writes it.
+    neither says which, for an output that holds anything else, and where another process writes it.
     """
     require("free_energy", coordinate=coordinate, state=state, n_bins=n_bins, n_bootstrap=n_bootstrap, seed=seed)
     own = system.state or (None, None)

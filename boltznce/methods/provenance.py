@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from boltznce.data.dataset import Dataset, contents_digest
-from boltznce.errors import UserError
+from boltznce.errors import UserError, first_few
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
@@ -66,5 +66,4 @@ def _data(work: Workspace) -> str:
         place = Path(folder) / work.system.label(member)
         with contextlib.suppress(UserError):  # there is none, or a damaged one
             found.append(f"{place}: {data_in_words(Dataset.read_meta(place))}")
-    more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{found[0]}{more}" if found else "none"
+    return first_few(found, most=1) or "none"
