@@ -45,8 +45,11 @@ def _one_of(*names: str) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
 
 
-def _list_of(rule: Rule, what: str) -> Rule:
-    return Rule(f"a list of {what}", lambda value: isinstance(value, list | tuple) and all(map(rule.fits, value)))
+def _list_of(rule: Rule, what: str, most: float = math.inf) -> Rule:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) <= most and all(map(rule.fits, value))
+
+    return Rule(f"a list of {what}", fits)
 
 
 def _is_interval(value: Any, infinite: bool = False) -> bool:
@@ -88,6 +91,7 @@ DEVICE = Rule(
         and (":" not in value or value.partition(":")[2].isdigit())
     ),
 )
+SAMPLING = _one_of("umbrella", "metadynamics", "replica_exchange", "langevin")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
 RULES: dict[str, Rule] = {
@@ -145,9 +149,9 @@ RULES: dict[str, Rule] = {
     "split.test": PART,
     "gap": SHARE,
     "data.simulation": SECTION | NULL,
-    "sampling": _one_of("umbrella", "replica_exchange", "langevin"),
-    "simulation.method": _one_of("umbrella", "replica_exchange", "langevin"),
-    "duration": POSITIVE,
+    "sampling": SAMPLING,
+    "simulation.method": SAMPLING,
+    "duration": POSITIVE | NULL,
     "n_repeats": COUNT,
     "n_processes": COUNT | NULL,
     "engine": _one_of("openmm", "torch", "auto"),
@@ -167,7 +171,14 @@ RULES: dict[str, Rule] = {
     "n_replicas": _whole(2),
     "max_temperature": POSITIVE,
     "n_ladders": COUNT,
-    "n_walkers": COUNT,
+    "n_walkers": COUNT | NULL,
+    "bias_along": _list_of(TEXT, "one or two names of dihedrals", 2) | NULL,
+    "bias_duration": POSITIVE,
+    "hill_interval": POSITIVE,
+    "hill_height": POSITIVE,
+    "hill_width": POSITIVE,
+    "bias_factor": _number("a number above 1", lambda value: value > 1),
+    "n_terms": COUNT,
     "reference": BOOLEAN,
     # ---- networks and models
     "width": COUNT,

@@ -16,7 +16,7 @@ from boltznce.data.reference import (
     require_reference,
     save_reference,
 )
-from boltznce.data.simulate import umbrella_result
+from boltznce.data.simulate import result_of
 from boltznce.folders import inside
 
 
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         print(f"{len(dataset)} frames of {name} in {folder}")
     if config.reference:
         dataset = datasets[system.name]
-        result = umbrella_result(dataset, state=system.state.interval)
+        result = result_of(dataset, system.state)
         command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
         save_reference(make_reference(system, dataset.meta, result, command), output)
         print(result.summary())

@@ -4,6 +4,7 @@ A simulation is cut into segments of fixed length. Each starts from the saved po
 that depend only on (seed, repeat, segment): a run that was killed and continued gives the same frames.
 """
 
+import abc
 import contextlib
 import dataclasses
 import importlib
@@ -11,9 +12,10 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 from xml.etree.ElementTree import ParseError
 
 import numpy as np
@@ -37,6 +39,7 @@ __all__ = [
     "named",
     "picoseconds_done",
     "read_frames",
+    "read_memory",
     "run_job",
     "seconds_spent",
     "wrap",
@@ -49,6 +52,7 @@ SAMPLERS = {
     "umbrella": "boltznce.data.umbrella:UmbrellaSampler",
     "replica_exchange": "boltznce.data.replica_exchange:ReplicaExchangeSampler",
     "langevin": "boltznce.data.langevin:LangevinSampler",
+    "metadynamics": "boltznce.data.metadynamics:MetadynamicsSampler",
 }
 
 
@@ -56,8 +60,8 @@ SAMPLERS = {
 class Job:
     """One process's share of a simulation. Times in ps, temperature in K, masses in amu.
 
-    ``duration`` is per window (umbrella), replica (replica exchange) or trajectory (Langevin), after the equilibration;
-    ``options`` are the settings of the method alone.
+    ``duration`` is per window (umbrella), replica (replica exchange) or walker (Langevin, metadynamics), after the
+    equilibration and what ``options``, the settings of the method alone, call ``bias_duration``.
     """
 
     method: str
@@ -89,7 +93,7 @@ class Job:
 
     @property
     def n_segments(self) -> int:
-        return max(1, round(self.duration / self.segment_length))
+        return max(1, round((self.options.get("bias_duration", 0.0) + self.duration) / self.segment_length))
 
     def rng(self, segment: int) -> np.random.Generator:
         """The random numbers of one segment; segment -1 is the equilibration."""
@@ -152,14 +156,22 @@ class Unstable(Exception):
     """Energies that are not finite."""
 
 
-class Sampler(Protocol):
-    """A method: K walkers, positions and velocities (K, n_atoms, 3) in nm and nm/ps; calls ``tick(ps)`` often."""
+class Sampler(abc.ABC):
+    """A method: K walkers, positions and velocities (K, n_atoms, 3) in nm and nm/ps; calls ``tick(ps)`` often.
 
+    ``memory``: arrays beside these from which a run goes on; set before it does.
+    """
+
+    memory: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    @abc.abstractmethod
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
 
+    @abc.abstractmethod
     def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Positions and velocities from which sampling starts."""
 
+    @abc.abstractmethod
     def advance(
         self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
@@ -251,11 +263,13 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
         started = time.process_time() - float(state.get("seconds", 0.0))
         if crc < 0:  # begun by an older version
             crc = _crc(folder / "frames.bin", n_frames * dtype.itemsize)
+        if sampler.memory:
+            sampler.memory = read_memory(folder, {name: array.shape for name, array in sampler.memory.items()})
     else:
         positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
         done, n_frames, crc = 0, 0, 0
         started = time.process_time()  # compiling and equilibration are not counted
-        _save_state(folder, positions, velocities, done, n_frames, 0.0, crc)
+        _save_state(folder, positions, velocities, done, n_frames, 0.0, crc, sampler.memory)
 
     tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
     with disk_errors_told(folder), open(folder / "frames.bin", "ab") as handle:
@@ -268,7 +282,8 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
             handle.flush()
             os.fsync(handle.fileno())
             n_frames, crc = n_frames + len(frames), zlib.crc32(written, crc)
-            _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started, crc)
+            seconds = time.process_time() - started
+            _save_state(folder, positions, velocities, segment + 1, n_frames, seconds, crc, sampler.memory)
 
 
 def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Tick:
@@ -313,6 +328,11 @@ def seconds_spent(folder: Path) -> float:
     return float(_read_state(folder, {"seconds?": ()}).get("seconds", 0.0))
 
 
+def read_memory(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """What the sampler of a job had in its memory at the last segment's end: arrays of these names and shapes."""
+    return _read_state(folder, shapes)
+
+
 def _remedy(folder: Path) -> str:
     return f"delete {folder}, and this simulation starts anew"
 
@@ -346,8 +366,15 @@ def _crc(path: Path, n_bytes: int) -> int:
 
 
 def _save_state(
-    folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float, crc: int
+    folder: Path,
+    positions: np.ndarray,
+    velocities: np.ndarray,
+    segment: int,
+    n_frames: int,
+    seconds: float,
+    crc: int,
+    memory: Mapping[str, np.ndarray],
 ) -> None:
     state = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, **state, seconds=seconds, crc=crc)
+        np.savez(handle, **state, seconds=seconds, crc=crc, **memory)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from boltznce.data.umbrella import UmbrellaResult
+from boltznce.data.result import SimulationResult
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
@@ -21,10 +21,16 @@ __all__ = [
 ]
 
 
+METHODS = {
+    "umbrella": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
+    "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, bootstrap over walkers",
+}
+
+
 def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
-    """Raise UserError where umbrella sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
-    if sampling != "umbrella":
-        raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
+    """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if sampling not in METHODS:
+        raise UserError(f"A reference needs a bias along a dihedral: set sampling to one of {', '.join(METHODS)}.")
     if system.state is None:
         raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
     if dihedral not in (None, system.state.coordinate):
@@ -34,18 +40,18 @@ def require_reference(system, sampling: str, dihedral: str | None = None) -> Non
         )
 
 
-def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> dict:
-    """The contents of a reference file: ΔF and profile in kT, angles in rad, gaps of the profile as null.
+def make_reference(system, meta: dict, result: SimulationResult, command: str) -> dict:
+    """The contents of a reference file: ΔF, profile and surface in kT, angles in rad, what was never seen as null.
 
     ``meta`` is that of the dataset and ``command`` the one that makes such a reference.
     """
-    settings, options = meta["settings"], meta["settings"]["options"]
+    settings = meta["settings"]
     name, state = system.state
     reference = {
         "system": system.name,
         "identity": system.identity,
         "dihedral": name,
-        "atoms": list(settings["dihedral"]),
+        "atoms": [int(atom) for atom in system.dihedrals[name]],
         "state": list(state),
         "delta_f": {"value": round(result.delta_f, 4), "std_error": round(result.delta_f_error, 4)},
         "profile": {
@@ -54,18 +60,22 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
             "std_error": _numbers(result.profile_error),
         },
         "made_by": {
-            "method": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
-            "ns_per_window": meta["ps_per_walker"] * settings["n_repeats"] / 1000,
+            "method": METHODS[settings["method"]],
+            "ps_per_walker": meta["ps_per_walker"],
             "n_repeats": settings["n_repeats"],
-            "n_windows": options["n_windows"],
-            "kappa_kj_mol_rad2": options["kappa"],
-            "exchange_interval_ps": options["exchange_interval"],
+            **settings["options"],
             **{key: settings[key] for key in ("timestep", "friction", "hydrogen_mass", "seed")},
-            "delta_f_of_blocks": [_numbers(row) for row in result.block_delta_f],
-            **{key: meta[key] for key in ("versions", "date", "machine")},
+            "delta_f_of_parts": [_numbers(row) for row in result.parts],
+            "checks": {key: round(value, 4) for key, value in result.checks.items()},
+            **{key: meta[key] for key in ("cpu_seconds", "versions", "date", "machine")},
             "command": command,
         },
     }
+    if result.surface is not None:
+        reference["surface"] = {
+            "coordinates": list(result.surface_of),
+            "f": [_numbers(row, 2) for row in result.surface],
+        }
     return checked_reference(reference, "this result")
 
 
@@ -88,5 +98,5 @@ def check_reference_place(path: Path, system: str) -> None:
         )
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [round(float(v), 4) if np.isfinite(v) else None for v in values]
+def _numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
+    return [round(float(v), digits) if np.isfinite(v) else None for v in values]

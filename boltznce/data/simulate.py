@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
+from boltznce.data import metadynamics, umbrella
 from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.engine import (
     SAMPLERS,
@@ -32,12 +33,14 @@ from boltznce.data.engine import (
 )
 from boltznce.data.matching import made_here, require_settings, require_system
 from boltznce.data.replica_exchange import temperature_ladder
-from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
+from boltznce.data.result import SimulationResult
+from boltznce.data.umbrella import Ring, largest_gap
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, discard, only_process
 from boltznce.io import require_free_space
 from boltznce.settings import require, require_keywords
+from boltznce.states import State
 from boltznce.systems.workers import available_cores
 from boltznce.topologies import pdb_text
 from boltznce.units import GAS_CONSTANT
@@ -49,15 +52,23 @@ __all__ = [
     "gather",
     "jobs_of",
     "plan",
+    "result_of",
     "run_plans",
     "simulate",
-    "umbrella_result",
     "working_folder",
 ]
 
 UNFINISHED = Kind("an unfinished simulation", names=r"repeat_\d+", whole=True)
 MBAR_MAX_FRAMES = 40_000
+DURATIONS = {"metadynamics": 100.0}  # ps, where none is given
+DURATION = 2000.0  # of other methods
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
+RECORDED = {  # the option that says how many frames are kept at a time
+    "umbrella": "n_windows",
+    "replica_exchange": "n_ladders",
+    "langevin": "n_walkers",
+    "metadynamics": "n_walkers",
+}
 ONE_PROCESS = {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -127,8 +138,7 @@ def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Pla
 
     claim(folder, DATASET, "another name, or data.folder")
     claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
-    n_recorded = {"umbrella": "n_windows", "replica_exchange": "n_ladders", "langevin": "n_walkers"}[method]
-    n_frames = len(jobs) * job.options.get(n_recorded, 1) * round(job.duration / job.frame_interval)
+    n_frames = len(jobs) * job.options.get(RECORDED[method], 1) * round(job.duration / job.frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
     folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
     for job, path in zip(jobs, folders, strict=True):
@@ -140,7 +150,7 @@ def jobs_of(
     system,
     method: str = "umbrella",
     *,
-    duration: float,
+    duration: float | None = None,
     n_repeats: int = 2,
     seed: int = 0,
     engine: str = "auto",
@@ -159,13 +169,22 @@ def jobs_of(
     n_replicas: int = 6,
     max_temperature: float = 800.0,
     n_ladders: int = 1,
-    n_walkers: int = 1,
+    n_walkers: int | None = None,
+    bias_along: Sequence[str] | None = None,
+    bias_duration: float = 120.0,
+    hill_interval: float = 0.1,
+    hill_height: float = 7.5,
+    hill_width: float = 0.25,
+    bias_factor: float = 16.0,
+    n_terms: int = 12,
 ) -> list[Job]:
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
-        duration: ps per walker, after ``equilibration`` ps; raise it to extend an unfinished run.
+        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``metadynamics`` (many walkers under one bias on
+            ``coordinates``), ``replica_exchange`` (in temperature) or ``langevin``.
+        duration: ps per walker, after ``equilibration`` ps (and ``bias_duration``); raise it to extend an unfinished
+            run. Default 2000, of metadynamics 100.
         n_repeats: independent repeats.
         engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
         compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
@@ -176,12 +195,19 @@ def jobs_of(
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
         n_ladders: replica exchange: independent ladders of each repeat.
-        n_walkers: Langevin: trajectories of each repeat.
+        n_walkers: trajectories of each repeat; Langevin 1, metadynamics 256.
+        bias_along: metadynamics: one or two names in ``system.dihedrals``; default the state's φ and the ψ beside it.
+        bias_duration, hill_interval: metadynamics: ps a walker in which the bias is built, and between hills.
+        hill_height, hill_width, bias_factor: metadynamics: kT, of all walkers' hills of a round together; rad; see
+            `boltznce.data.metadynamics.MetadynamicsSampler`.
+        n_terms: metadynamics: of the bias's Fourier series, a coordinate.
 
     Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """
     given = dict(locals())  # before there are others
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
+    duration = DURATIONS.get(method, DURATION) if duration is None else duration
+    n_walkers = n_walkers or (256 if method == "metadynamics" else 1)
     if system.exact:
         raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
@@ -191,8 +217,14 @@ def jobs_of(
         )
     compile = system.compile if compile is None else compile
     at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers)
+    if method == "metadynamics" and engine == "auto":
+        engine = "torch"
     engine = choose_engine(engine, system, at_a_time, compile)
+    if method == "metadynamics" and engine != "torch":
+        raise UserError("Metadynamics moves all walkers at once by the torch energy: set engine=torch, or sampling.")
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
+    if bias_along is None:
+        bias_along = _bias_along(system, dihedral) if method == "metadynamics" else []
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
         "replica_exchange": {
@@ -202,6 +234,17 @@ def jobs_of(
         }
         | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
         "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
+        "metadynamics": {
+            "bias_along": bias_along,
+            "coordinates": [_atoms_of(system, name) for name in bias_along],
+            "n_walkers": n_walkers,
+            "bias_duration": bias_duration,
+            "hill_interval": hill_interval,
+            "hill_height": hill_height,
+            "hill_width": hill_width,
+            "bias_factor": bias_factor,
+            "n_terms": n_terms,
+        },
     }
     jobs = [
         Job(
@@ -288,6 +331,8 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         thin = np.random.default_rng(jobs[0].seed).permutation(len(angle))[:MBAR_MAX_FRAMES]
         log_weights = ring.log_weights(angle, window, ring.free_energies(angle[thin], window[thin]))
         extra["cut"] = ring.cut
+    elif jobs[0].method == "metadynamics":
+        log_weights = np.concatenate(list(map(metadynamics.log_weights, jobs, folders, frames)))
     elif jobs[0].method == "replica_exchange":
         options = jobs[0].options
         extra["ladder"] = [
@@ -318,14 +363,24 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
     )
 
 
-def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
-    """ΔF and profile of a dataset made with ``method=umbrella``; ``options`` go to ``umbrella.analyse``."""
+def result_of(dataset: Dataset, state: State, **options) -> SimulationResult:
+    """ΔF of the state, profile and checks of a dataset made with a bias along the state's coordinate.
+
+    ``options`` go to ``analyse`` of the method's module. Raises UserError for other data.
+    """
     settings = dataset.meta["settings"]
+    columns = (dataset.window, dataset.time, dataset.repeat)
+    if settings["method"] == "metadynamics":
+        chosen, names = settings["options"]["coordinates"], tuple(settings["options"]["bias_along"])
+        values = np.stack([dihedral_angle(dataset.positions, atoms) for atoms in chosen], axis=1)
+        return metadynamics.analyse(
+            values, dataset.log_weights, *columns, state=state.interval, surface_of=names, **options
+        )
     if settings["method"] != "umbrella":
-        raise UserError(f"A reference needs umbrella sampling, not {settings['method']}: set sampling=umbrella.")
+        raise UserError(f"{settings['method']} gives no reference: set sampling to umbrella or metadynamics.")
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = _ring(settings["options"], settings["temperature"], angle)
-    return analyse(angle, dataset.window, dataset.time, dataset.repeat, ring=ring, **options)
+    return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
 
 
 def force_evaluations(meta: dict) -> int:
@@ -335,7 +390,9 @@ def force_evaluations(meta: dict) -> int:
         return 0
     options = settings["options"]
     n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
-    steps = (meta["ps_per_walker"] + settings["equilibration"]) / settings["timestep"]
+    steps = (meta["ps_per_walker"] + options.get("bias_duration", 0.0) + settings["equilibration"]) / settings[
+        "timestep"
+    ]
     return settings["n_repeats"] * n_walkers * options.get("n_ladders", 1) * round(steps)
 
 
@@ -383,13 +440,22 @@ def _raise_for(status: int, folder: Path) -> None:
 def _check(jobs: list[Job]) -> None:
     """Raise UserError for settings that cannot be run as they stand."""
     job = jobs[0]
-    step = job.options.get("exchange_interval", job.frame_interval)
     pairs = [
         ("duration", job.duration, "segment_length", job.segment_length),
         ("segment_length", job.segment_length, "frame_interval", job.frame_interval),
-        ("frame_interval", job.frame_interval, "exchange_interval", step),
-        ("exchange_interval", step, "timestep", job.timestep),
+        ("frame_interval", job.frame_interval, "timestep", job.timestep),
     ]
+    if step := job.options.get("exchange_interval"):
+        pairs += [
+            ("frame_interval", job.frame_interval, "exchange_interval", step),
+            ("exchange_interval", step, "timestep", job.timestep),
+        ]
+    if step := job.options.get("hill_interval"):
+        pairs += [
+            ("bias_duration", job.options["bias_duration"], "segment_length", job.segment_length),
+            ("segment_length", job.segment_length, "hill_interval", step),
+            ("hill_interval", step, "timestep", job.timestep),
+        ]
     for whole, a, part, b in pairs:
         if not b > 0 or round(a / b) < 1 or abs(a / b - round(a / b)) > 1e-6:
             raise UserError(f"{whole}={a} must be a multiple of {part}={b} (ps).")
@@ -408,14 +474,25 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     name = name or (system.state.coordinate if system.state else None)
     if name is None and not required:
         return None
-    name = name or next(iter(system.dihedrals), None)
+    return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
+
+
+def _bias_along(system, dihedral: str | None) -> list[str]:
+    """φ of the state and the ψ at its Cα, else another; or ``dihedral`` alone."""
+    name = dihedral or (system.state.coordinate if system.state else next(iter(system.dihedrals), None))
+    axis = set(_atoms_of(system, name)[1:3])
+    others = [each for each in system.dihedrals if each.startswith("psi") and each != name and dihedral is None]
+    return [name, *sorted(others, key=lambda each: not axis & set(system.dihedrals[each][1:3]))[:1]]
+
+
+def _atoms_of(system, name: str | None) -> list[int]:
     if name not in system.dihedrals:
         choices = ", ".join(system.dihedrals) or "none here"
         raise UserError(
-            f"Umbrella sampling needs a dihedral: set dihedral to one of {choices}, or method to langevin or "
+            f"A bias needs a dihedral: set dihedral (or bias_along) to one of {choices}, or sampling to langevin or "
             "replica_exchange."
         )
-    return tuple(int(atom) for atom in system.dihedrals[name])
+    return [int(atom) for atom in system.dihedrals[name]]
 
 
 def _ring(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:

@@ -12,7 +12,6 @@ from boltznce.data.engine import Job, Unstable
 from boltznce.data.walkers import Bias, OpenMMWalkers, heavy_hydrogens
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.fused import energy_and_gradient, fuse
-from boltznce.systems.molecular import dihedral_angle
 from boltznce.units import GAS_CONSTANT
 
 __all__ = ["TorchWalkers"]
@@ -39,14 +38,12 @@ class TorchWalkers:
         self.device = _device(job.repeat)
         self.dtype = dtype
         self.field = TorchForceField(system, compile=False)  # before a bias becomes part of the system
-        masses = self._tensor(heavy_hydrogens(system, job.hydrogen_mass))[:, None]
+        masses = self.tensor(heavy_hydrogens(system, job.hydrogen_mass))[:, None]
         self.half_step = 0.5 * job.timestep
         self.kick = job.timestep / masses
         self.kept = math.exp(-job.friction * job.timestep)
-        warmth = GAS_CONSTANT * self._tensor(temperatures)[:, None, None]
+        warmth = GAS_CONSTANT * self.tensor(temperatures)[:, None, None]
         self.spread = (-math.expm1(-2 * job.friction * job.timestep) * warmth / masses).sqrt()
-        if bias is not None:
-            self.atoms, self.centres = torch.tensor(bias.atoms, device=self.device), self._tensor(bias.centres)
         self.generator = torch.Generator(self.device)
         self._kernel = None
         self._openmm = None
@@ -62,46 +59,49 @@ class TorchWalkers:
             self._openmm.reseed(rng)
         return self._openmm.prepare(k, structure, rng, duration)
 
-    @torch.no_grad()
     def run(self, positions: np.ndarray, velocities: np.ndarray, duration: float) -> np.ndarray:
-        x, v = self._tensor(positions), self._tensor(velocities)
-        if self._kernel is None:
-            self._kernel = (
-                fuse(self.step, x, v, torch.zeros_like(x)) if wants_compiling(self.job.compile) else self.step
-            )
-        for _ in range(round(duration / self.job.timestep)):
-            x, v = self._kernel(
-                x, v, torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype)
-            )
-        x = x - x.mean(1, keepdim=True)
-        energies = self.field(x.double()).cpu().numpy() / self.job.kT
-        if not np.isfinite(energies).all():
-            raise Unstable
+        x, v = self.move(self.tensor(positions), self.tensor(velocities), duration)
+        energies = self.energies(x)
         positions[:], velocities[:] = x.cpu().numpy(), v.cpu().numpy()
         return energies
 
-    def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def move(self, x: Tensor, v: Tensor, duration: float) -> tuple[Tensor, Tensor]:
+        """Positions, mean-free, and velocities after ``duration`` ps, on the walkers' device."""
+        bias = () if self.bias is None else tuple(self.tensor(each) for each in self.bias.parameters)
+        if self._kernel is None:
+            example = (x, v, torch.zeros_like(x), *bias)
+            self._kernel = fuse(self.step, *example) if wants_compiling(self.job.compile) else self.step
+        for _ in range(round(duration / self.job.timestep)):
+            noise = torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype)
+            x, v = self._kernel(x, v, noise, *bias)
+        return x - x.mean(1, keepdim=True), v
+
+    @torch.no_grad()
+    def energies(self, x: Tensor) -> np.ndarray:
+        """(K,) without bias in kT, float64. Raises Unstable for what is not finite."""
+        energies = self.field(x.double()).cpu().numpy() / self.job.kT
+        if not np.isfinite(energies).all():
+            raise Unstable
+        return energies
+
+    def step(self, x: Tensor, v: Tensor, noise: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
         """Kick, half a drift, thermostat, half a drift (Zhang et al. 2019, "LF-Middle"); normal ``noise``."""
-        v = v - self.kick * self.gradient(x)
+        v = v - self.kick * self.gradient(x, *bias)
         x = x + self.half_step * v
         v = self.kept * v + self.spread * noise
         return x + self.half_step * v, v
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """Of energy and bias, (K, n_atoms, 3) in kJ/mol/nm."""
+    def gradient(self, x: Tensor, *bias: Tensor) -> Tensor:
+        """Of energy and bias (with its parameters), (K, n_atoms, 3) in kJ/mol/nm."""
         _, gradient = self.field.energy_and_gradient(x)
         if self.bias is None:
             return gradient
-        return gradient + energy_and_gradient(self.bias_energy, x)[1]
+        return gradient + energy_and_gradient(lambda y: self.bias.potential(y, *bias), x)[1]
 
-    def bias_energy(self, x: Tensor) -> Tensor:
-        """(K,) in kJ/mol."""
-        difference = dihedral_angle(x.index_select(1, self.atoms)) - self.centres
-        turns = (difference / (2 * math.pi)).round()
-        return 0.5 * self.bias.kappa * (difference - 2 * math.pi * turns).square()
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(values)).to(self.device, self.dtype)
+    def tensor(self, values: np.ndarray | Tensor) -> Tensor:
+        """On the walkers' device, of their dtype."""
+        return torch.as_tensor(values).to(self.device, self.dtype)
 
 
 def _device(repeat: int) -> torch.device:
