@@ -358,9 +358,15 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
             **extra,
             "versions": {name: version(name) for name in ("openmm", "torch", "pymbar", "numpy")},
             "date": date.today().isoformat(),
-            "machine": f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores",
+            "machine": _machine(jobs[0].engine),
         },
     )
+
+
+def _machine(engine: str) -> str:
+    if engine == "torch" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores"
 
 
 def result_of(dataset: Dataset, state: State, **options) -> SimulationResult:

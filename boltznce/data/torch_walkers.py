@@ -1,6 +1,7 @@
 """Walkers that the torch energy moves, all in one batch, on any device."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import openmm
@@ -15,6 +16,8 @@ from boltznce.systems.fused import energy_and_gradient, fuse
 from boltznce.units import GAS_CONSTANT
 
 __all__ = ["TorchWalkers"]
+
+RECORDED_STEPS = 50  # at most, in a CUDA graph
 
 
 class TorchWalkers:
@@ -46,6 +49,7 @@ class TorchWalkers:
         self.spread = (-math.expm1(-2 * job.friction * job.timestep) * warmth / masses).sqrt()
         self.generator = torch.Generator(self.device)
         self._kernel = None
+        self._recorded: dict[int, _RecordedSteps] = {}
         self._openmm = None
 
     def reseed(self, rng: np.random.Generator) -> None:
@@ -72,10 +76,21 @@ class TorchWalkers:
         if self._kernel is None:
             example = (x, v, torch.zeros_like(x), *bias)
             self._kernel = fuse(self.step, *example) if wants_compiling(self.job.compile) else self.step
-        for _ in range(round(duration / self.job.timestep)):
+        n_steps = round(duration / self.job.timestep)
+        if self.device.type == "cuda":
+            size = math.gcd(n_steps, RECORDED_STEPS)
+            if size not in self._recorded:
+                self._recorded[size] = _RecordedSteps(self._steps, size, self.generator, x, v, *bias)
+            x, v = self._recorded[size](n_steps // size, x, v, *bias)
+        else:
+            x, v = self._steps(n_steps, x, v, *bias)
+        return x - x.mean(1, keepdim=True), v
+
+    def _steps(self, n: int, x: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(n):
             noise = torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype)
             x, v = self._kernel(x, v, noise, *bias)
-        return x - x.mean(1, keepdim=True), v
+        return x, v
 
     @torch.no_grad()
     def energies(self, x: Tensor) -> np.ndarray:
@@ -102,6 +117,33 @@ class TorchWalkers:
     def tensor(self, values: np.ndarray | Tensor) -> Tensor:
         """On the walkers' device, of their dtype."""
         return torch.as_tensor(values).to(self.device, self.dtype)
+
+
+class _RecordedSteps:
+    """Some steps as one CUDA graph: kernels this small take less time than the host needs to launch them."""
+
+    def __init__(self, steps: Callable, size: int, generator: torch.Generator, *state: Tensor):
+        self.state = [each.clone() for each in state]  # positions, velocities, parameters of the bias
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        numbers = generator.get_state()
+        with torch.cuda.stream(side):
+            steps(2, *self.state)  # what is allocated and tuned at first calls must not be recorded
+        torch.cuda.current_stream().wait_stream(side)
+        generator.set_state(numbers)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            for kept, new in zip(self.state, steps(size, *self.state), strict=False):
+                kept.copy_(new)
+
+    def __call__(self, n: int, *state: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and velocities after ``n`` replays."""
+        for kept, given in zip(self.state, state, strict=True):
+            kept.copy_(given)
+        for _ in range(n):
+            self.graph.replay()
+        return self.state[0].clone(), self.state[1].clone()
 
 
 def _device(repeat: int) -> torch.device:
