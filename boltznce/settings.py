@@ -91,6 +91,7 @@ DEVICE = Rule(
         and (":" not in value or value.partition(":")[2].isdigit())
     ),
 )
+PAIR = _list_of(TEXT, "one or two names of dihedrals", 2)
 SAMPLING = _one_of("umbrella", "metadynamics", "replica_exchange", "langevin")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
@@ -172,13 +173,14 @@ RULES: dict[str, Rule] = {
     "max_temperature": POSITIVE,
     "n_ladders": COUNT,
     "n_walkers": COUNT | NULL,
-    "bias_along": _list_of(TEXT, "one or two names of dihedrals", 2) | NULL,
+    "bias_along": PAIR | _list_of(PAIR, "such lists") | NULL,
     "bias_duration": POSITIVE,
     "hill_interval": POSITIVE,
     "hill_height": POSITIVE,
     "hill_width": POSITIVE,
     "bias_factor": _number("a number above 1", lambda value: value > 1),
     "n_terms": COUNT,
+    "start_temperature": POSITIVE,
     "reference": BOOLEAN,
     # ---- networks and models
     "width": COUNT,

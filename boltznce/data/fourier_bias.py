@@ -93,3 +93,30 @@ class FourierBias:
     def _functions(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         functions = [axis.functions(each, self.n_terms) for axis, each in zip(self.axes, values, strict=True)]
         return functions[0], functions[1] if len(functions) > 1 else torch.ones_like(functions[0][:, :1])
+
+
+class BiasGroups:
+    """Walkers in groups of one size, in order: each of the first groups under a bias of its own, the last under none.
+
+    One bias alone acts on all walkers.
+    """
+
+    def __init__(self, biases: Sequence[FourierBias], n_walkers: int):
+        self.biases = tuple(biases)
+        self.n_groups = 1 if len(self.biases) == 1 else len(self.biases) + 1
+        self.size = n_walkers // self.n_groups
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(bias.coefficients for bias in self.biases)
+
+    def potential(self, x: Tensor, *coefficients: Tensor) -> Tensor:
+        """The bias (K,) in kJ/mol of each walker, positions (K, n_atoms, dim)."""
+        parts = x.split(self.size)
+        felt = [bias.potential(part, c) for bias, part, c in zip(self.biases, parts, coefficients, strict=False)]
+        return torch.cat([*felt, *(x.new_zeros(len(part)) for part in parts[len(felt) :])])
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Every group's bias at any positions (K, n_atoms, dim), in kT: (K, n_groups), float64."""
+        values = [bias.energy(bias.coordinates(x.double())) for bias in self.biases]
+        return torch.stack(values + [torch.zeros_like(values[0])] * (self.n_groups - len(values)), dim=1)

@@ -71,6 +71,11 @@ def make_reference(system, meta: dict, result: SimulationResult, command: str) -
             "command": command,
         },
     }
+    for key, found in (("others", result.others), ("populations", result.populations)):
+        if found:
+            reference[key] = {
+                name: {"value": round(value, 4), "std_error": round(error, 4)} for name, (value, error) in found.items()
+            }
     if result.surface is not None:
         reference["surface"] = {
             "coordinates": list(result.surface_of),

@@ -33,7 +33,7 @@ from boltznce.data.engine import (
 )
 from boltznce.data.matching import made_here, require_settings, require_system
 from boltznce.data.replica_exchange import temperature_ladder
-from boltznce.data.result import SimulationResult
+from boltznce.data.result import SimulationResult, of_walkers
 from boltznce.data.umbrella import Ring, largest_gap
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
@@ -170,13 +170,14 @@ def jobs_of(
     max_temperature: float = 800.0,
     n_ladders: int = 1,
     n_walkers: int | None = None,
-    bias_along: Sequence[str] | None = None,
+    bias_along: Sequence[str] | Sequence[Sequence[str]] | None = None,
     bias_duration: float = 120.0,
     hill_interval: float = 0.1,
     hill_height: float = 7.5,
     hill_width: float = 0.25,
     bias_factor: float = 16.0,
     n_terms: int = 12,
+    start_temperature: float = 800.0,
 ) -> list[Job]:
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
@@ -195,19 +196,20 @@ def jobs_of(
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
         n_ladders: replica exchange: independent ladders of each repeat.
-        n_walkers: trajectories of each repeat; Langevin 1, metadynamics 256.
-        bias_along: metadynamics: one or two names in ``system.dihedrals``; default the state's φ and the ψ beside it.
+        n_walkers: trajectories of each repeat; Langevin 1, metadynamics 256, with several biases 128 a group.
+        bias_along: metadynamics: one or two names in ``system.dihedrals``, or a list of such pairs for a bias each and
+            bias exchange every ``exchange_interval``; default every φ, each with the ψ beside it.
         bias_duration, hill_interval: metadynamics: ps a walker in which the bias is built, and between hills.
         hill_height, hill_width, bias_factor: metadynamics: kT, of all walkers' hills of a round together; rad; see
             `boltznce.data.metadynamics.MetadynamicsSampler`.
         n_terms: metadynamics: of the bias's Fourier series, a coordinate.
+        start_temperature: metadynamics: K during the equilibration.
 
     Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """
     given = dict(locals())  # before there are others
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
     duration = DURATIONS.get(method, DURATION) if duration is None else duration
-    n_walkers = n_walkers or (256 if method == "metadynamics" else 1)
     if system.exact:
         raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
@@ -216,15 +218,19 @@ def jobs_of(
             "or set data.folder to a dataset that was made otherwise."
         )
     compile = system.compile if compile is None else compile
-    at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers)
+    at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers or 1)
     if method == "metadynamics" and engine == "auto":
         engine = "torch"
     engine = choose_engine(engine, system, at_a_time, compile)
     if method == "metadynamics" and engine != "torch":
         raise UserError("Metadynamics moves all walkers at once by the torch energy: set engine=torch, or sampling.")
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
-    if bias_along is None:
-        bias_along = _bias_along(system, dihedral) if method == "metadynamics" else []
+    if method == "metadynamics":
+        bias_along = _biases(system, dihedral, bias_along)
+        n_groups = len(bias_along) + (len(bias_along) > 1)
+        n_walkers = n_walkers or (256 if n_groups == 1 else 128 * n_groups)
+        if n_walkers % n_groups:
+            raise UserError(f"n_walkers={n_walkers} must be a multiple of {n_groups}: the biases, and a group without.")
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
         "replica_exchange": {
@@ -233,10 +239,10 @@ def jobs_of(
             "exchange_interval": exchange_interval,
         }
         | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
-        "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
+        "langevin": {"n_walkers": n_walkers} if n_walkers not in (None, 1) else {},
         "metadynamics": {
             "bias_along": bias_along,
-            "coordinates": [_atoms_of(system, name) for name in bias_along],
+            "coordinates": [[_atoms_of(system, name) for name in one] for one in bias_along or ()],
             "n_walkers": n_walkers,
             "bias_duration": bias_duration,
             "hill_interval": hill_interval,
@@ -244,7 +250,9 @@ def jobs_of(
             "hill_width": hill_width,
             "bias_factor": bias_factor,
             "n_terms": n_terms,
-        },
+            "start_temperature": start_temperature,
+        }
+        | ({"exchange_interval": exchange_interval} if len(bias_along or ()) > 1 else {}),
     }
     jobs = [
         Job(
@@ -332,7 +340,9 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         log_weights = ring.log_weights(angle, window, ring.free_energies(angle[thin], window[thin]))
         extra["cut"] = ring.cut
     elif jobs[0].method == "metadynamics":
-        log_weights = np.concatenate(list(map(metadynamics.log_weights, jobs, folders, frames)))
+        weighed = [metadynamics.weigh(*each) for each in zip(jobs, folders, frames, strict=True)]
+        log_weights = np.concatenate([log_w for log_w, _ in weighed])
+        extra["bias_change"] = [round(change, 4) for _, change in weighed]
     elif jobs[0].method == "replica_exchange":
         options = jobs[0].options
         extra["ladder"] = [
@@ -377,11 +387,15 @@ def result_of(dataset: Dataset, state: State, **options) -> SimulationResult:
     settings = dataset.meta["settings"]
     columns = (dataset.window, dataset.time, dataset.repeat)
     if settings["method"] == "metadynamics":
-        chosen, names = settings["options"]["coordinates"], tuple(settings["options"]["bias_along"])
-        values = np.stack([dihedral_angle(dataset.positions, atoms) for atoms in chosen], axis=1)
-        return metadynamics.analyse(
-            values, dataset.log_weights, *columns, state=state.interval, surface_of=names, **options
-        )
+        pairs, atoms = settings["options"]["bias_along"], settings["options"]["coordinates"]
+        coordinates = {
+            name: dihedral_angle(dataset.positions, four)
+            for names, fours in zip(pairs, atoms, strict=True)
+            for name, four in zip(names, fours, strict=True)
+        }
+        result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
+        change = max(dataset.meta["bias_change"])
+        return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
     if settings["method"] != "umbrella":
         raise UserError(f"{settings['method']} gives no reference: set sampling to umbrella or metadynamics.")
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
@@ -483,12 +497,22 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
 
 
-def _bias_along(system, dihedral: str | None) -> list[str]:
-    """φ of the state and the ψ at its Cα, else another; or ``dihedral`` alone."""
-    name = dihedral or (system.state.coordinate if system.state else next(iter(system.dihedrals), None))
-    axis = set(_atoms_of(system, name)[1:3])
-    others = [each for each in system.dihedrals if each.startswith("psi") and each != name and dihedral is None]
-    return [name, *sorted(others, key=lambda each: not axis & set(system.dihedrals[each][1:3]))[:1]]
+def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[str]]:
+    """Names of the coordinates of each bias: every φ with the ψ at its Cα, else another; or ``dihedral`` alone."""
+    if given:
+        return [list(given)] if isinstance(given[0], str) else [list(each) for each in given]
+    if dihedral is not None:
+        return [[dihedral]]
+    phis = [name for name in system.dihedrals if name.startswith("phi")]
+    psis = [name for name in system.dihedrals if name.startswith("psi")]
+    if not phis or (system.state and system.state.coordinate not in phis):
+        phis = [system.state.coordinate if system.state else next(iter(system.dihedrals), None)]
+
+    def beside(phi: str) -> list[str]:
+        axis = set(_atoms_of(system, phi)[1:3])
+        return sorted(psis, key=lambda psi: not axis & set(system.dihedrals[psi][1:3]))[:1]
+
+    return [[phi, *beside(phi)] for phi in phis]
 
 
 def _atoms_of(system, name: str | None) -> list[int]:

@@ -48,12 +48,17 @@ class TorchWalkers:
         warmth = GAS_CONSTANT * self.tensor(temperatures)[:, None, None]
         self.spread = (-math.expm1(-2 * job.friction * job.timestep) * warmth / masses).sqrt()
         self.generator = torch.Generator(self.device)
+        self._heat = torch.ones((), device=self.device, dtype=dtype)
         self._kernel = None
         self._recorded: dict[int, _RecordedSteps] = {}
         self._openmm = None
 
     def reseed(self, rng: np.random.Generator) -> None:
         self.generator.manual_seed(int(rng.integers(2**63)))
+
+    def heat(self, factor: float) -> None:
+        """Go on at so many times the walkers' temperatures."""
+        self._heat.fill_(math.sqrt(factor))
 
     def prepare(
         self, k: int, structure: np.ndarray, rng: np.random.Generator, duration: float = 0.0
@@ -89,7 +94,7 @@ class TorchWalkers:
     def _steps(self, n: int, x: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(n):
             noise = torch.randn(x.shape, generator=self.generator, device=self.device, dtype=self.dtype)
-            x, v = self._kernel(x, v, noise, *bias)
+            x, v = self._kernel(x, v, self._heat * noise, *bias)
         return x, v
 
     @torch.no_grad()
