@@ -89,7 +89,8 @@ def save_reference(reference: dict, path: Path) -> None:
     checked_reference(reference, path)
     check_reference_place(Path(path), reference["system"])
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items()]
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def check_reference_place(path: Path, system: str) -> None:

@@ -22,7 +22,8 @@ class SimulationResult:
             of the difference from the minimum.
         parts: (n_repeats, n_parts), ΔF of each stretch of time of each repeat by itself.
         checks: figures of whether all was visited, by what they are called.
-        surface: (n, n), over the two coordinates of ``surface_of``, minimum 0, NaN where nothing was seen.
+        surface: (n_bins / 2, n_bins / 2), over the two coordinates of ``surface_of``, minimum 0, NaN where nothing was
+            seen.
         others: ΔF of the same interval of other coordinates.
         populations: of each pattern of coordinates inside (+) and outside (-) the interval.
     """
@@ -140,10 +141,10 @@ def _minus_log_ratio(sides: np.ndarray) -> np.ndarray:
 def _surface(pair: Sequence[str] | None, bins: Mapping[str, np.ndarray], weights: np.ndarray, n_bins: int) -> dict:
     if pair is None:
         return {}
-    flat = bins[pair[0]] * n_bins + bins[pair[1]]
+    n = n_bins // 2
     with np.errstate(divide="ignore"):
-        f = -np.log(np.bincount(flat, weights, minlength=n_bins**2))
-    return {"surface": np.where(np.isfinite(f), f - f.min(), np.nan).reshape(n_bins, -1), "surface_of": tuple(pair)}
+        f = -np.log(np.bincount(bins[pair[0]] // 2 * n + bins[pair[1]] // 2, weights, minlength=n * n))
+    return {"surface": np.where(np.isfinite(f), f - f.min(), np.nan).reshape(n, n), "surface_of": tuple(pair)}
 
 
 def _populations(inside: Sequence[np.ndarray], sums: Callable, estimate: Callable) -> dict[str, Estimate]:
