@@ -13,10 +13,9 @@ from boltznce.data.reference import (
     REFERENCE_FOLDER,
     check_reference_place,
     make_reference,
-    require_reference,
     save_reference,
 )
-from boltznce.data.simulate import result_of
+from boltznce.data.simulate import require_reference, result_of
 from boltznce.folders import inside
 
 
@@ -32,9 +31,9 @@ def main(config: DictConfig) -> None:
         print(f"{len(dataset)} frames of {name} in {folder}")
     if config.reference:
         dataset = datasets[system.name]
-        result = result_of(dataset, system.state)
+        result = result_of(dataset, system.choose())
         command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
-        save_reference(make_reference(system, dataset.meta, result, command), output)
+        save_reference(make_reference(system.choose(), dataset.meta, result, command), output)
         print(result.summary())
         print(f"reference in {output}")
 

@@ -50,6 +50,7 @@ from boltznce.methods.models import load_trained, solver_settings, weights_path
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import load_run, train
 from boltznce.run_folder import RunFolder
+from boltznce.states import State
 from boltznce.systems.bond_graph import BondGraph, GraphCheck
 
 
@@ -631,7 +632,7 @@ def test_report_of_a_ladder(tmp_path, gaussian_flows):
 
 
 def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
-    """A barrier of 25 kT at 2.1 rad: by `gather` and `umbrella_result` the known ΔF, with the ring cut at its gap."""
+    """A barrier of 25 kT at 2.1 rad: by `gather` and `result_of` the known ΔF, with the ring cut at its gap."""
     windows = VonMisesWindows(200, seed=2, barrier=25.0, stuck=True)
     phi = windows.dihedral
     x = np.zeros((len(phi), 4, 3))
@@ -642,6 +643,7 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     for k in range(4):
         topology.addAtom(f"C{k}", app.Element.getBySymbol("C"), residue)
     made_of = {"topology": mdtraj.Topology.from_openmm(topology), "openmm_topology": lambda: topology}
+    made_of |= {"dihedrals": {"phi": (0, 1, 2, 3)}, "state": State("phi", (0.0, 2.0))}
     system = SimpleNamespace(identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
     folders = []
     for repeat in range(2):
@@ -664,7 +666,7 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     angle = np.arctan2(dataset.positions[:, 3, 1], dataset.positions[:, 3, 0])
     inside, weights = (angle > 0) & (angle < 2), np.exp(dataset.log_weights)
     assert np.log(weights[~inside].sum() / weights[inside].sum()) == pytest.approx(windows.delta_f(), abs=0.3)
-    assert simulate.umbrella_result(dataset, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
 
 
 class Table(torch.nn.Module):

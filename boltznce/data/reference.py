@@ -16,7 +16,6 @@ __all__ = [
     "check_reference_place",
     "load_reference",
     "make_reference",
-    "require_reference",
     "save_reference",
 ]
 
@@ -25,19 +24,6 @@ METHODS = {
     "umbrella": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
     "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, bootstrap over walkers",
 }
-
-
-def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
-    """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
-    if sampling not in METHODS:
-        raise UserError(f"A reference needs a bias along a dihedral: set sampling to one of {', '.join(METHODS)}.")
-    if system.state is None:
-        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
-    if dihedral not in (None, system.state.coordinate):
-        raise UserError(
-            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
-            f"one of {dihedral}, or leave settings.dihedral out."
-        )
 
 
 def make_reference(system, meta: dict, result: SimulationResult, command: str) -> dict:

@@ -1,6 +1,7 @@
 """Reference data: independent repeats of a simulation, one process each, gathered into a dataset."""
 
 import dataclasses
+import itertools
 import math
 import os
 import platform as machine
@@ -40,7 +41,6 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, discard, only_process
 from boltznce.io import require_free_space
 from boltznce.settings import require, require_keywords
-from boltznce.states import State
 from boltznce.systems.workers import available_cores
 from boltznce.topologies import pdb_text
 from boltznce.units import GAS_CONSTANT
@@ -52,6 +52,7 @@ __all__ = [
     "gather",
     "jobs_of",
     "plan",
+    "require_reference",
     "result_of",
     "run_plans",
     "simulate",
@@ -227,6 +228,8 @@ def jobs_of(
     atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
     if method == "metadynamics":
         bias_along = _biases(system, dihedral, bias_along)
+        if len({len(one) for one in bias_along}) > 1:
+            raise UserError(f"Every bias of bias_along={bias_along} must have as many coordinates: one, or two.")
         n_groups = len(bias_along) + (len(bias_along) > 1)
         n_walkers = n_walkers or (256 if n_groups == 1 else 128 * n_groups)
         if n_walkers % n_groups:
@@ -379,28 +382,38 @@ def _machine(engine: str) -> str:
     return f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores"
 
 
-def result_of(dataset: Dataset, state: State, **options) -> SimulationResult:
-    """ΔF of the state, profile and checks of a dataset made with a bias along the state's coordinate.
+def result_of(dataset: Dataset, system, **options) -> SimulationResult:
+    """ΔF of the system's state, profile and checks of its dataset, made with a bias.
 
-    ``options`` go to ``analyse`` of the method's module. Raises UserError for other data.
+    ``options`` go to `boltznce.data.umbrella.analyse` or `boltznce.data.result.of_walkers`. Raises UserError for other
+    data, and for umbrella windows along another dihedral than the state's.
     """
-    settings = dataset.meta["settings"]
+    settings, state = dataset.meta["settings"], system.state
     columns = (dataset.window, dataset.time, dataset.repeat)
+    require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
     if settings["method"] == "metadynamics":
-        pairs, atoms = settings["options"]["bias_along"], settings["options"]["coordinates"]
-        coordinates = {
-            name: dihedral_angle(dataset.positions, four)
-            for names, fours in zip(pairs, atoms, strict=True)
-            for name, four in zip(names, fours, strict=True)
-        }
+        pairs = settings["options"]["bias_along"]
+        names = {state.coordinate, *itertools.chain(*pairs)}
+        coordinates = {name: dihedral_angle(dataset.positions, system.dihedrals[name]) for name in names}
         result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
         change = max(dataset.meta["bias_change"])
         return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
-    if settings["method"] != "umbrella":
-        raise UserError(f"{settings['method']} gives no reference: set sampling to umbrella or metadynamics.")
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = _ring(settings["options"], settings["temperature"], angle)
     return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
+
+
+def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
+    """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if sampling not in ("umbrella", "metadynamics"):
+        raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
+    if system.state is None:
+        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
+    if sampling == "umbrella" and dihedral not in (None, system.state.coordinate):
+        raise UserError(
+            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
+            f"one of {dihedral}, or leave settings.dihedral out."
+        )
 
 
 def force_evaluations(meta: dict) -> int:
@@ -513,6 +526,10 @@ def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[s
         return sorted(psis, key=lambda psi: not axis & set(system.dihedrals[psi][1:3]))[:1]
 
     return [[phi, *beside(phi)] for phi in phis]
+
+
+def _name_of(system, atoms: Sequence[int] | None) -> str | None:
+    return next((name for name, four in system.dihedrals.items() if list(four) == list(atoms or ())), None)
 
 
 def _atoms_of(system, name: str | None) -> list[int]:
