@@ -92,7 +92,7 @@ DEVICE = Rule(
     ),
 )
 PAIR = _list_of(TEXT, "one or two names of dihedrals", 2)
-SAMPLING = _one_of("umbrella", "metadynamics", "replica_exchange", "langevin")
+SAMPLING = _one_of("auto", "metadynamics", "umbrella", "replica_exchange", "langevin")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
 RULES: dict[str, Rule] = {

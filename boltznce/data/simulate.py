@@ -80,7 +80,7 @@ ONE_PROCESS = {
 def simulate(
     system,
     folder: Path,
-    method: str = "umbrella",
+    method: str = "auto",
     *,
     n_processes: int | None = None,
     progress: bool = True,
@@ -95,7 +95,7 @@ def simulate(
     require(n_processes=n_processes)
     with only_process(folder, beside=True, wait=True):
         work = plan(system, folder, method, **settings)
-        run_plans([work], n_processes, f"{method} {system.name}", progress)
+        run_plans([work], n_processes, f"simulation of {system.name}", progress)
         return work.finish()
 
 
@@ -120,7 +120,7 @@ class Plan:
         return Dataset.load(self.folder)
 
 
-def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Plan:
+def plan(system, folder: Path, method: str = "auto", **settings: Any) -> Plan:
     """Write the jobs of a simulation beside ``folder``, if its dataset is not there yet.
 
     ``settings`` are those of `jobs_of`. Raises UserError as that does, for another simulation in the folder (see
@@ -139,7 +139,7 @@ def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Pla
 
     claim(folder, DATASET, "another name, or data.folder")
     claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
-    n_frames = len(jobs) * job.options.get(RECORDED[method], 1) * round(job.duration / job.frame_interval)
+    n_frames = len(jobs) * job.options.get(RECORDED[job.method], 1) * round(job.duration / job.frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
     folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
     for job, path in zip(jobs, folders, strict=True):
@@ -149,7 +149,7 @@ def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Pla
 
 def jobs_of(
     system,
-    method: str = "umbrella",
+    method: str = "auto",
     *,
     duration: float | None = None,
     n_repeats: int = 2,
@@ -183,13 +183,15 @@ def jobs_of(
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``metadynamics`` (many walkers under one bias on
-            ``coordinates``), ``replica_exchange`` (in temperature) or ``langevin``.
+        method: ``metadynamics`` (many walkers under one bias), ``umbrella`` (windows along ``dihedral``, MBAR),
+            ``replica_exchange`` (in temperature), ``langevin``, or ``auto``: metadynamics of a molecule with one φ whose
+            torch energy can be compiled here, umbrella of others.
         duration: ps per walker, after ``equilibration`` ps (and ``bias_duration``); raise it to extend an unfinished
             run. Default 2000, of metadynamics 100.
         n_repeats: independent repeats.
         engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
-        compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
+        compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says, and of metadynamics where
+            there is a compiler.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``, else the first.
         frame_interval, segment_length: ps between frames, and between saves that a killed run goes on from.
         timestep, friction, hydrogen_mass: ps, 1/ps, amu. Heavy hydrogens allow 2 fs and change no configuration.
@@ -210,7 +212,6 @@ def jobs_of(
     """
     given = dict(locals())  # before there are others
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
-    duration = DURATIONS.get(method, DURATION) if duration is None else duration
     if system.exact:
         raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
     if system.energy_backend == "xtb":
@@ -219,6 +220,11 @@ def jobs_of(
             "or set data.folder to a dataset that was made otherwise."
         )
     compile = system.compile if compile is None else compile
+    if method == "auto":
+        method = "metadynamics" if _one_phi(system) and wants_compiling("true") else "umbrella"
+    if method == "metadynamics" and str(compile) == "auto":
+        compile = True
+    duration = DURATIONS.get(method, DURATION) if duration is None else duration
     at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers or 1)
     if method == "metadynamics" and engine == "auto":
         engine = "torch"
@@ -508,6 +514,13 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     if name is None and not required:
         return None
     return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
+
+
+def _one_phi(system) -> bool:
+    """Whether a bias on φ and ψ is all that a molecule needs, and its energy can move many walkers at once."""
+    phis = [name for name in system.dihedrals if name.startswith("phi")]
+    is_state = system.state is None or system.state.coordinate in phis
+    return len(phis) == 1 and is_state and system.energy_backend == "torch"
 
 
 def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[str]]:
