@@ -179,7 +179,7 @@ def flow_as_data(tabg_run):
     system = bz.load_run(tabg_run).system
     n = len(samples)
     meta = {"system": system.identity, "settings": {"method": "none", "temperature": 300.0}}
-    folder = tabg_run.parent / "data" / "aldp_amber96_umbrella"
+    folder = tabg_run.parent / "data" / "aldp_amber96_metadynamics"
     Dataset.write(folder, np.array(samples.positions), samples.energy, repeat=np.arange(n) % 2, meta=meta)
     return folder, samples.log_prob
 

@@ -184,8 +184,8 @@ def jobs_of(
 
     Args:
         method: ``metadynamics`` (many walkers under one bias), ``umbrella`` (windows along ``dihedral``, MBAR),
-            ``replica_exchange`` (in temperature), ``langevin``, or ``auto``: metadynamics of a molecule with one φ whose
-            torch energy can be compiled here, umbrella of others.
+            ``replica_exchange`` (in temperature), ``langevin``, or ``auto``: metadynamics of a molecule with one φ
+            whose torch energy can be compiled here, umbrella of others.
         duration: ps per walker, after ``equilibration`` ps (and ``bias_duration``); raise it to extend an unfinished
             run. Default 2000, of metadynamics 100.
         n_repeats: independent repeats.
