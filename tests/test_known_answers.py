@@ -45,7 +45,8 @@ from boltznce.data import simulate
 from boltznce.data.engine import Job, frame_dtype
 from boltznce.ebm import EnergyBasedModel
 from boltznce.methods import boltznce, ladder, report, spline_models, stages, tabg
-from boltznce.methods.evaluation import allowed_conformers, evaluate, excluded_conformers
+from boltznce.methods.evaluation import evaluate
+from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained, solver_settings, weights_path
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import load_run, train
@@ -80,7 +81,7 @@ ROUND_WORDS = [
     "system=aldp",
     "budget=smoke",
     "samples={n_train: 360, n_validation: 180, batch_size: 200, likelihood: exact}",
-    "evaluation={n_samples: 900, batch_size: 200, exact_batch_size: 64, n_exact: 100, n_correction: 100}",
+    "evaluation={n_samples: 900, batch_size: 200, exact_batch_size: 64, n_exact: 100, n_correction: 100, n_frames: 80}",
     "evaluation={n_bootstrap: 400, n_torus: 50}",
 ]
 PER_BATCH, KEPT = 200, 900  # draws at once; kept in all, of 1,000
@@ -156,6 +157,17 @@ def test_exact_likelihoods_on_disk(springs_run, drawn_by):
     np.testing.assert_array_equal(np.bincount(nearest(allowed[exact.subset])), [50, 50])
 
 
+def test_exact_likelihoods_of_frames(springs_run):
+    """Of frames that the flow was not trained on, drawn by weight, as many in the state as in the rest."""
+    work, _ = springs_run
+    test = work.frames(work.system).split(**work.config.data.split)[2].positions
+    test = test[np.isin(nearest(test), [STATE, REST])]
+    exact = arrays(work.samples("exact_frames", work.system))
+    np.testing.assert_array_equal(exact.positions, test[np.unique(exact.subset)])
+    np.testing.assert_allclose(exact.log_prob, log_mixture(torch.from_numpy(exact.positions), DRAWN), atol=1e-6)
+    np.testing.assert_array_equal(np.bincount(nearest(test[exact.subset])), [40, 40])
+
+
 def test_draws_to_train_on_to_validate_and_to_evaluate_are_three_sets(springs_run):
     work, seeds = springs_run
     rows = rows_of(*(work.samples(name, work.system) for name in ("train", "validation", "weighted")))
@@ -225,6 +237,7 @@ def test_free_energies_of_the_report(metrics):
     assert rows["ebm"]["value"] == pytest.approx(exact + EBM_ERROR[STATE] - EBM_ERROR[REST], abs=1e-3)
     assert rows["exact"]["value"] == pytest.approx(exact, abs=1e-3)
     assert rows["corrected"]["value"] == pytest.approx(exact, abs=1e-3)
+    assert rows["two_sided"]["value"] == pytest.approx(exact, abs=1e-3)
     assert rows["corrected"]["correction_state"] == pytest.approx(EBM_ERROR[STATE] + EBM_CONSTANT, abs=1e-3)
     assert rows["corrected"]["correction_rest"] == pytest.approx(EBM_ERROR[REST] + EBM_CONSTANT, abs=1e-3)
     assert rows["unweighted"]["value"] == pytest.approx(math.log(500 / 200), abs=1e-6)
@@ -232,6 +245,7 @@ def test_free_energies_of_the_report(metrics):
     for name, sides in (
         ("ebm", (200, 500)),
         ("corrected", (200, 500)),
+        ("two_sided", (200, 500)),
         ("unweighted", (200, 500)),
         ("exact", (50, 50)),
     ):
@@ -239,7 +253,7 @@ def test_free_energies_of_the_report(metrics):
         assert rows[name]["std_error"] == pytest.approx(error, rel=0.15), name
         low, high = rows[name]["interval"]
         assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2), name
-        assert (rows[name]["n_state"], rows[name]["n_rest"]) == sides or name == "corrected"
+        assert (rows[name]["n_state"], rows[name]["n_rest"]) == sides or name in ("corrected", "two_sided")
     assert (metrics["headline"], metrics["state"]) == ("ebm", "0 < φ < 2 rad")
     assert metrics["error"] == pytest.approx(rows["ebm"]["value"] - rows["reference"]["value"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit, log_expit, logsumexp
+from scipy.special import log_expit, logsumexp
 from scipy.stats import norm
 
 from boltznce.analysis.free_energy import FreeEnergyDifference
@@ -132,33 +132,32 @@ def _bennett(draws: np.ndarray, frames: np.ndarray, log_weights: np.ndarray, gro
     if not np.isfinite(draws).any() or not np.isfinite(frames).any():
         unknown = dict.fromkeys(("f", "variance", "missed"), float("nan"))
         return unknown | dict.fromkeys(("seen", "ess", "overlap"), 0.0)
-    weights = normalized_weights(log_weights)
+    n, weights = len(draws), normalized_weights(log_weights)
     by_group = lambda values: np.bincount(groups, values, groups.max() + 1)  # noqa: E731
-    n, n_frames = len(draws), _effective(by_group(weights))
+    n_frames = 1.0 / np.square(by_group(weights)).sum()
     m = np.log(n / n_frames)
-    finite = np.concatenate([each[np.isfinite(each)] for each in (draws, frames)]) + m
+
+    def logs(f: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of every draw's share in the mean of g, and of every frame's in the mean of 1 - g."""
+        with np.errstate(divide="ignore"):
+            return log_expit(f - m - draws) - np.log(n), log_expit(m + frames - f) + np.log(weights)
 
     def excess(f: float) -> float:
-        of_draws = logsumexp(log_expit(f - m - draws))
-        return of_draws - logsumexp(log_expit(m + frames - f), b=weights) - np.log(n_frames)
+        of_draws, of_frames = map(logsumexp, logs(f))
+        return of_draws - of_frames + m
 
+    finite = np.concatenate([each[np.isfinite(each)] for each in (draws, frames)]) + m
     f = brentq(excess, finite.min() - 100.0, finite.max() + 100.0)
-    g, h = expit(f - m - draws), expit(m + frames - f)
-    mean_g, mean_h = g.mean(), (weights * h).sum()
-    spread = by_group(weights * (h - mean_h))
+    means = [logsumexp(each) for each in logs(f)]
+    of_draws, of_frames = (np.exp(each - mean) for each, mean in zip(logs(f), means, strict=True))
     return {
         "f": f,
-        "variance": ((g / mean_g - 1) ** 2).sum() / n**2 + (spread**2).sum() / mean_h**2,
+        "variance": np.square(of_draws - 1.0 / n).sum() + np.square(by_group(of_frames - weights)).sum(),
         "seen": min(n, n_frames),
-        "ess": min(_effective(g), _effective(by_group(weights * h))),
-        "overlap": float(mean_g + mean_h),
+        "ess": 1.0 / max(np.square(of_draws).sum(), np.square(by_group(of_frames)).sum()),
+        "overlap": float(np.exp(means).sum()),
         "missed": float(weights[f - frames > np.log(_MISSED)].sum()),
     }
-
-
-def _effective(values: np.ndarray) -> float:
-    """(Σ v)² / Σ v², how many numbers (n,) the sum of these is made of."""
-    return float(values.sum() ** 2 / np.square(values).sum())
 
 
 def _reasons(known: Mapping[str, Any]) -> list[str]:

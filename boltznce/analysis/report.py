@@ -13,9 +13,10 @@ made         {right_graph, kept, mirrored, reordered, turned}: shares of the dra
              chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share with a peptide
              bond turned
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
-free_energy  {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT,
-             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is
-             *total*); any other key is a row of that name. ``reliable=False`` (default True) hides the interval
+free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unweighted": {value, std_error, interval,
+             ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
+             CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
+             ``reliable=False`` (default True) hides the interval
 headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
@@ -51,6 +52,7 @@ MOST_MODES = 12  # of a table of their populations
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
+    "two_sided": "two-sided (BAR): exact likelihoods of draws and of data",
     "corrected": "EBM weights, corrected by exact likelihoods of a subset",
     "exact": "exact weights",
     "unweighted": "flow, unweighted",
@@ -286,7 +288,7 @@ def _free_energy_rows(results: Results) -> Rows:
         if not (row := table[key]):
             continue
         value, interval = row.get("value"), _interval(row)
-        kind = "" if interval == "–" else "total" if key == "corrected" else "sampling"
+        kind = "" if interval == "–" else "total" if key in ("two_sided", "corrected") else "sampling"
         no_difference = key == "reference" or reference is None
         off = "" if no_difference else _number(None if value is None else value - reference, "+.2f")
         seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""

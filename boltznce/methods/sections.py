@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
+from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
 from boltznce.analysis.convergence import frames_for_error
 from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
@@ -20,9 +21,9 @@ from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.errors import UserError
-from boltznce.methods.evaluation import TURNED
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.isomers import TURNED
 from boltznce.methods.views import symbol_of
 from boltznce.systems.base import System
 
@@ -36,6 +37,10 @@ REAL_SHARE = 0.001  # of the data, that a note is worth
 CONDITIONAL = (
     "All figures are conditional on the structure's own isomer, on both sides: its stereocentres, and each peptide "
     "bond cis or trans as it is there."
+)
+MISSED = (
+    "Of the {} that no flow was trained on, {:.1%} in the state and {:.1%} in the rest lie where the flow has less "
+    "than a hundredth of their density."
 )
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
@@ -98,6 +103,8 @@ def free_energies(f: Findings) -> Part:
     if f.exact is not None:
         exact_weights = _exact_log_weights(f)
         rows["exact"] = free_energy_difference(f.values[f.exact.index], exact_weights, interval, **f.bootstrap)
+    if f.sides is not None:
+        rows["two_sided"] = _two_sided(f)
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         # its error would be that of slow motions, which so short a simulation does not show
@@ -110,7 +117,27 @@ def free_energies(f: Findings) -> Part:
         "headline": f.likelihood,
         "error": _error(f, reference),
     }
-    return Part(results, {"profile": _profile(f)})
+    notes = ()
+    if "two_sided" in rows:
+        missed = (rows["two_sided"].missed_state, rows["two_sided"].missed_rest)
+        notes = (MISSED.format(f.data_name, *missed),)
+    return Part(results, {"profile": _profile(f)}, notes)
+
+
+def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
+    """BAR in each state, between draws and frames whose exact likelihoods are known."""
+    draws, frames, log_weights = f.sides
+    held_out = f.data.frames
+    return two_sided_free_energy_difference(
+        f.values,
+        draws.index,
+        f.samples.energy[draws.index] + draws.log_prob,
+        f.coordinate(held_out.positions[frames.index]),
+        held_out.energies[frames.index] + frames.log_prob,
+        frames_log_weights=log_weights,
+        groups=f.frame_groups[frames.index],
+        state=f.system.state.interval,
+    )
 
 
 def _error(f: Findings, reference) -> float:
