@@ -55,10 +55,10 @@ class EnergyBasedModel(ContextModel):
         time_power: float = 1.0,
         t_read: float = 0.0,
     ) -> None:
-        """``time_power`` p spreads training times as u^p, u uniform. u and those of the negatives are draws about a common
-        centre, of variance ``nce_width``² / 2 each: only then are the true time and several others exchangeable, and the
-        density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors do, and
-        does not reflect.
+        """``time_power`` p spreads training times as u^p, u uniform. u and those of the negatives are draws about a
+        common centre, of variance ``nce_width``² / 2 each: only then are the true time and several others exchangeable,
+        and the density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors
+        do, and does not reflect.
         """
         scales = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
         super().__init__(network, n_atoms, dim, features=features, mask=mask, **scales)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
 from boltznce.analysis.metrics import energy_cut
 from boltznce.analysis.reweighting import WeightedSamples
@@ -25,8 +26,6 @@ from boltznce.systems.base import System
 log = logging.getLogger(__name__)
 
 __all__ = ["Data", "ExactSubset", "Findings", "gather"]
-
-MD_BLOCKS = 20  # of time, for the error of a simulation's own ΔF
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,14 @@ class Data:
         return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
 
     @property
+    def walker(self) -> np.ndarray:
+        """A number (frames,) for the trajectory of each frame: a window or replica of a repeat."""
+        return self.frames.repeat.astype(np.int64) * (int(self.frames.window.max()) + 1) + self.frames.window
+
+    @property
     def walkers(self) -> list[np.ndarray]:
-        """Masks of the frames of each trajectory: a window or replica of a repeat."""
-        frames = self.frames
-        walkers = frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
-        return [walkers == walker for walker in np.unique(walkers)]
+        """Masks of the frames of each trajectory."""
+        return [self.walker == walker for walker in np.unique(self.walker)]
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,16 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks; None of any other data."""
+        """ΔF of a simulation that needs no weights, its error by blocks of time; None of any other data."""
         if self.system.state is None or self.data is None or not self.data.is_time_series:
             return None
         values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
-        return free_energy_difference(values, None, state, n_blocks=self.md_blocks, **self.bootstrap)
+        return free_energy_difference(values, None, state, walkers=self.md_blocks)
 
-    @property
-    def md_blocks(self) -> int:
-        """Of the bootstrap over a simulation, whose frames are no independent draws."""
-        return min(MD_BLOCKS, len(self.data.frames) // 2)
+    @cached_property
+    def md_blocks(self) -> np.ndarray:
+        """The block of time (frames,) of each frame of a simulation, which are no independent draws."""
+        return time_blocks(self.system.state.contains(self.coordinate(self.data.frames.positions)), self.data.walker)
 
     @property
     def inside(self) -> np.ndarray:
