@@ -78,9 +78,10 @@ class CorrectedFreeEnergyDifference(FreeEnergyDifference):
 
     ``correction_*`` are log<exp(E - log q)> (up to the constant of the EBM, which cancels between them), and
     ``correction_error`` is the standard error of their difference. ``n_*`` count likelihoods, ``pareto_k_*`` and
-    ``tail_*`` are those of exp(E - log q), ``ess_*`` effective numbers: the least of that of the exact weights and of
-    two of exp(E - log q), as drawn and as a log-normal with the spread of its upper half would have it, whose largest
-    values may not have been met. If it is not ``reliable``, ``interval`` should not be believed, whatever it says.
+    ``tail_*`` are those of exp(E - log q), ``ess_*`` effective numbers: the lesser of that of exp(E - log q) and that
+    of the exact weights, each as drawn or as a log-normal with the spread of its upper half would have it, whose
+    largest values may not have been met. If it is not ``reliable``, ``interval`` should not be believed, whatever it
+    says.
     """
 
     correction_state: float
@@ -277,8 +278,7 @@ def corrected_free_energy_difference(
         log_sum, (log_mean, of_draws) = logsumexp(log_weights[side]), _log_mean_exp(d)
         squares = log_weights[drawn] - log_sum + 2.0 * (d - log_mean)
         of_weights = float(np.exp(squares).mean())
-        log_normal = len(d) * np.exp(-2.0 * np.square(np.maximum(d - np.median(d), 0.0)).mean())
-        known[f"ess_{name}"] = float(min(_effective_number(d), log_normal, 1.0 / of_weights))
+        known[f"ess_{name}"] = min(len(d) / _cautious_mean(2.0 * (d - log_mean)), 1.0 / _cautious_mean(squares))
         k, tail = pareto_k(squares[once]), tail_share(squares[once]) * of_weights / (of_draws + of_weights)
         if k > _LARGEST_K_OF_SQUARES and tail > _LARGEST_TAIL_OF_VARIANCE:
             doubts.append(f"Pareto-k {k:.2f} of squared weights in the {name}, whose tail is most of the variance")
@@ -429,6 +429,12 @@ def _log_mean_exp(log_terms: np.ndarray) -> tuple[float, float]:
     m = len(log_terms)
     log_mean = float(logsumexp(log_terms) - np.log(m))
     return log_mean, float(np.exp(log_terms - log_mean).var(ddof=min(1, m - 1)) / m)
+
+
+def _cautious_mean(log_terms: np.ndarray) -> float:
+    """Mean of exp(log_terms) (m,), or that of a log-normal with the spread of their upper half where that is larger."""
+    upper_half = np.square(np.maximum(log_terms - np.median(log_terms), 0.0)).mean()  # is half a variance
+    return float(max(np.exp(log_terms).mean(), np.exp(np.median(log_terms) + upper_half)))
 
 
 def _effective_number(log_weights: np.ndarray) -> float:
