@@ -18,6 +18,7 @@ free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unwei
              CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
              ``reliable=False`` (default True) hides the interval
 headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
+ebm_bias     {value, std_error} of ΔF by the EBM's weights less that by exact ones, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
@@ -101,7 +102,8 @@ modes | Populations of the modes
 energy_cut | Energies above the cut
 
 likelihood | EBM against exact likelihood
-Spread of (EBM − exact) log-likelihood, up to the EBM's constant.
+Spread of (EBM − exact) log-likelihood, up to the EBM's constant; where it is known, what ΔF by the EBM's weights is off
+by: the difference of log⟨exp(EBM − exact)⟩ between state and rest.
 
 timing | Time
 
@@ -361,6 +363,9 @@ def _likelihood_rows(results: Results) -> Rows:
     spread = " ± ".join(_cells(table, {"std": ".2f", "std_error": ".2f"}))
     first = ["all", *_cells(table, {"n": "d"}), spread, *_cells(table, {"pearson_r": ".3f", "slope": ".2f"})]
     states = [[name, *_cells(row, {"n": "d", "std": ".2f"}), "", ""] for name, row in _items(table, "per_state")]
+    if bias := results.get("ebm_bias"):
+        off = " ± ".join(_cells(bias, {"value": "+.2f", "std_error": ".2f"}))
+        states.append(["state − rest, by weight: Δ of ΔF", "", off, "", ""])
     return [["samples in", "n", "std of (EBM − exact) (kT)", "Pearson r", "slope"], first, *states]
 
 

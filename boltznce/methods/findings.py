@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
 from boltznce.analysis.metrics import energy_cut
 from boltznce.analysis.reweighting import WeightedSamples
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 __all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data"]
 
 MANY_WALKERS, N_BLOCKS = 100, 20  # each independent; else so many blocks of each one's time
-MD_BLOCKS = 20  # of time, for the error of a simulation's own ΔF
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,16 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks; None of any other data."""
+        """ΔF of a simulation that needs no weights, its error by blocks of time; None of any other data."""
         if self.system.state is None or self.data is None or not self.data.is_time_series:
             return None
         values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
-        return free_energy_difference(values, None, state, n_blocks=self.md_blocks, **self.bootstrap)
+        return free_energy_difference(values, None, state, walkers=self.md_blocks)
 
-    @property
-    def md_blocks(self) -> int:
-        """Of the bootstrap over a simulation, whose frames are no independent draws."""
-        return min(MD_BLOCKS, len(self.data.frames) // 2)
+    @cached_property
+    def md_blocks(self) -> np.ndarray:
+        """The block of time (frames,) of each frame of a simulation, which are no independent draws."""
+        return time_blocks(self.system.state.contains(self.coordinate(self.data.frames.positions)), self.data.walker)
 
     @property
     def inside(self) -> np.ndarray:

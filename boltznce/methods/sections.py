@@ -12,8 +12,11 @@ from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_e
 from boltznce.analysis.convergence import frames_for_error
 from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
+    ebm_bias,
     free_energy_difference,
     free_energy_profile,
+    judged_by_exact,
+    stratified_free_energy_difference,
     stratum_log_weights,
 )
 from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agreement, share_above
@@ -97,14 +100,13 @@ def free_energies(f: Findings) -> Part:
     if f.correction is not None:
         index = f.correction.index
         both = f.samples.log_prob[index], f.correction.log_prob
-        rows["corrected"] = corrected_free_energy_difference(
-            f.values, log_weights, index, *both, interval, "weights", **f.bootstrap
-        )
+        rows["corrected"] = corrected_free_energy_difference(f.values, log_weights, index, *both, interval)
     if f.exact is not None:
-        exact_weights = _exact_log_weights(f)
-        rows["exact"] = free_energy_difference(f.values[f.exact.index], exact_weights, interval, **f.bootstrap)
+        exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
+        rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
     if f.sides is not None:
         rows["two_sided"] = _two_sided(f)
+    bias = _judged(rows) if f.likelihood == "ebm" else None
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         # its error would be that of slow motions, which so short a simulation does not show
@@ -113,6 +115,7 @@ def free_energies(f: Findings) -> Part:
         rows[f"data ({f.data_name}), error not estimated"] = {"value": of_data.value}
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
+        "ebm_bias": bias,
         "free_energy": rows,
         "headline": f.likelihood,
         "error": _error(f, reference),
@@ -140,6 +143,14 @@ def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
     )
 
 
+def _judged(rows: dict) -> dict | None:
+    """Take the EBM's row for reliable only where exact likelihoods do; the EBM's bias, Δ_state - Δ_rest, by them."""
+    ebm, known = rows["ebm"], [rows[name] for name in ("two_sided", "corrected", "exact") if name in rows]
+    exact = next((row for row in known if row.reliable), known[0] if known else None)
+    rows["ebm"] = judged_by_exact(ebm, exact)
+    return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
+
+
 def _error(f: Findings, reference) -> float:
     """Of the headline against the reference; NaN where one is unknown, or infinite: a side that was not visited."""
     known = np.nan if reference is None else reference["value"] if isinstance(reference, dict) else reference.value
@@ -153,7 +164,7 @@ def _profile(f: Findings) -> Figure:
     reference, whose = reference_profile(f.reference), "reference"
     if reference is None and f.md_difference is not None:
         values = f.coordinate(f.data.frames.positions)
-        reference, whose = free_energy_profile(values, None, N_BINS, n_blocks=f.md_blocks), f.data_name
+        reference, whose = free_energy_profile(values, None, N_BINS, walkers=f.md_blocks), f.data_name
     return plotting.plot_profiles(
         {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()},
         reference,
