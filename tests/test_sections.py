@@ -74,3 +74,26 @@ def test_the_two_sided_row_is_that_of_exact_likelihoods_of_both_sides(found):
     assert row.n_state + row.n_rest == 400 + 150
     one_side = replace(found.data, frames=frames.take(~found.system.state.contains(frames.positions[:, 0, 0])))
     assert replace(known, data=one_side, frames_log_prob=np.zeros(len(one_side.frames))).sides is None
+
+
+def test_mean_energies_are_weighted_and_their_errors_counted_by_groups(found):
+    row = sections.mean_energies(found).results["mean_energy"]
+    u, weights = found.samples.energy, found.samples.weights
+    mean = (weights * u).sum()
+    error = np.sqrt((weights**2 * (u - mean) ** 2).sum())
+    assert row["weighted samples"] == {"value": pytest.approx(mean), "std_error": pytest.approx(error)}
+    assert row["weighted samples"]["value"] == pytest.approx(row["data"]["value"], abs=0.4)
+    lost = replace(found.samples, energy=np.append(u[:-1], np.inf), log_weights=np.append(0 * u[:-1], -np.inf))
+    row = sections.mean_energies(replace(found, samples=lost)).results["mean_energy"]
+    assert row["weighted samples"]["value"] == pytest.approx(u[:-1].mean())
+
+
+def test_what_of_the_frames_is_independent(found):
+    def n_groups(**changed):
+        data = replace(found.data, frames=replace(found.data.frames, **changed))
+        return len(np.unique(replace(found, data=data).frame_groups))
+
+    assert n_groups() == 300  # exact draws
+    assert n_groups(meta={"cpu_seconds": 1.0}) == 40  # two trajectories of 20 blocks
+    many = {"window": np.arange(300) // 3, "repeat": np.zeros(300)}
+    assert n_groups(meta={"cpu_seconds": 1.0}, **many) == 100

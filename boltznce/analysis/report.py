@@ -17,7 +17,9 @@ free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unwei
              ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
              CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
              ``reliable=False`` (default True) hides the interval
-headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
+headline     {row, apart}: the key of ``free_energy`` that comes first, or the two that disagree, see `choose_headline`
+weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
+mean_energy  {whose: {value, std_error}} of the reduced energy, kT
 ebm_bias     {value, std_error} of ΔF by the EBM's weights less that by exact ones, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
@@ -58,9 +60,14 @@ _FREE_ENERGY_ROWS = {
     "exact": "exact weights",
     "unweighted": "flow, unweighted",
 }
+_GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
+_NO_TOTAL = "of the rows below none has a total error and is reliable"
+_MEAN = {"value": ".2f", "std_error": ".2f"}
 _SIDES = ("unweighted", "weighted", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
+headline | The result
+
 members | Molecules never trained on: free-energy difference{of_state}
 Shares of the draws with the right bonds, and with the right chirality too, after mending. ΔF in kT, of the weighted
 samples and of the simulation, with its 95% interval by bootstrap. E-W2 (kT) and T-W2 (rad): Wasserstein-2 distances to
@@ -68,8 +75,10 @@ the simulation, without weights → with them (floor: two halves of the simulati
 the difference of the log-likelihoods (kT). Above a Pareto-k of 0.7 no weighted figure of a row can be trusted.
 
 free_energy | Free-energy difference{of_state}
-ΔF = −log P(state)/P(rest), in kT. *Sampling* intervals (95%) hold the noise of the samples, by bootstrap; the *total*
-one also the error of the EBM, measured on exact likelihoods of a subset.
+ΔF = −log P(state)/P(rest), in kT. The result is the row of the smallest error among those that are reliable and whose
+error is total, if no other of these is more than three joint standard errors away. *Sampling* intervals (95%) hold the
+noise of the samples; the *total* ones also the error of the EBM, measured on exact likelihoods of a subset (exact
+weights, and two-sided estimates, have no other).
 
 warnings | Why a figure cannot be relied on, or is missing
 
@@ -160,7 +169,7 @@ def write_report(
 def summary_table(results: Results) -> str:
     """The figures that matter most, as lines for a terminal."""
     results = _plain(results, keep_infinities=True)
-    lines = [_title(results)]
+    lines = [_title(results), *(line.replace("**", "") for line in _headline(results))]
     for rows in filter(None, (_ROWS[key](results) for key in _SUMMARY)):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines.append("")
@@ -183,7 +192,7 @@ def markdown_table(rows: Rows) -> str:
 
 def _report(results: Results, images: Sequence[str]) -> str:
     contents = {key: markdown_table(rows) for key, rows_of in _ROWS.items() if (rows := _rows(rows_of, results))}
-    bullets = {"warnings": _warnings(results), "notes": results.get("notes") or []}
+    bullets = {"headline": _headlines(results), "warnings": _warnings(results), "notes": results.get("notes") or []}
     contents |= {key: "\n".join(f"- {sentence}" for sentence in sentences) for key, sentences in bullets.items()}
     contents["figures"] = "\n\n".join(images)
     of_state = f" of the state {results['state']}" if "state" in results else ""
@@ -206,6 +215,31 @@ def _rows(rows_of: Callable[[Results], Rows], results: Results) -> Rows:
     rows = [[name, *row] for name, table in tables.items() for row in table[1:]]
     header = next((["molecule", *table[0]] for table in tables.values() if table), [])
     return rows_of(results) or _headed(header, rows)
+
+
+def _headlines(results: Results) -> list[str]:
+    """The free energy that comes first, how it was made, and the mean energy; or why there is none."""
+    told = [f"{name}: {line}" for name, member in _items(results, "members") for line in _headline(member)]
+    told = _headline(results) or told
+    settings = [f"{key} {value}" for key, value in _items(results, "settings") if key in _GIVEN]
+    return [*told, *(["; ".join(settings) + "."] if told and settings else [])]
+
+
+def _headline(results: Results) -> list[str]:
+    if not (headline := results.get("headline")):
+        return []
+    table, names = results["free_energy"], headline.get("apart") or []
+    if row := table.get(headline.get("row")):
+        text = f"**ΔF = {row['value']:.2f} ± {row['std_error']:.2f} kT**, 95% interval {_interval(row)}: "
+        text += _FREE_ENERGY_ROWS[headline["row"]]
+        if (reference := (table.get("reference") or {}).get("value")) is not None:
+            text += f"; {row['value'] - reference:+.2f} from the reference"
+    else:
+        labels = " and ".join(_FREE_ENERGY_ROWS[name] for name in names)
+        why = f"{labels} are more than three joint standard errors apart" if names else _NO_TOTAL
+        text = f"**No ΔF of this run can be relied on**: {why}"
+    means = [f"{' ± '.join(_cells(row, _MEAN))} kT ({name})" for name, row in _items(results, "mean_energy")]
+    return [f"{text}.", *([f"⟨u⟩ = {', '.join(means)}."] if means else [])]
 
 
 def _warnings(results: Results, whose: str = "") -> Iterator[str]:
@@ -256,7 +290,7 @@ def _member_rows(results: Results) -> Rows:
                 name,
                 *_cells(member.get("made"), shares),
                 *_cells(next(iter((member.get("ess") or {}).values()), None), {"ess": ".2%", "pareto_k": ".2f"}),
-                *(_free_energy_cell(free_energy.get(key) or {}) for key in (member.get("headline"), "reference")),
+                *(_free_energy_cell(free_energy.get(key) or {}) for key in (member.get("weighted"), "reference")),
                 _number(member.get("error"), "+.2f"),
                 *(f"{unweighted} → {weighted} ({floor})" for unweighted, weighted, floor in distances),
                 *_cells(member.get("likelihood"), {"std": ".2f"}),
@@ -290,7 +324,7 @@ def _free_energy_rows(results: Results) -> Rows:
         if not (row := table[key]):
             continue
         value, interval = row.get("value"), _interval(row)
-        kind = "" if interval == "–" else "total" if key in ("two_sided", "corrected") else "sampling"
+        kind = "" if interval == "–" else "total" if key in ("two_sided", "corrected", "exact") else "sampling"
         no_difference = key == "reference" or reference is None
         off = "" if no_difference else _number(None if value is None else value - reference, "+.2f")
         seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""

@@ -19,6 +19,7 @@ from boltznce.analysis.free_energy import (
     stratified_free_energy_difference,
     stratum_log_weights,
 )
+from boltznce.analysis.headline import choose_headline
 from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agreement, share_above
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
@@ -33,6 +34,7 @@ from boltznce.systems.base import System
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
+TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
@@ -117,7 +119,8 @@ def free_energies(f: Findings) -> Part:
         "state": f.system.state.in_words(symbol_of(name)),
         "ebm_bias": bias,
         "free_energy": rows,
-        "headline": f.likelihood,
+        "headline": choose_headline({name: rows[name] for name in TOTAL if name in rows}),
+        "weighted": f.likelihood,
         "error": _error(f, reference),
     }
     notes = ()
@@ -152,7 +155,7 @@ def _judged(rows: dict) -> dict | None:
 
 
 def _error(f: Findings, reference) -> float:
-    """Of the headline against the reference; NaN where one is unknown, or infinite: a side that was not visited."""
+    """Of the weighted samples against the reference; NaN where one is unknown, or infinite: a side not visited."""
     known = np.nan if reference is None else reference["value"] if isinstance(reference, dict) else reference.value
     return f.weighted_difference.value - known if np.isfinite([f.weighted_difference.value, known]).all() else np.nan
 
@@ -204,6 +207,23 @@ def surfaces(f: Findings) -> Part:
             {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
         )
     return Part({}, figures)
+
+
+def mean_energies(f: Findings) -> Part:
+    """⟨u⟩ of the weighted samples and of the data, with its standard errors: of samples and of walkers, or blocks."""
+    rows = {"weighted samples": _mean(f.samples.energy, f.samples.log_weights, np.arange(len(f.samples)))}
+    if f.data is not None:
+        rows[f.data_name] = _mean(f.data.frames.energies, f.data.frames.log_weights, f.frame_groups)
+    return Part({"mean_energy": rows})
+
+
+def _mean(values: np.ndarray, log_weights: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Of values (n,) by weight, and its error, Σ_g (Σ w (value - mean))² over groups."""
+    weights = normalized_weights(log_weights)
+    some = weights > 0  # energies of the others may be infinite
+    weights, values, groups = weights[some], values[some], np.unique(groups[some], return_inverse=True)[1]
+    mean = float(weights @ values)
+    return {"value": mean, "std_error": float(np.sqrt(np.square(np.bincount(groups, weights * (values - mean))).sum()))}
 
 
 def distances(f: Findings) -> Part:
@@ -334,4 +354,14 @@ def costs(f: Findings) -> Part:
     return Part({"timing": timing, "md": result}, {}, (note,))
 
 
-COMMON = (free_energies, weights, likelihood_of_ebm, distances, mode_weights, conformers, costs, surfaces)
+COMMON = (
+    free_energies,
+    mean_energies,
+    weights,
+    likelihood_of_ebm,
+    distances,
+    mode_weights,
+    conformers,
+    costs,
+    surfaces,
+)
