@@ -30,9 +30,11 @@ likelihood   the fields of LikelihoodAgreement
 density      the fields of DensityErrors
 modes        {whose: [population of each mode]}, the exact ones first
 timing       {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
-md           {speed_up}: CPU time of a simulation for the same ΔF, over that of the samples
+md           {error, md_seconds, flow_seconds, training_seconds, speed_up, speed_up_trained}: CPU time of a simulation
+             that knows ΔF to ``error``, over that of the result, without and with the training
 members      {name: all of this, of one molecule}
-average      means over members: {right_graph, kept, ess, abs_error, speed_up, "<distance>, unweighted" and "weighted"}
+average      means over members: {right_graph, kept, ess, abs_error, speed_up, speed_up_trained,
+             "<distance>, unweighted" and "weighted"}
 notes        [sentence, ...]
 ===========  =========================================================================================================
 """
@@ -63,6 +65,7 @@ _FREE_ENERGY_ROWS = {
 _GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
 _NO_TOTAL = "of the rows below none has a total error and is reliable"
 _MEAN = {"value": ".2f", "std_error": ".2f"}
+_SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
 _SIDES = ("unweighted", "weighted", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
@@ -115,6 +118,7 @@ Spread of (EBM − exact) log-likelihood, up to the EBM's constant; where it is 
 by: the difference of log⟨exp(EBM − exact)⟩ between state and rest.
 
 timing | Time
+Stages in wall clock, all else in CPU time of all threads and processes (wall clock on a GPU).
 
 counts | Counts
 
@@ -124,6 +128,11 @@ figures | Figures
 
 settings | Settings
 """
+_COSTS = {
+    "flow_seconds": "the result",
+    "training_seconds": "training before it",
+    "md_seconds": "a simulation that knows ΔF as well",
+}
 _DENSITY = {
     "forward_kl": "KL(true ‖ learned)",
     "reverse_kl": "KL(learned ‖ true)",
@@ -280,7 +289,7 @@ def _member_rows(results: Results) -> Rows:
     members, average = results.get("members") or {}, results.get("average") or {}
     kinds, shares = ("E-W2 (kT)", "T-W2 (rad)"), {"right_graph": ".1%", "kept": ".1%"}
     header = ["molecule", "bonds right", "and chirality", "ESS", "Pareto-k", "ΔF weighted", "ΔF simulation", "error"]
-    header += ["E-W2", "T-W2", "EBM − exact", "speed-up"]
+    header += ["E-W2", "T-W2", "EBM − exact", "speed-up", "with training"]
     rows = []
     for name, member in members.items():
         free_energy = member.get("free_energy") or {}
@@ -294,7 +303,7 @@ def _member_rows(results: Results) -> Rows:
                 _number(member.get("error"), "+.2f"),
                 *(f"{unweighted} → {weighted} ({floor})" for unweighted, weighted, floor in distances),
                 *_cells(member.get("likelihood"), {"std": ".2f"}),
-                *_cells(member.get("md"), {"speed_up": ".3g"}),
+                *_cells(member.get("md"), _SPEED_UPS),
             ]
         )
     if rows and average:
@@ -302,7 +311,7 @@ def _member_rows(results: Results) -> Rows:
         moved = (_cells(average, {f"{kind}, unweighted": ".2f", f"{kind}, weighted": ".2f"}) for kind in kinds)
         row = ["average", *_cells(average, shares | {"ess": ".2%"}), "", "", ""]
         row += ["–" if error == "–" else f"{error} in size", *map(" → ".join, moved), ""]
-        rows.append([*row, *_cells(average, {"speed_up": ".3g"})])
+        rows.append([*row, *_cells(average, _SPEED_UPS)])
     return _headed(header, rows)
 
 
@@ -409,6 +418,9 @@ def _timing_rows(results: Results) -> Rows:
     rows = [[f"{name} likelihood, per sample", _seconds(s)] for name, s in likelihoods.items() if s is not None]
     if all(likelihoods.values()):
         rows.append(["exact / EBM likelihood", f"{likelihoods['exact'] / likelihoods['EBM']:.0f} times"])
+    if md := results.get("md"):
+        rows += [[what, _seconds(md[key])] for key, what in _COSTS.items()]
+        rows.append(["speed-up; with the training", "; ".join(_cells(md, _SPEED_UPS))])
     rows += [[stage, _seconds(seconds)] for stage, seconds in _items(table, "stages")]
     return _headed(["what", "time"], rows)
 

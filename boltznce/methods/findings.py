@@ -1,5 +1,6 @@
 """What a report of one system is made from: draws, data and exact likelihoods, loaded, filtered and weighed once."""
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -94,6 +95,7 @@ class Findings:
         notes: sentences on how the samples were made.
         flows: (temperature, draws) at other temperatures; ``steps``: records of the annealing between them.
         frames_log_prob: exact log q of the data's frames, where it costs little.
+        training_seconds: spent before the evaluation, the simulation of the data that were trained on among them.
     """
 
     system: System
@@ -112,6 +114,7 @@ class Findings:
     flows: tuple[tuple[float, WeightedSamples], ...] = ()
     steps: tuple[Mapping, ...] = ()
     frames_log_prob: np.ndarray | None = None
+    training_seconds: float = 0.0
 
     @property
     def likelihood(self) -> str:
@@ -175,16 +178,24 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by blocks of time; None of any other data."""
-        if self.system.state is None or self.data is None or not self.data.is_time_series:
+        """ΔF of a simulation, its error by what is independent in it; None of data whose errors are not known."""
+        if self.md_units is None:
             return None
-        values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
-        return free_energy_difference(values, None, state, walkers=self.md_blocks)
+        values, log_weights = self.coordinate(self.data.frames.positions), self.data.frames.log_weights
+        return free_energy_difference(values, log_weights, self.system.state.interval, walkers=self.md_units)
 
     @cached_property
-    def md_blocks(self) -> np.ndarray:
-        """The block of time (frames,) of each frame of a simulation, which are no independent draws."""
-        return time_blocks(self.system.state.contains(self.coordinate(self.data.frames.positions)), self.data.walker)
+    def md_units(self) -> np.ndarray | None:
+        """A number (frames,) for what visits states independently in a simulation: blocks of time, or many walkers.
+
+        None of windows of umbrella sampling, say, whose weights have errors in common.
+        """
+        if self.system.state is None or self.data is None or not self.data.frames.meta.get("cpu_seconds"):
+            return None
+        if self.data.is_time_series:
+            inside = self.system.state.contains(self.coordinate(self.data.frames.positions))
+            return time_blocks(inside, self.data.walker)
+        return self.data.walker if len(self.data.walkers) >= MANY_WALKERS else None
 
     @property
     def inside(self) -> np.ndarray:
@@ -241,7 +252,16 @@ def gather(work: Workspace, member: System) -> Findings:
         work.config.evaluation,
         work.config.seed,
         (*generator.notes, *missing),
+        training_seconds=_training_seconds(work),
     )
+
+
+def _training_seconds(work: Workspace) -> float:
+    """Of all stages before the evaluation; of the data, what their simulation took, in whichever run that was."""
+    stages, key = work.folder.stages, "cpu_seconds" if work.device.type == "cpu" else "seconds"
+    before = itertools.takewhile(lambda name: name != "evaluation", stages)
+    spent = sum(stages[name].get(key, np.nan) for name in before if name != "data")
+    return spent + stages.get("data", {}).get("simulation_seconds", 0.0)
 
 
 def held_out_data(work: Workspace, member: System, system: System) -> tuple[Data | None, tuple[str, ...]]:

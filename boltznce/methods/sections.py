@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
 from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
-from boltznce.analysis.convergence import frames_for_error
 from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
     ebm_bias,
@@ -24,7 +23,6 @@ from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agre
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
-from boltznce.errors import UserError
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.isomers import TURNED
@@ -46,6 +44,13 @@ CONDITIONAL = (
 MISSED = (
     "Of the {} that no flow was trained on, {:.1%} in the state and {:.1%} in the rest lie where the flow has less "
     "than a hundredth of their density."
+)
+SPEED_UP = (
+    "Speed-up: CPU time (wall clock on a GPU) of a simulation like that of the data until it knows ΔF as well as the "
+    "result does, over that of the samples and exact likelihoods of the result, and of the data where it uses them; "
+    "and the same with the training, and the data for it, counted. As well: the larger of the result's total error and "
+    "its distance to the reference, joined with the error of the reference. Only results and simulations that are "
+    "reliable have one."
 )
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
@@ -115,19 +120,40 @@ def free_energies(f: Findings) -> Part:
         whole = f.data.whole
         of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2)
         rows[f"data ({f.data_name}), error not estimated"] = {"value": of_data.value}
+    headline, notes = choose_headline({name: rows[name] for name in TOTAL if name in rows}), []
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
         "ebm_bias": bias,
         "free_energy": rows,
-        "headline": choose_headline({name: rows[name] for name in TOTAL if name in rows}),
+        "headline": headline,
         "weighted": f.likelihood,
         "error": _error(f, reference),
     }
-    notes = ()
     if "two_sided" in rows:
-        missed = (rows["two_sided"].missed_state, rows["two_sided"].missed_rest)
-        notes = (MISSED.format(f.data_name, *missed),)
-    return Part(results, {"profile": _profile(f)}, notes)
+        notes.append(MISSED.format(f.data_name, rows["two_sided"].missed_state, rows["two_sided"].missed_rest))
+    if (costs := _speed_up(f, rows, headline.row)) is not None:
+        results["md"] = costs
+        notes.append(SPEED_UP)
+    return Part(results, {"profile": _profile(f)}, tuple(notes))
+
+
+def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
+    """What the result cost, and a simulation that knows ΔF as well; None where one of them cannot be relied on."""
+    md, reference = f.md_difference, rows.get("reference")
+    if row is None or md is None or not md.reliable:
+        return None
+    off = abs(rows[row].value - _value(reference, "value"))
+    error = float(np.hypot(max(off, rows[row].std_error), _value(reference, "std_error")))
+    simulated, share = f.data.whole.meta["cpu_seconds"], len(f.data.log_weights) / len(f.data.whole)
+    likelihoods = {"two_sided": ("uniform", "frames"), "corrected": ("weights",), "exact": ("uniform",)}[row]
+    n = sum(len(np.unique(f.subsets[kind].index)) for kind in likelihoods if kind in f.subsets)
+    spent, training = f.seconds["draw"] * len(f.drawn) + f.seconds.get("exact", 0.0) * n, f.training_seconds
+    if row == "two_sided":  # uses the data
+        spent += f.seconds["draw"] * len(f.frames_log_prob if f.frames_log_prob is not None else ())
+        spent, training = spent + simulated, training - (simulated if share < 1 else 0.0)
+    md_seconds = simulated * share * (md.std_error / error) ** 2
+    result = {"error": error, "flow_seconds": spent, "training_seconds": training, "md_seconds": md_seconds}
+    return result | {"speed_up": md_seconds / spent, "speed_up_trained": md_seconds / (spent + training)}
 
 
 def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
@@ -154,9 +180,13 @@ def _judged(rows: dict) -> dict | None:
     return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
 
 
+def _value(row, key: str) -> float:
+    return row[key] if isinstance(row, dict) else getattr(row, key)
+
+
 def _error(f: Findings, reference) -> float:
     """Of the weighted samples against the reference; NaN where one is unknown, or infinite: a side not visited."""
-    known = np.nan if reference is None else reference["value"] if isinstance(reference, dict) else reference.value
+    known = np.nan if reference is None else _value(reference, "value")
     return f.weighted_difference.value - known if np.isfinite([f.weighted_difference.value, known]).all() else np.nan
 
 
@@ -166,8 +196,8 @@ def _profile(f: Findings) -> Figure:
     curves = {"flow, unweighted": None, WEIGHTS[f.likelihood]: f.samples.log_weights}
     reference, whose = reference_profile(f.reference), "reference"
     if reference is None and f.md_difference is not None:
-        values = f.coordinate(f.data.frames.positions)
-        reference, whose = free_energy_profile(values, None, N_BINS, walkers=f.md_blocks), f.data_name
+        values, log_weights = f.coordinate(f.data.frames.positions), f.data.frames.log_weights
+        reference, whose = free_energy_profile(values, log_weights, N_BINS, walkers=f.md_units), f.data_name
     return plotting.plot_profiles(
         {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()},
         reference,
@@ -324,34 +354,8 @@ def conformers(f: Findings) -> Part:
 
 
 def costs(f: Findings) -> Part:
-    """Seconds a sample; and of a simulation that knows ΔF as well as the samples, where the data are one of known cost.
-
-    It has to come as near as the larger of the samples' distance from its own ΔF and of their error.
-    """
-    timing = {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}
-    md = f.md_difference
-    if md is None:
-        return Part({"timing": timing})
-    weighted = f.weighted_difference
-    known = np.isfinite([weighted.std_error, weighted.value, md.value]).all()
-    error = max(abs(weighted.value - md.value), weighted.std_error) if known else np.nan
-    spent = f.seconds["draw"] * len(f.drawn)
-    result = {"error": error, "flow_seconds": spent, "md_seconds": None, "speed_up": None}
-    frames, inside = f.data.frames, f.system.state.contains(f.coordinate(f.data.frames.positions))
-    series = [inside[mask] for mask in f.data.walkers]
-    length = min(map(len, series))
-    try:
-        n = frames_for_error(np.stack([each[:length] for each in series]), error)
-    except UserError:  # it has seen one side alone
-        n = np.nan
-    if np.isfinite(n):
-        result["md_seconds"] = float(n * frames.meta["cpu_seconds"] / len(frames))
-        result["speed_up"] = result["md_seconds"] / spent
-    note = (
-        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's "
-        "samples, over the CPU time of these. The training is not counted."
-    )
-    return Part({"timing": timing, "md": result}, {}, (note,))
+    """Seconds of work a sample."""
+    return Part({"timing": {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}})
 
 
 COMMON = (

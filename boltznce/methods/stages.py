@@ -49,7 +49,11 @@ def make_data(work: Workspace) -> dict:
     made = members.make_data(work.system, Path(section.folder), simulation=simulation, **how)
     for member in work.system.all_members():
         _check_isomers(member, made[member.name], section.folder)
-    return {"frames": sum(map(len, made.values())), "datasets": {name: data.digest for name, data in made.items()}}
+    return {
+        "frames": sum(map(len, made.values())),
+        "datasets": {name: data.digest for name, data in made.items()},
+        "simulation_seconds": sum(made[m.name].meta.get("cpu_seconds", 0.0) for m in work.system.members("train")),
+    }
 
 
 def _check_isomers(member: System, data: Dataset, folder: str) -> None:
