@@ -134,20 +134,23 @@ def test_the_result_comes_first(tmp_path, results):
     """One row with all that it has to be read with; or why there is none."""
     rows = results["free_energy"] | {"two_sided": {"value": 1.3, "std_error": 0.1, "interval": (1.1, 1.5)}}
     given = {"temperature": "300 K", "energy": "amber99sbildn.xml", "seed": "7", "data": "a folder", "solver": "heun"}
-    energies = {"weighted samples": {"value": -20.0, "std_error": 0.5}, "MD": {"value": -23.0, "std_error": 0.25}}
+    energies = {"weighted samples": {"value": -20.0, "std_error": 0.5}, "MD": {"value": -23.0, "std_error": np.nan}}
     results |= {"free_energy": rows, "settings": given, "mean_energy": energies, "headline": Headline("two_sided")}
     first = write_report(tmp_path, results, {}).read_text().split("## Free-energy")[0]
     for expected in (
-        "**ΔF = 1.30 ± 0.10 kT**, 95% interval [1.10, 1.50]: two-sided (BAR)",
+        "**ΔF = 1.30 ± 0.10 kT**, 95% interval [1.10, 1.50]: two-sided estimate (BAR)",
         "-0.20 from the reference.",
-        "- ⟨u⟩ = -20.00 ± 0.50 kT (weighted samples), -23.00 ± 0.25 kT (MD).",
-        "- temperature 300 K; energy amber99sbildn.xml; seed 7; data a folder.",
+        "- ⟨u⟩ = -20.00 ± 0.50 kT (weighted samples), -23.00 kT (MD, not reliable).",
+        "- Of temperature 300 K; energy amber99sbildn.xml; seed 7; data a folder.",
     ):
         assert expected in first
     assert "ΔF = 1.30 ± 0.10 kT" in summary_table(results)
     for none, why in (
         (Headline(), "none has a total error and is reliable"),
-        (Headline(apart=("two_sided", "exact")), "data and exact weights are more than three joint standard errors"),
+        (
+            Headline(apart=("two_sided", "exact")),
+            "draws and data and exact weights are more than three joint standard errors",
+        ),
     ):
         text = write_report(tmp_path, results | {"headline": none}, {}).read_text()
         assert "**No ΔF of this run can be relied on**" in text

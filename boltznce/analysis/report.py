@@ -19,7 +19,7 @@ free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unwei
              ``reliable=False`` (default True) hides the interval
 headline     {row, apart}: the key of ``free_energy`` that comes first, or the two that disagree, see `choose_headline`
 weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
-mean_energy  {whose: {value, std_error}} of the reduced energy, kT
+mean_energy  {whose: {value, std_error}} of the reduced energy, kT; no error (NaN) where it cannot be relied on
 ebm_bias     {value, std_error} of ΔF by the EBM's weights less that by exact ones, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
@@ -57,14 +57,13 @@ MOST_MODES = 12  # of a table of their populations
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
-    "two_sided": "two-sided (BAR): exact likelihoods of draws and of data",
+    "two_sided": "two-sided estimate (BAR) by exact likelihoods of draws and data",
     "corrected": "EBM weights, corrected by exact likelihoods of a subset",
     "exact": "exact weights",
     "unweighted": "flow, unweighted",
 }
 _GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
 _NO_TOTAL = "of the rows below none has a total error and is reliable"
-_MEAN = {"value": ".2f", "std_error": ".2f"}
 _SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
 _SIDES = ("unweighted", "weighted", "floor")
 # key, heading, and what the reader has to know
@@ -230,8 +229,8 @@ def _headlines(results: Results) -> list[str]:
     """The free energy that comes first, how it was made, and the mean energy; or why there is none."""
     told = [f"{name}: {line}" for name, member in _items(results, "members") for line in _headline(member)]
     told = _headline(results) or told
-    settings = [f"{key} {value}" for key, value in _items(results, "settings") if key in _GIVEN]
-    return [*told, *(["; ".join(settings) + "."] if told and settings else [])]
+    settings = [f"{key} {results['settings'][key]}" for key in _GIVEN if key in (results.get("settings") or {})]
+    return [*told, *([f"Of {'; '.join(settings)}."] if told and settings else [])]
 
 
 def _headline(results: Results) -> list[str]:
@@ -239,7 +238,7 @@ def _headline(results: Results) -> list[str]:
         return []
     table, names = results["free_energy"], headline.get("apart") or []
     if row := table.get(headline.get("row")):
-        text = f"**ΔF = {row['value']:.2f} ± {row['std_error']:.2f} kT**, 95% interval {_interval(row)}: "
+        text = f"**ΔF = {_value_and_error(row)} kT**, 95% interval {_interval(row)}: "
         text += _FREE_ENERGY_ROWS[headline["row"]]
         if (reference := (table.get("reference") or {}).get("value")) is not None:
             text += f"; {row['value'] - reference:+.2f} from the reference"
@@ -247,7 +246,8 @@ def _headline(results: Results) -> list[str]:
         labels = " and ".join(_FREE_ENERGY_ROWS[name] for name in names)
         why = f"{labels} are more than three joint standard errors apart" if names else _NO_TOTAL
         text = f"**No ΔF of this run can be relied on**: {why}"
-    means = [f"{' ± '.join(_cells(row, _MEAN))} kT ({name})" for name, row in _items(results, "mean_energy")]
+    numbers = {name: _value_and_error(row) for name, row in _items(results, "mean_energy")}
+    means = [f"{mean} kT ({name}{'' if '±' in mean else ', not reliable'})" for name, mean in numbers.items()]
     return [f"{text}.", *([f"⟨u⟩ = {', '.join(means)}."] if means else [])]
 
 
@@ -491,6 +491,10 @@ def _interval(row: Results) -> str:
 
 def _mean(entry: float | Results | None) -> float | None:
     return entry.get("mean") if isinstance(entry, dict) else entry
+
+
+def _value_and_error(row: Results) -> str:
+    return " ± ".join(cell for cell in _cells(row, {"value": ".2f", "std_error": ".2f"}) if cell != "–")
 
 
 def _mean_and_std(entry: float | Results | None) -> str:

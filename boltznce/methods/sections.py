@@ -33,6 +33,7 @@ __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
 TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total
+FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
@@ -248,12 +249,13 @@ def mean_energies(f: Findings) -> Part:
 
 
 def _mean(values: np.ndarray, log_weights: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """Of values (n,) by weight, and its error, Σ_g (Σ w (value - mean))² over groups."""
+    """Of values (n,) by weight, and its error, Σ_g (Σ w (value - mean))² over groups; NaN, if few of them weigh."""
     weights = normalized_weights(log_weights)
     some = weights > 0  # energies of the others may be infinite
     weights, values, groups = weights[some], values[some], np.unique(groups[some], return_inverse=True)[1]
-    mean = float(weights @ values)
-    return {"value": mean, "std_error": float(np.sqrt(np.square(np.bincount(groups, weights * (values - mean))).sum()))}
+    mean, few = float(weights @ values), np.square(np.bincount(groups, weights)).sum() > 1 / FEWEST
+    error = np.sqrt(np.square(np.bincount(groups, weights * (values - mean))).sum())
+    return {"value": mean, "std_error": np.nan if few else float(error)}
 
 
 def distances(f: Findings) -> Part:
