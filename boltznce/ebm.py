@@ -3,6 +3,8 @@
 Its likelihood costs one forward pass of a network, where the flow's own costs a Jacobian along the whole path.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,9 +55,10 @@ class EnergyBasedModel(ContextModel):
         time_power: float = 1.0,
         t_read: float = 0.0,
     ) -> None:
-        """``time_power`` p spreads training times as u^p, u uniform; the negatives' times are drawn around u, so that
-        the density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors do,
-        and does not reflect.
+        """``time_power`` p spreads training times as u^p, u uniform. u and those of the negatives are draws about a
+        common centre, of variance ``nce_width``² / 2 each: only then are the true time and several others exchangeable,
+        and the density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors
+        do, and does not reflect.
         """
         scales = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
         super().__init__(network, n_atoms, dim, features=features, mask=mask, **scales)
@@ -110,8 +113,8 @@ class EnergyBasedModel(ContextModel):
         return parts
 
     def _nce(self, x: Tensor, u: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(self.n_negatives, len(u), generator=generator, dtype=u.dtype, device=u.device)
-        other = u + self.nce_width * noise
+        noise = torch.randn(1 + self.n_negatives, len(u), generator=generator, dtype=u.dtype, device=u.device)
+        other = u + self.nce_width / math.sqrt(2.0) * (noise[0] + noise[1:])
         other = other.clamp(0, 1) if self.clip_negatives else _reflect(other)
         logits = torch.stack([energy, *(self._call(x, time**self.time_power) for time in other)])
         return -functional.log_softmax(logits, dim=0)[0].mean()

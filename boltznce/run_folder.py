@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from boltznce.checkpoint import weights_digest
+from boltznce.clock import cpu_seconds
 from boltznce.errors import UserError, first_few
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
@@ -44,9 +45,9 @@ class RunFolder:
     """A folder with ``config.yaml`` (resolved), copies of the files that this names (see `boltznce.run_inputs`), and
 
     ``run.json``: its format, the system's name and identity and, for each stage,
-    ``seconds`` (wall clock, killed sessions included), ``peak_memory`` (MiB), ``finished`` (UTC, or null), ``leaves``
-    (see :meth:`leave`) and what the stage adds. :meth:`create` makes one or goes on in one, :meth:`open` takes what is
-    there.
+    ``seconds`` (wall clock, killed sessions included), ``cpu_seconds`` (see `boltznce.clock`), ``peak_memory`` (MiB),
+    ``finished`` (UTC, or null), ``leaves`` (see :meth:`leave`) and what the stage adds. :meth:`create` makes one or
+    goes on in one, :meth:`open` takes what is there.
 
     What the config of an opened folder names is not imported unless it is the library's, registered or ``trust`` is
     true (see `boltznce.trust`). A folder that was not started where it lies is ``foreign``: it is written, but nothing
@@ -296,12 +297,13 @@ class RunFolder:
         """
         info: dict = {}
         earlier = self.stages.get(name, {})
-        seconds, memory = earlier.get("seconds", 0.0), earlier.get("peak_memory", 0.0)
-        started, ended = time.perf_counter(), threading.Event()
+        seconds, spent, memory = (earlier.get(key, 0.0) for key in ("seconds", "cpu_seconds", "peak_memory"))
+        started, spent_before, ended = time.perf_counter(), cpu_seconds(), threading.Event()
 
         def book() -> None:
             total = round(seconds + time.perf_counter() - started, 2)
-            self._book(name, {"seconds": total, "peak_memory": max(memory, peak_memory())})
+            work = round(spent + cpu_seconds() - spent_before, 2)
+            self._book(name, {"seconds": total, "cpu_seconds": work, "peak_memory": max(memory, peak_memory())})
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT):
@@ -366,7 +368,7 @@ def peak_memory() -> float:
 
 
 def _fresh() -> dict[str, Any]:
-    return {"seconds": 0.0, "peak_memory": 0.0, "finished": None}
+    return {"seconds": 0.0, "cpu_seconds": 0.0, "peak_memory": 0.0, "finished": None}
 
 
 def _is_there(path: Path) -> bool:

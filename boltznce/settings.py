@@ -299,6 +299,7 @@ RULES: dict[str, Rule] = {
     "confidence": INSIDE,
     "n_exact": WHOLE,
     "n_correction": WHOLE,
+    "n_frames": WHOLE,
     "n_ladder": COUNT,
     "n_reference": COUNT | NULL,
     "n_torus": COUNT,

@@ -32,7 +32,7 @@ def mutant(number: int, what: str, file: str, old: str, new: str, tests: str) ->
 
 STAGES, MODELS, EVALUATION = "methods/stages.py", "methods/models.py", "methods/evaluation.py"
 FINDINGS, SECTIONS, TABG = "methods/findings.py", "methods/sections.py", "methods/tabg.py"
-FREE_ENERGY, SIMULATE = "analysis/free_energy.py", "data/simulate.py"
+FREE_ENERGY, SIMULATE, ISOMERS = "analysis/free_energy.py", "data/simulate.py", "methods/isomers.py"
 REPORT = "report or free_energies or disk"
 
 MUTANTS = (
@@ -151,8 +151,8 @@ MUTANTS = (
         8,
         "exact likelihoods of all samples, not of the allowed",
         EVALUATION,
-        "exact_likelihoods(generator, conformers, unique, folder)",
-        "exact_likelihoods(generator, samples, unique, folder)",
+        'f"exact_{drawn_by}", conformers, subset)',
+        'f"exact_{drawn_by}", samples, subset)',
         "exact_likelihoods or report",
     ),
     mutant(
@@ -179,7 +179,14 @@ MUTANTS = (
         "f.drawn.log_prob[index]",
         REPORT,
     ),
-    mutant(9, "cis conformers not recognized", EVALUATION, "if system.omegas:", "if False:", "never_visit or report"),
+    mutant(
+        9,
+        "cis conformers not recognized",
+        "methods/isomers.py",
+        "if system.omegas:",
+        "if False:",
+        "never_visit or report",
+    ),
     mutant(
         9,
         "cis conformers given exact likelihoods",
@@ -224,17 +231,25 @@ MUTANTS = (
         11,
         "noise of the EBM weights left out of the interval",
         FREE_ENERGY,
-        "_minus_log_ratio(counts @ sides)",
-        "ebm_value",
+        "sum(of_draws) + sum(of_weights)",
+        "sum(of_draws)",
         "interval or free_energies",
     ),
     mutant(
         11,
         "noise of the likelihoods left out of the interval",
         FREE_ENERGY,
-        "- (d[0] - d[1])",
-        "- (state_d - rest_d)",
+        "sum(of_draws) + sum(of_weights)",
+        "sum(of_weights)",
         "interval",
+    ),
+    mutant(
+        11,
+        "the EBM's row judged by no exact likelihoods",
+        SECTIONS,
+        'rows["ebm"] = judged_by_exact(ebm, exact)',
+        "pass",
+        REPORT,
     ),
     mutant(12, "buffer not clipped", "annealing.py", "return clipped, record", "return drawn, record", "clipped"),
     mutant(12, "annealing's share to clip not handed on", TABG, "clip=section.clip", "clip=0.0", "clipped"),

@@ -218,7 +218,7 @@ def test_files_of_a_finished_run_and_its_data(plane_run, tmp_path, no_figures):
     names = ["config.yaml", "run.json", "metrics.json", "report.md", "flow.csv"]
     names += ["checkpoints/flow.safetensors", "checkpoints/ebm.safetensors", "checkpoints/flow/step_0000004/state.pt"]
     names += ["samples/weighted/meta.yaml", "samples/weighted/positions.npy", "samples/train/energy.npy"]
-    names += ["samples/exact_uniform/meta.yaml", "samples/exact_uniform/subset.npy"]
+    names += ["samples/exact_uniform/meta.yaml", "samples/exact_uniform/subset.npy", "samples/exact_frames/subset.npy"]
     names += ["data/meta.yaml", "data/energies.npy"]
     check(place, names, lambda: look_and_finish(plane_run), tried, lambda: finish(plane_run))
     place.restore()
@@ -229,7 +229,13 @@ def test_files_of_a_finished_run_and_its_data(plane_run, tmp_path, no_figures):
 def test_files_of_a_run_killed_in_a_training(plane_run, no_figures):
     whole = Place(plane_run)
     unfinish(plane_run, "ebm", "evaluation", "report")
-    for path in ("samples/weighted", "samples/exact_uniform", "samples/exact_weights", "checkpoints/ebm/step_0000004"):
+    for path in (
+        "samples/weighted",
+        "samples/exact_uniform",
+        "samples/exact_weights",
+        "samples/exact_frames",
+        "checkpoints/ebm/step_0000004",
+    ):
         shutil.rmtree(plane_run / path)
     for path in ("checkpoints/ebm.safetensors", "metrics.json", "report.md"):
         (plane_run / path).unlink()

@@ -1,12 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import binom
 
+from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import (
     choose_subset,
     corrected_free_energy_difference,
+    ebm_bias,
     free_energy_difference,
     free_energy_profile,
+    judged_by_exact,
+    stratified_free_energy_difference,
     stratum_log_weights,
 )
 from boltznce.errors import UserError
@@ -50,16 +56,48 @@ def test_interval_covers_the_truth_with_importance_weights():
 
 
 def test_blocks_cover_the_truth_for_a_time_series_and_single_samples_do_not():
-    hits = {None: 0, 40: 0}
+    hits = [0, 0]
     for seed in range(N_REPEATS):
         generator = np.random.default_rng(seed)
         state = np.repeat(generator.random(400) < 0.3, 10)  # each visit lasts ten frames
         angle = np.where(state, 1.0, -1.5)
-        for n_blocks in hits:
-            low, high = free_energy_difference(angle, n_bootstrap=200, n_blocks=n_blocks, seed=seed).interval
-            hits[n_blocks] += low < np.log(0.7 / 0.3) < high
-    assert consistent_with(hits[40])
-    assert hits[None] < 0.7 * N_REPEATS
+        for k, walkers in enumerate((time_blocks(state), None)):
+            found = free_energy_difference(angle, n_bootstrap=200, walkers=walkers, seed=seed)
+            hits[k] += found.interval[0] < np.log(0.7 / 0.3) < found.interval[1]
+            assert found.reliable
+    assert consistent_with(hits[0])
+    assert hits[1] < 0.7 * N_REPEATS
+
+
+def test_walkers_are_the_units_of_the_error():
+    """The jackknife over walkers is the same to first order; few walkers have a wide interval that is not reliable."""
+    generator = np.random.default_rng(0)
+    walker = np.repeat(generator.permutation(40), 50)
+    angle = np.where(generator.random(2000) < np.repeat(generator.beta(3, 3, size=40), 50), 1.0, -1.5)
+    log_weights = generator.normal(size=2000)
+    found = free_energy_difference(angle, log_weights, walkers=walker)
+    rest = [walker != k for k in range(40)]
+    without = [free_energy_difference(angle[kept], log_weights[kept], n_bootstrap=2).value for kept in rest]
+    assert found.reliable
+    assert found.value == free_energy_difference(angle, log_weights, n_bootstrap=2).value
+    assert found.std_error == pytest.approx(np.sqrt(39 / 40 * np.square(without - np.mean(without)).sum()), rel=0.05)
+    few = free_energy_difference(angle, log_weights, walkers=walker // 8)
+    assert "walkers" in few.message
+    assert np.ptp(few.interval) > 2 * 2.7 * few.std_error  # of t with less than four degrees of freedom
+    one = free_energy_difference(angle, log_weights, walkers=0 * walker)
+    assert (one.interval, one.reliable) == (None, False)
+
+
+def test_blocks_of_time_are_blocks_of_a_walker():
+    generator = np.random.default_rng(0)
+    walker = np.tile([7, 7, 3], 2000)
+    blocks = time_blocks(generator.random(6000) < 0.5, walker)
+    assert all(np.ptp(walker[blocks == k]) == 0 for k in np.unique(blocks))
+    assert len(np.unique(blocks)) == pytest.approx(6000 / 6, rel=0.2)
+    stuck = walker == 3  # each in one state all along
+    np.testing.assert_array_equal(time_blocks(stuck, walker), stuck == 0)
+    assert not free_energy_difference(np.where(stuck, 1.0, -1.0), walkers=time_blocks(stuck, walker)).reliable
+    assert np.ptp(time_blocks(np.ones(100))) == 0
 
 
 def test_a_side_never_seen_is_infinite_and_says_so():
@@ -81,8 +119,8 @@ def test_bad_input_is_a_user_error():
         free_energy_difference([np.nan, 1.0])
     with pytest.raises(UserError, match="NaN"):
         free_energy_difference([-1.0, 1.0], [np.nan, 0.0])
-    with pytest.raises(UserError, match="blocks"):
-        free_energy_difference([-1.0, 1.0], n_blocks=3)
+    with pytest.raises(UserError, match="walkers"):
+        free_energy_difference([-1.0, 1.0], walkers=3)
 
 
 def ebm_with_an_error(generator: np.random.Generator, n: int, spread: float = 0.6) -> tuple[np.ndarray, ...]:
@@ -99,16 +137,13 @@ def ebm_with_an_error(generator: np.random.Generator, n: int, spread: float = 0.
     return angle, exact_log_weights - error, exact_log_prob + error, exact_log_prob, np.log(3.0)
 
 
-@pytest.mark.parametrize("drawn_by", ["uniform", "weights"])
-def test_correction_recovers_the_exact_difference_and_its_total_interval_covers_it(drawn_by):
+def test_correction_recovers_the_exact_difference_and_its_total_interval_covers_it():
     hits, total, ebm_hits = 0, [], 0
     for seed in range(N_REPEATS):
         generator = np.random.default_rng(seed)
         angle, log_weights, ebm, exact, truth = ebm_with_an_error(generator, 1500)
-        subset = choose_subset(angle, log_weights, 200, generator, drawn_by=drawn_by)
-        result = corrected_free_energy_difference(
-            angle, log_weights, subset, ebm[subset], exact[subset], drawn_by=drawn_by, n_bootstrap=300, seed=seed
-        )
+        subset = choose_subset(angle, log_weights, 200, generator, drawn_by="weights")
+        result = corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], exact[subset])
         hits += result.interval[0] < truth < result.interval[1]
         total.append((result.value - truth, result.std_error))
         low, high = free_energy_difference(angle, log_weights, n_bootstrap=50, seed=seed).interval
@@ -120,32 +155,62 @@ def test_correction_recovers_the_exact_difference_and_its_total_interval_covers_
     assert ebm_hits < 0.1 * N_REPEATS
 
 
-def test_correction_with_all_likelihoods_is_the_exact_answer():
+def test_a_subset_that_is_all_samples_has_the_exact_answer():
     generator = np.random.default_rng(0)
     angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 2000)
-    result = corrected_free_energy_difference(angle, log_weights, np.arange(2000), ebm, exact)
+    result = stratified_free_energy_difference(angle, log_weights + ebm - exact, np.arange(2000))
     direct = free_energy_difference(angle, log_weights + ebm - exact)
     assert result.value == pytest.approx(direct.value, abs=1e-10)
-    assert result.std_error == pytest.approx(direct.std_error, rel=1e-6)
-    assert result.interval == pytest.approx(direct.interval, rel=1e-6)
-    assert result.reliable == direct.reliable
+    assert result.std_error == pytest.approx(direct.std_error, rel=0.1)
+    assert result.interval == pytest.approx(direct.interval, abs=0.03)
+    assert result.ess_state == pytest.approx(direct.ess_state)
+    assert result.reliable
+    drawn = choose_subset(angle, log_weights, 2000, generator, drawn_by="weights")
+    corrected = corrected_free_energy_difference(angle, log_weights, drawn, ebm[drawn], ebm[drawn])
+    assert corrected.std_error == pytest.approx(free_energy_difference(angle, log_weights).std_error, rel=0.1)
+
+
+def test_the_interval_of_a_stratified_subset_knows_its_strata():
+    """Where all weights of a side are equal, a subset of 20 + 20 knows populations as well as all 20,000 samples do."""
+    angle = two_states(np.random.default_rng(0), 20_000, 0.5)
+    subset = choose_subset(angle, np.zeros(20_000), 40, np.random.default_rng(1))
+    found = stratified_free_energy_difference(angle, np.zeros(40), subset)
+    everything = free_energy_difference(angle)
+    assert found.value == pytest.approx(everything.value)
+    assert found.std_error == pytest.approx(everything.std_error, rel=0.1)
+    one_side = stratified_free_energy_difference(angle, np.zeros(20), subset[:20])
+    assert np.isnan(one_side.value)
+    assert not one_side.reliable
+
+
+@pytest.mark.parametrize(("bias", "known", "reliable"), [(0.0, 0.01, True), (0.2, 0.01, False), (0.0, 0.2, False)])
+def test_the_row_of_an_ebm_is_reliable_only_where_its_error_is_within_the_interval(bias, known, reliable):
+    angle = two_states(np.random.default_rng(0), 2000, 0.5)
+    ebm = free_energy_difference(angle)
+    assert ebm.reliable
+    assert ebm.interval[1] - ebm.value == pytest.approx(0.09, abs=0.01)
+    exact = replace(ebm, value=ebm.value - bias, std_error=known)
+    assert ebm_bias(ebm, exact) == (pytest.approx(bias), known)
+    assert judged_by_exact(ebm, exact).reliable == reliable
+    assert not judged_by_exact(ebm, replace(exact, reliable=False)).reliable
+    assert not judged_by_exact(ebm).reliable
 
 
 def test_correction_says_when_it_is_not_reliable():
     generator = np.random.default_rng(0)
     angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 3000, spread=4.0)
-    subset = choose_subset(angle, log_weights, 300, generator)
+    subset = choose_subset(angle, log_weights, 300, generator, drawn_by="weights")
     wide = corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], exact[subset])
     assert not wide.reliable
     assert "effective samples" in wide.message or "Pareto" in wide.message
-    few = choose_subset(angle, log_weights, 4, generator)
+    few = choose_subset(angle, log_weights, 4, generator, drawn_by="weights")
     assert not corrected_free_energy_difference(angle, log_weights, few, ebm[few], exact[few]).reliable
     inside_only = subset[in_interval(angle, STATE)[subset]]
     one_sided = corrected_free_energy_difference(angle, log_weights, inside_only, ebm[inside_only], exact[inside_only])
     assert np.isnan(one_sided.value)
     assert one_sided.interval is None
     angle, log_weights, ebm, exact, _ = ebm_with_an_error(generator, 3000, spread=0.2)
-    subset = choose_subset(angle, log_weights, 400, generator)
+    subset = choose_subset(angle, log_weights, 400, generator, drawn_by="weights")
     assert corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], exact[subset]).reliable
     with pytest.raises(UserError, match="finite"):
         corrected_free_energy_difference(angle, log_weights, subset, ebm[subset], np.full(len(subset), np.nan))
@@ -190,7 +255,7 @@ def test_profile_of_a_von_mises_density(kappa):
 @pytest.mark.parametrize("kappa", [None, 400.0])
 def test_profile_has_gaps_where_nothing_was_seen(kappa):
     angle = np.random.default_rng(0).uniform(-1.0, 1.0, size=5000)
-    profile = free_energy_profile(angle, n_bins=60, kappa=kappa, n_bootstrap=20, n_blocks=20)
+    profile = free_energy_profile(angle, n_bins=60, kappa=kappa, n_bootstrap=20, walkers=np.arange(5000) // 250)
     far = np.abs(profile.centres) > 1.2
     assert np.isnan(profile.free_energy[far]).all()
     assert np.isnan(profile.std_error[far]).all()
@@ -221,9 +286,7 @@ def test_repeated_draws_of_an_ebm_without_error_are_reliable():
     exact = generator.normal(size=len(np.unique(subset)))
     ebm = exact + generator.normal(scale=0.05, size=len(exact))
     place = np.searchsorted(np.unique(subset), subset)
-    found = corrected_free_energy_difference(
-        angle, log_weights, subset, ebm[place], exact[place], drawn_by="weights", n_bootstrap=100
-    )
+    found = corrected_free_energy_difference(angle, log_weights, subset, ebm[place], exact[place])
     assert found.reliable, found.message
 
 

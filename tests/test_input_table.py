@@ -8,7 +8,7 @@ from openmm import app
 
 from boltznce import UserError, load_system, train_run
 from boltznce.data.simulate import _pdb
-from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
+from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.views import views_of
 from boltznce.systems.conformers import random_conformers
 

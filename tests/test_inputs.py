@@ -17,8 +17,8 @@ from boltznce.config import compose
 from boltznce.data.dataset import Dataset, mode_balanced_indices
 from boltznce.data.simulate import _pdb
 from boltznce.methods import ladder, sections
-from boltznce.methods.evaluation import TURNED, allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.findings import Data, Findings
+from boltznce.methods.isomers import TURNED, allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.models import make
 from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.stages import _check_isomers

@@ -257,7 +257,7 @@ def test_tbg_has_exact_weights_and_no_ebm(data, tmp_path, monkeypatch):
     config = compose("train", ["system=dipeptides", "method=tbg", *words])
     train(RunFolder.create(tmp_path, config, config.system.name))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["members"]["AA"]["headline"] == "exact"
+    assert metrics["members"]["AA"]["weighted"] == "exact"
     samples = bz.WeightedSamples.load(tmp_path / "samples" / "weighted" / "AA")
     assert (len(samples), samples.meta["likelihood"]) == (4, "exact")
     with pytest.raises(UserError, match="this run has none"):

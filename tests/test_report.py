@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.headline import Headline
 from boltznce.analysis.metrics import HeldOutLikelihood, SampledDistance, likelihood_agreement
 from boltznce.analysis.report import summary_table, write_report
 
@@ -90,7 +91,7 @@ def member(ours, simulation, **distances):
     return {
         "made": {"right_graph": 0.9, "kept": 0.8, "mirrored": 0.4, "reordered": 0.1, "turned": 0.0},
         "ess": {"EBM weights": {"ess": 0.05, "pareto_k": 0.4}, "exact weights": {"ess": 0.5, "pareto_k": 0.1}},
-        "headline": "weighted samples",
+        "weighted": "weighted samples",
         "free_energy": {"weighted samples": ours, "reference": simulation},
         "error": float("nan"),
         "distances": {"E-W2 (kT)": {"unweighted": 5.0, "weighted": 2.0, "floor": 1.0} | distances, "T-W2 (rad)": {}},
@@ -127,6 +128,36 @@ def test_members_say_in_words_what_is_not_known(tmp_path):
     # a report that was read back has None where there was infinity
     again = write_report(tmp_path, json.loads((tmp_path / "metrics.json").read_text()), {}).read_text()
     assert "not visited" in again
+
+
+def test_the_result_comes_first(tmp_path, results):
+    """One row with all that it has to be read with; or why there is none."""
+    rows = results["free_energy"] | {"two_sided": {"value": 1.3, "std_error": 0.1, "interval": (1.1, 1.5)}}
+    given = {"temperature": "300 K", "energy": "amber99sbildn.xml", "seed": "7", "data": "a folder", "solver": "heun"}
+    energies = {"weighted samples": {"value": -20.0, "std_error": 0.5}, "MD": {"value": -23.0, "std_error": np.nan}}
+    results |= {"free_energy": rows, "settings": given, "mean_energy": energies, "headline": Headline("two_sided")}
+    first = write_report(tmp_path, results, {}).read_text().split("## Free-energy")[0]
+    for expected in (
+        "**ΔF = 1.30 ± 0.10 kT**, 95% interval [1.10, 1.50]: two-sided estimate (BAR)",
+        "-0.20 from the reference.",
+        "- ⟨u⟩ = -20.00 ± 0.50 kT (weighted samples), -23.00 kT (MD, not reliable).",
+        "- Of temperature 300 K; energy amber99sbildn.xml; seed 7; data a folder.",
+    ):
+        assert expected in first
+    assert "ΔF = 1.30 ± 0.10 kT" in summary_table(results)
+    for none, why in (
+        (Headline(), "none has a total error and is reliable"),
+        (
+            Headline(apart=("two_sided", "exact")),
+            "draws and data and exact weights are more than three joint standard errors",
+        ),
+    ):
+        text = write_report(tmp_path, results | {"headline": none}, {}).read_text()
+        assert "**No ΔF of this run can be relied on**" in text
+        assert why in text
+    text = write_report(tmp_path, {"members": {"AC": results}, "settings": given}, {}).read_text()
+    assert "- AC: **ΔF = 1.30 ± 0.10 kT**" in text
+    assert text.count("seed 7") == 1
 
 
 def test_a_member_alone_has_the_same_rows(tmp_path):

@@ -34,7 +34,7 @@ def script(name, *arguments, timeout=300):
 def test_a_run_leaves_its_report_figures_and_samples(tiny_run):
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     assert metrics["timing"]["exact_per_sample"] > metrics["timing"]["ebm_per_sample"]
-    assert {"ebm", "corrected", "exact", "unweighted"} <= set(metrics["free_energy"])
+    assert {"ebm", "two_sided", "corrected", "exact", "unweighted"} <= set(metrics["free_energy"])
     assert "T-W2 (rad)" in metrics["distances"]
     for name in ("ramachandran", "energy_histograms", "profile", "learning_curves", "weights", "likelihood"):
         assert (tiny_run / "figures" / f"{name}.png").stat().st_size > 5000

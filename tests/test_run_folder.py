@@ -30,6 +30,7 @@ def test_stages_are_booked_and_marked(tmp_path):
     record = again.stages["flow"]
     assert record["samples"] == 7
     assert 0.05 <= record["seconds"] < 5
+    assert 0 <= record["cpu_seconds"] < 5
     assert 10 < record["peak_memory"] <= peak_memory()
     assert again.config == {"seed": 1, "size": 4, "double": 4}
     assert again.system == "aldp"

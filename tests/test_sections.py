@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from boltznce import WeightedSamples, load_system
 from boltznce.data.dataset import Dataset
 from boltznce.methods import sections
-from boltznce.methods.findings import Data, Findings
+from boltznce.methods.findings import Data, ExactSubset, Findings
 from boltznce.methods.views import views_of
 
 
@@ -52,3 +52,48 @@ def test_without_data_or_a_state_sections_are_shorter(found):
     for section in set(sections.COMMON) - {sections.mode_weights}:  # whose modes are the two sides of the state
         assert "free_energy" not in section(stateless).results
     assert sections.costs(stateless).results == {"timing": {"draw_per_sample": 1e-3}}
+
+
+def test_the_two_sided_row_is_that_of_exact_likelihoods_of_both_sides(found):
+    """Here of an exact flow: ΔF is that of its populations, and the frames add nothing but noise."""
+    assert "two_sided" not in sections.free_energies(found).results["free_energy"]
+    frames = found.data.frames
+    log_prob = found.system.log_prob(torch.from_numpy(frames.positions)).numpy()
+    index = np.arange(0, 300, 2).repeat(2)
+    for more in (
+        {"frames_log_prob": log_prob},
+        {"subsets": {"frames": ExactSubset(index, log_prob[index])}},
+    ):
+        known = replace(found, **more)
+        part = sections.free_energies(known)
+        row = part.results["free_energy"]["two_sided"]
+        assert row.value == pytest.approx(part.results["free_energy"]["unweighted"].value, abs=1e-4)
+        assert row.std_error == pytest.approx(part.results["free_energy"]["unweighted"].std_error, rel=0.3)
+        assert row.missed_state == row.missed_rest == 0
+        assert "Of the data that no flow was trained on, 0.0% in the state" in part.notes[0]
+    assert row.n_state + row.n_rest == 400 + 150
+    one_side = replace(found.data, frames=frames.take(~found.system.state.contains(frames.positions[:, 0, 0])))
+    assert replace(known, data=one_side, frames_log_prob=np.zeros(len(one_side.frames))).sides is None
+
+
+def test_mean_energies_are_weighted_and_their_errors_counted_by_groups(found):
+    row = sections.mean_energies(found).results["mean_energy"]
+    u, weights = found.samples.energy, found.samples.weights
+    mean = (weights * u).sum()
+    error = np.sqrt((weights**2 * (u - mean) ** 2).sum())
+    assert row["weighted samples"] == {"value": pytest.approx(mean), "std_error": pytest.approx(error)}
+    assert row["weighted samples"]["value"] == pytest.approx(row["data"]["value"], abs=0.4)
+    lost = replace(found.samples, energy=np.append(u[:-1], np.inf), log_weights=np.append(0 * u[:-1], -np.inf))
+    row = sections.mean_energies(replace(found, samples=lost)).results["mean_energy"]
+    assert row["weighted samples"]["value"] == pytest.approx(u[:-1].mean())
+
+
+def test_what_of_the_frames_is_independent(found):
+    def n_groups(**changed):
+        data = replace(found.data, frames=replace(found.data.frames, **changed))
+        return len(np.unique(replace(found, data=data).frame_groups))
+
+    assert n_groups() == 300  # exact draws
+    assert n_groups(meta={"cpu_seconds": 1.0}) == 40  # two trajectories of 20 blocks
+    many = {"window": np.arange(300) // 3, "repeat": np.zeros(300)}
+    assert n_groups(meta={"cpu_seconds": 1.0}, **many) == 100

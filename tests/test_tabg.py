@@ -20,7 +20,7 @@ from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.methods import density, tabg
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
+from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained
 from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric

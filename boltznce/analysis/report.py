@@ -13,10 +13,14 @@ made         {right_graph, kept, mirrored, reordered, turned}: shares of the dra
              chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share with a peptide
              bond turned
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
-free_energy  {"reference" | "ebm" | "corrected" | "exact" | "unweighted": {value, std_error, interval, ...}} in kT,
-             fields of FreeEnergyDifference, or of CorrectedFreeEnergyDifference for "corrected" (its interval is
-             *total*); any other key is a row of that name. ``reliable=False`` (default True) hides the interval
-headline     the key of ``free_energy`` that the table of members shows; ``error``: its distance from the reference, kT
+free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unweighted": {value, std_error, interval,
+             ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
+             CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
+             ``reliable=False`` (default True) hides the interval
+headline     {row, apart}: the key of ``free_energy`` that comes first, or the two that disagree, see `choose_headline`
+weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
+mean_energy  {whose: {value, std_error}} of the reduced energy, kT; no error (NaN) where it cannot be relied on
+ebm_bias     {value, std_error} of ΔF by the EBM's weights less that by exact ones, kT
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
@@ -26,9 +30,11 @@ likelihood   the fields of LikelihoodAgreement
 density      the fields of DensityErrors
 modes        {whose: [population of each mode]}, the exact ones first
 timing       {"ebm_per_sample": s, "exact_per_sample": s, "stages": {stage: s}}
-md           {speed_up}: CPU time of a simulation for the same ΔF, over that of the samples
+md           {error, md_seconds, flow_seconds, training_seconds, speed_up, speed_up_trained}: CPU time of a simulation
+             that knows ΔF to ``error``, over that of the result, without and with the training
 members      {name: all of this, of one molecule}
-average      means over members: {right_graph, kept, ess, abs_error, speed_up, "<distance>, unweighted" and "weighted"}
+average      means over members: {right_graph, kept, ess, abs_error, speed_up, speed_up_trained,
+             "<distance>, unweighted" and "weighted"}
 notes        [sentence, ...]
 ===========  =========================================================================================================
 """
@@ -51,13 +57,19 @@ MOST_MODES = 12  # of a table of their populations
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
+    "two_sided": "two-sided estimate (BAR) by exact likelihoods of draws and data",
     "corrected": "EBM weights, corrected by exact likelihoods of a subset",
     "exact": "exact weights",
     "unweighted": "flow, unweighted",
 }
+_GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
+_NO_TOTAL = "of the rows below none has a total error and is reliable"
+_SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
 _SIDES = ("unweighted", "weighted", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
+headline | The result
+
 members | Molecules never trained on: free-energy difference{of_state}
 Shares of the draws with the right bonds, and with the right chirality too, after mending. ΔF in kT, of the weighted
 samples and of the simulation, with its 95% interval by bootstrap. E-W2 (kT) and T-W2 (rad): Wasserstein-2 distances to
@@ -65,8 +77,10 @@ the simulation, without weights → with them (floor: two halves of the simulati
 the difference of the log-likelihoods (kT). Above a Pareto-k of 0.7 no weighted figure of a row can be trusted.
 
 free_energy | Free-energy difference{of_state}
-ΔF = −log P(state)/P(rest), in kT. *Sampling* intervals (95%) hold the noise of the samples, by bootstrap; the *total*
-one also the error of the EBM, measured on exact likelihoods of a subset.
+ΔF = −log P(state)/P(rest), in kT. The result is the row of the smallest error among those that are reliable and whose
+error is total, if no other of these is more than three joint standard errors away. *Sampling* intervals (95%) hold the
+noise of the samples; the *total* ones also the error of the EBM, measured on exact likelihoods of a subset (exact
+weights, and two-sided estimates, have no other).
 
 warnings | Why a figure cannot be relied on, or is missing
 
@@ -99,9 +113,11 @@ modes | Populations of the modes
 energy_cut | Energies above the cut
 
 likelihood | EBM against exact likelihood
-Spread of (EBM − exact) log-likelihood, up to the EBM's constant.
+Spread of (EBM − exact) log-likelihood, up to the EBM's constant; where it is known, what ΔF by the EBM's weights is off
+by: the difference of log⟨exp(EBM − exact)⟩ between state and rest.
 
 timing | Time
+Stages in wall clock, all else in CPU time of all threads and processes (wall clock on a GPU).
 
 counts | Counts
 
@@ -111,6 +127,11 @@ figures | Figures
 
 settings | Settings
 """
+_COSTS = {
+    "flow_seconds": "the result",
+    "training_seconds": "training before it",
+    "md_seconds": "a simulation that knows ΔF as well",
+}
 _DENSITY = {
     "forward_kl": "KL(true ‖ learned)",
     "reverse_kl": "KL(learned ‖ true)",
@@ -156,7 +177,7 @@ def write_report(
 def summary_table(results: Results) -> str:
     """The figures that matter most, as lines for a terminal."""
     results = _plain(results, keep_infinities=True)
-    lines = [_title(results)]
+    lines = [_title(results), *(line.replace("**", "") for line in _headline(results))]
     for rows in filter(None, (_ROWS[key](results) for key in _SUMMARY)):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines.append("")
@@ -179,7 +200,7 @@ def markdown_table(rows: Rows) -> str:
 
 def _report(results: Results, images: Sequence[str]) -> str:
     contents = {key: markdown_table(rows) for key, rows_of in _ROWS.items() if (rows := _rows(rows_of, results))}
-    bullets = {"warnings": _warnings(results), "notes": results.get("notes") or []}
+    bullets = {"headline": _headlines(results), "warnings": _warnings(results), "notes": results.get("notes") or []}
     contents |= {key: "\n".join(f"- {sentence}" for sentence in sentences) for key, sentences in bullets.items()}
     contents["figures"] = "\n\n".join(images)
     of_state = f" of the state {results['state']}" if "state" in results else ""
@@ -202,6 +223,32 @@ def _rows(rows_of: Callable[[Results], Rows], results: Results) -> Rows:
     rows = [[name, *row] for name, table in tables.items() for row in table[1:]]
     header = next((["molecule", *table[0]] for table in tables.values() if table), [])
     return rows_of(results) or _headed(header, rows)
+
+
+def _headlines(results: Results) -> list[str]:
+    """The free energy that comes first, how it was made, and the mean energy; or why there is none."""
+    told = [f"{name}: {line}" for name, member in _items(results, "members") for line in _headline(member)]
+    told = _headline(results) or told
+    settings = [f"{key} {results['settings'][key]}" for key in _GIVEN if key in (results.get("settings") or {})]
+    return [*told, *([f"Of {'; '.join(settings)}."] if told and settings else [])]
+
+
+def _headline(results: Results) -> list[str]:
+    if not (headline := results.get("headline")):
+        return []
+    table, names = results["free_energy"], headline.get("apart") or []
+    if row := table.get(headline.get("row")):
+        text = f"**ΔF = {_value_and_error(row)} kT**, 95% interval {_interval(row)}: "
+        text += _FREE_ENERGY_ROWS[headline["row"]]
+        if (reference := (table.get("reference") or {}).get("value")) is not None:
+            text += f"; {row['value'] - reference:+.2f} from the reference"
+    else:
+        labels = " and ".join(_FREE_ENERGY_ROWS[name] for name in names)
+        why = f"{labels} are more than three joint standard errors apart" if names else _NO_TOTAL
+        text = f"**No ΔF of this run can be relied on**: {why}"
+    numbers = {name: _value_and_error(row) for name, row in _items(results, "mean_energy")}
+    means = [f"{mean} kT ({name}{'' if '±' in mean else ', not reliable'})" for name, mean in numbers.items()]
+    return [f"{text}.", *([f"⟨u⟩ = {', '.join(means)}."] if means else [])]
 
 
 def _warnings(results: Results, whose: str = "") -> Iterator[str]:
@@ -242,7 +289,7 @@ def _member_rows(results: Results) -> Rows:
     members, average = results.get("members") or {}, results.get("average") or {}
     kinds, shares = ("E-W2 (kT)", "T-W2 (rad)"), {"right_graph": ".1%", "kept": ".1%"}
     header = ["molecule", "bonds right", "and chirality", "ESS", "Pareto-k", "ΔF weighted", "ΔF simulation", "error"]
-    header += ["E-W2", "T-W2", "EBM − exact", "speed-up"]
+    header += ["E-W2", "T-W2", "EBM − exact", "speed-up", "with training"]
     rows = []
     for name, member in members.items():
         free_energy = member.get("free_energy") or {}
@@ -252,11 +299,11 @@ def _member_rows(results: Results) -> Rows:
                 name,
                 *_cells(member.get("made"), shares),
                 *_cells(next(iter((member.get("ess") or {}).values()), None), {"ess": ".2%", "pareto_k": ".2f"}),
-                *(_free_energy_cell(free_energy.get(key) or {}) for key in (member.get("headline"), "reference")),
+                *(_free_energy_cell(free_energy.get(key) or {}) for key in (member.get("weighted"), "reference")),
                 _number(member.get("error"), "+.2f"),
                 *(f"{unweighted} → {weighted} ({floor})" for unweighted, weighted, floor in distances),
                 *_cells(member.get("likelihood"), {"std": ".2f"}),
-                *_cells(member.get("md"), {"speed_up": ".3g"}),
+                *_cells(member.get("md"), _SPEED_UPS),
             ]
         )
     if rows and average:
@@ -264,7 +311,7 @@ def _member_rows(results: Results) -> Rows:
         moved = (_cells(average, {f"{kind}, unweighted": ".2f", f"{kind}, weighted": ".2f"}) for kind in kinds)
         row = ["average", *_cells(average, shares | {"ess": ".2%"}), "", "", ""]
         row += ["–" if error == "–" else f"{error} in size", *map(" → ".join, moved), ""]
-        rows.append([*row, *_cells(average, {"speed_up": ".3g"})])
+        rows.append([*row, *_cells(average, _SPEED_UPS)])
     return _headed(header, rows)
 
 
@@ -286,7 +333,7 @@ def _free_energy_rows(results: Results) -> Rows:
         if not (row := table[key]):
             continue
         value, interval = row.get("value"), _interval(row)
-        kind = "" if interval == "–" else "total" if key == "corrected" else "sampling"
+        kind = "" if interval == "–" else "total" if key in ("two_sided", "corrected", "exact") else "sampling"
         no_difference = key == "reference" or reference is None
         off = "" if no_difference else _number(None if value is None else value - reference, "+.2f")
         seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""
@@ -359,6 +406,9 @@ def _likelihood_rows(results: Results) -> Rows:
     spread = " ± ".join(_cells(table, {"std": ".2f", "std_error": ".2f"}))
     first = ["all", *_cells(table, {"n": "d"}), spread, *_cells(table, {"pearson_r": ".3f", "slope": ".2f"})]
     states = [[name, *_cells(row, {"n": "d", "std": ".2f"}), "", ""] for name, row in _items(table, "per_state")]
+    if bias := results.get("ebm_bias"):
+        off = " ± ".join(_cells(bias, {"value": "+.2f", "std_error": ".2f"}))
+        states.append(["state − rest, by weight: Δ of ΔF", "", off, "", ""])
     return [["samples in", "n", "std of (EBM − exact) (kT)", "Pearson r", "slope"], first, *states]
 
 
@@ -368,6 +418,9 @@ def _timing_rows(results: Results) -> Rows:
     rows = [[f"{name} likelihood, per sample", _seconds(s)] for name, s in likelihoods.items() if s is not None]
     if all(likelihoods.values()):
         rows.append(["exact / EBM likelihood", f"{likelihoods['exact'] / likelihoods['EBM']:.0f} times"])
+    if md := results.get("md"):
+        rows += [[what, _seconds(md[key])] for key, what in _COSTS.items()]
+        rows.append(["speed-up; with the training", "; ".join(_cells(md, _SPEED_UPS))])
     rows += [[stage, _seconds(seconds)] for stage, seconds in _items(table, "stages")]
     return _headed(["what", "time"], rows)
 
@@ -438,6 +491,10 @@ def _interval(row: Results) -> str:
 
 def _mean(entry: float | Results | None) -> float | None:
     return entry.get("mean") if isinstance(entry, dict) else entry
+
+
+def _value_and_error(row: Results) -> str:
+    return " ± ".join(cell for cell in _cells(row, {"value": ".2f", "std_error": ".2f"}) if cell != "–")
 
 
 def _mean_and_std(entry: float | Results | None) -> str:

@@ -33,7 +33,7 @@ def measure_network(
     min_seconds: float = 1.0,
     seed: int = 0,
 ) -> list[dict]:
-    """One row a network and kind: ms a step on padded batches and on the same rows in batches of equal sizes.
+    """One row a network and kind: ms a step (`Timing.work`) on padded batches and on the same rows in equal sizes.
 
     Args:
         family: ``system``, the name of a family of peptides, and settings in place of its own; its training peptides
@@ -63,11 +63,11 @@ def measure_network(
                 for n, k in examples.items():
                     molecules = Molecules.stack(features, [k] * batch_size, n).to(device)
                     x = torch.from_numpy(positions[k]).to(device)
-                    equal[n] = time_call(partial(calls[kind], x, molecules), min_seconds).median
+                    equal[n] = time_call(partial(calls[kind], x, molecules), min_seconds).work
                 times, expected = [], []
                 for x, molecules in padded:
                     x, molecules = x.to(device), molecules.to(device)
-                    times.append(time_call(partial(calls[kind], x, molecules), min_seconds).median)
+                    times.append(time_call(partial(calls[kind], x, molecules), min_seconds).work)
                     expected.append(np.mean([equal[n] for n in molecules.n_atoms.tolist()]))
                 share = 1 - sum(int(m.n_atoms.sum()) for _, m in padded) / sum(m.mask.numel() for _, m in padded)
                 rows.append(

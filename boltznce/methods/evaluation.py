@@ -3,8 +3,7 @@
 Fresh weighted samples of every member to test, exact likelihoods of some, and what they cost.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,26 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.free_energy import choose_subset
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
-from boltznce.errors import UserError
+from boltznce.clock import clock_of
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
-from boltznce.methods.models import FlowGenerator
+from boltznce.methods.findings import held_out_data
+from boltznce.methods.isomers import allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
-__all__ = ["allowed_conformers", "evaluate", "exact_likelihoods", "excluded_conformers", "require_some_left"]
+__all__ = ["evaluate", "exact_likelihoods"]
 
-TURNED = "peptide bond turned"
 SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are drawn, and the setting that says how many
 
 
 def evaluate(work: Workspace) -> dict:
-    """Draw weighted samples of every member to test; give two subsets exact likelihoods, where weights are an EBM's.
+    """Draw weighted samples of every member to test; give exact likelihoods to some of them, and to some of the data.
 
-    The subset drawn uniformly (as many in the state as in the rest) measures how far EBM and exact likelihood are
-    apart; that drawn by weight, with repeats, corrects the free energy.
+    Where weights are an EBM's, to two subsets of the draws: that drawn uniformly (as many in the state as in the rest)
+    measures how far EBM and exact likelihood are apart, and is the flow's side of the two-sided free energy; that drawn
+    by weight, with repeats, corrects the free energy. Frames of the data (drawn by weight, as many in the state) are
+    the other side.
     """
     tests = work.system.members("test")
     return {
@@ -49,63 +50,49 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     excluded = excluded_conformers(member, samples.positions)
     require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
     seconds = {"draw": _seconds_per_draw(generator, likelihood, work.generator("timing", member))}
-    if likelihood != "ebm":
-        return seconds
     conformers = samples[allowed_conformers(excluded, len(samples))]
-    rng = work.numpy_generator("exact subset", member)
-    for drawn_by, count in SUBSETS.items():
-        subset = _subset(member, conformers, section[count], rng, drawn_by)
-        unique = np.unique(subset)
-        folder = work.samples(f"exact_{drawn_by}", member)
-        if len(unique):
-            work.folder.leave(folder)
-            seconds.setdefault("exact", exact_likelihoods(generator, conformers, unique, folder) / len(unique))
-            with atomic_file(work.folder.leave(folder / "subset.npy")) as path, open(path, "wb") as handle:
-                np.save(handle, subset)
-    x = torch.from_numpy(np.array(conformers.positions[:4096])).to(work.device)
-    seconds["ebm"] = _seconds(lambda: generator.ebm.log_prob_in_batches(x)) / len(x)
+    if likelihood == "ebm":
+        rng = work.numpy_generator("exact subset", member)
+        for drawn_by, count in SUBSETS.items():
+            subset = _subset(member, conformers, section[count], rng, drawn_by)
+            seconds |= _exact(work, member, f"exact_{drawn_by}", conformers, subset)
+        x = torch.from_numpy(np.array(conformers.positions[:4096])).to(work.device)
+        generator.ebm.log_prob_in_batches(x[:8])
+        seconds["ebm"] = _timed(lambda: generator.ebm.log_prob_in_batches(x), work.device)[1] / len(x)
+    if section.get("n_frames"):
+        frames, subset = _frames(work, member, generator.system)
+        seconds |= _exact(work, member, "exact_frames", frames, subset)
     return seconds
 
 
-def excluded_conformers(system: System, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks (n,) of other isomers than the structure is, which no simulation at 300 K turns into it, by why.
-
-    Figures are conditional on the structure's own cis and trans peptide bonds and stereocentres.
-    """
-    x, masks = torch.from_numpy(np.array(positions)), {}
-    if system.omegas:
-        masks[TURNED] = (system.isomers(x) < 0).any(dim=1).numpy()
-    if system.stereocentres:
-        masks["inverted stereocentre"] = (system.chirality(x) < 0).any(dim=1).numpy()
-    return masks
+def _frames(work: Workspace, member: System, system: System) -> tuple[WeightedSamples | None, np.ndarray]:
+    """The data that no flow was trained on, and which of them get exact likelihoods: none, if a side has none."""
+    data, _ = held_out_data(work, member, system)
+    if data is None or system.state is None:
+        return None, np.empty(0, dtype=np.int64)
+    frames, n = data.frames, work.config.evaluation.n_frames
+    frames = WeightedSamples(frames.positions, frames.energies, np.zeros(len(frames)), frames.log_weights)
+    subset = _subset(system, frames, n, work.numpy_generator("exact frames", member), "weights")
+    return frames, subset if len(subset) == 2 * (n // 2) else subset[:0]
 
 
-def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray:
-    """Mask (n,) of what no mask of `excluded_conformers` holds."""
-    return ~np.any([np.zeros(n, dtype=bool), *excluded.values()], axis=0)
+def _exact(
+    work: Workspace, member: System, name: str, samples: WeightedSamples | None, subset: np.ndarray
+) -> dict[str, float]:
+    """Leave exact likelihoods of a subset, with repeats, in ``samples/<name>``; returns the seconds a likelihood."""
+    unique, folder = np.unique(subset), work.samples(name, member)
+    if not len(unique):
+        return {}
+    work.folder.leave(folder)
+    seconds = exact_likelihoods(work.models.of(member), samples, unique, folder, clock_of(work.device)) / len(unique)
+    with atomic_file(work.folder.leave(folder / "subset.npy")) as path, open(path, "wb") as handle:
+        np.save(handle, subset)
+    return {"exact": seconds}
 
 
-def require_some_left(
-    system: System,
-    excluded: Mapping[str, np.ndarray],
-    n: int,
-    what: str,
-    remedy: str,
-    weights: np.ndarray | None = None,
+def exact_likelihoods(
+    generator: Generator, samples: WeightedSamples, subset: np.ndarray, folder: Path, clock: Callable[[], float]
 ) -> float:
-    """The share by ``weights`` (n,) that no mask excludes; UserError, with its ``remedy``, where nothing is left."""
-    kept = allowed_conformers(excluded, n)
-    share = float(np.average(kept, weights=weights))
-    if not share > 0:
-        reasons = " or ".join(why for why, mask in excluded.items() if mask.any())
-        raise UserError(
-            f"All {n} {what} of {system.name} are other isomers than its structure ({reasons}), so that nothing is "
-            f"left to report on: {remedy}."
-        )
-    return share
-
-
-def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset: np.ndarray, folder: Path) -> float:
     """Save samples with exact log-likelihoods, batch by batch (a killed call goes on); returns the seconds taken."""
     if not (folder / "meta.yaml").exists():
         size = generator.batch_size("exact")
@@ -113,9 +100,9 @@ def exact_likelihoods(generator: FlowGenerator, samples: WeightedSamples, subset
         writer = WeightedSamplesWriter(folder, generator.system.topology, meta)
         for start in range(writer.n_written, len(subset), size):
             part = samples[subset[start : start + size]]
-            begun = time.perf_counter()
+            begun = clock()
             log_prob = generator.log_prob(torch.from_numpy(np.array(part.positions))).cpu().numpy()
-            milliseconds = round(1000 * (time.perf_counter() - begun))
+            milliseconds = round(1000 * (clock() - begun))
             writer.append(part.positions, part.energy, log_prob, counts={"milliseconds": milliseconds})
         writer.finish()
     return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
@@ -131,18 +118,16 @@ def _subset(system: System, samples: WeightedSamples, n: int, rng: np.random.Gen
 
 
 def _seconds_per_draw(generator: Generator, likelihood: str, numbers: torch.Generator) -> float:
-    """CPU seconds a kept sample of one batch, all threads together (wall clock where there is a GPU)."""
-    clock = time.process_time if numbers.device.type == "cpu" else time.perf_counter
+    """Seconds (see `boltznce.clock`) a kept sample of one batch."""
     n = generator.batch_size(likelihood)
     generator.draw(min(8, n), likelihood, numbers)
+    kept, seconds = _timed(lambda: generator.draw(n, likelihood, numbers).log_prob, numbers.device)
+    return seconds / max(1, len(kept))
+
+
+def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The result of a call, and the seconds that it took."""
+    clock = clock_of(device)
     begun = clock()
-    kept = generator.draw(n, likelihood, numbers).log_prob.cpu()
-    return (clock() - begun) / max(1, len(kept))
-
-
-def _seconds(call: Callable[[], Tensor]) -> float:
-    """Wall-clock seconds of a second call."""
-    call()
-    begun = time.perf_counter()
-    call().cpu()
-    return time.perf_counter() - begun
+    result = call().cpu()
+    return result, clock() - begun

@@ -1,5 +1,6 @@
 """What a report of one system is made from: draws, data and exact likelihoods, loaded, filtered and weighed once."""
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
 from boltznce.analysis.metrics import energy_cut
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.data.dataset import Dataset, boltzmann_indices
 from boltznce.errors import UserError
-from boltznce.methods.evaluation import allowed_conformers, excluded_conformers
+from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.views import View, views_of
 from boltznce.methods.workspace import Workspace
 from boltznce.records import damaged, read_array
@@ -24,9 +26,9 @@ from boltznce.systems.base import System
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "ExactSubset", "Findings", "gather"]
+__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data"]
 
-MD_BLOCKS = 20  # of time, for the error of a simulation's own ΔF
+MANY_WALKERS, N_BLOCKS = 100, 20  # each independent; else so many blocks of each one's time
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,14 @@ class Data:
         return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
 
     @property
+    def walker(self) -> np.ndarray:
+        """A number (frames,) for the trajectory of each frame: a window or replica of a repeat."""
+        return self.frames.repeat.astype(np.int64) * (int(self.frames.window.max()) + 1) + self.frames.window
+
+    @property
     def walkers(self) -> list[np.ndarray]:
-        """Masks of the frames of each trajectory: a window or replica of a repeat."""
-        frames = self.frames
-        walkers = frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
-        return [walkers == walker for walker in np.unique(walkers)]
+        """Masks of the frames of each trajectory."""
+        return [self.walker == walker for walker in np.unique(self.walker)]
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,13 @@ class Findings:
     Attributes:
         drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
         values: of the state's coordinate, (samples,); None without a state.
-        subsets: exact likelihoods of samples drawn uniformly, and by weight.
+        subsets: exact likelihoods of samples drawn uniformly, and by weight, and of the data's frames by theirs.
         seconds: a sample, of each kind of work.
         settings: the config's section ``evaluation``; ``seed``: of bootstraps and subsets.
         notes: sentences on how the samples were made.
         flows: (temperature, draws) at other temperatures; ``steps``: records of the annealing between them.
         frames_log_prob: exact log q of the data's frames, where it costs little.
+        training_seconds: spent before the evaluation, the simulation of the data that were trained on among them.
     """
 
     system: System
@@ -108,6 +114,7 @@ class Findings:
     flows: tuple[tuple[float, WeightedSamples], ...] = ()
     steps: tuple[Mapping, ...] = ()
     frames_log_prob: np.ndarray | None = None
+    training_seconds: float = 0.0
 
     @property
     def likelihood(self) -> str:
@@ -122,6 +129,43 @@ class Findings:
     def correction(self) -> ExactSubset | None:
         return self.subsets.get("weights")
 
+    @cached_property
+    def sides(self) -> tuple[ExactSubset, ExactSubset, np.ndarray] | None:
+        """Of draws (at random in each state) and of the data's frames exact likelihoods, with the frames' log weights.
+
+        None where one of them is not known, or either state has no frames.
+        """
+        draws, frames = self.exact, self.subsets.get("frames")
+        if self.likelihood == "exact":
+            draws = ExactSubset(np.arange(len(self.samples)), self.samples.log_prob)
+        if self.data is None or draws is None or self.system.state is None:
+            return None
+        if self.frames_log_prob is not None:
+            frames = ExactSubset(np.arange(len(self.data.frames)), self.frames_log_prob)
+            log_weights = self.data.frames.log_weights
+        elif frames is not None:
+            index, first, repeats = np.unique(frames.index, return_index=True, return_counts=True)
+            frames, log_weights = ExactSubset(index, frames.log_prob[first]), np.log(repeats)
+        else:
+            return None
+        inside = self.system.state.contains(self.coordinate(self.data.frames.positions[frames.index]))
+        return (draws, frames, log_weights) if inside.any() and not inside.all() else None
+
+    @cached_property
+    def frame_groups(self) -> np.ndarray:
+        """A number (frames,) for what two-sided estimates take for independent: many walkers, or blocks of few's time.
+
+        Frames need not have changed states, only what surrounds them in one: blocks may be short. Exact draws all are
+        independent.
+        """
+        frames, walker = self.data.frames, self.data.walker
+        if self.system.exact and not frames.meta.get("cpu_seconds"):
+            return np.arange(len(frames))
+        if len(np.unique(walker)) >= MANY_WALKERS:
+            return walker
+        edges = np.linspace(frames.time[0], frames.time[-1], N_BLOCKS + 1)[1:-1]
+        return walker * N_BLOCKS + np.searchsorted(edges, frames.time)
+
     @property
     def bootstrap(self) -> dict:
         return {"n_bootstrap": self.settings.n_bootstrap, "seed": self.seed}
@@ -134,16 +178,24 @@ class Findings:
 
     @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
-        """ΔF of a simulation that needs no weights, its error by bootstrap over blocks; None of any other data."""
-        if self.system.state is None or self.data is None or not self.data.is_time_series:
+        """ΔF of a simulation, its error by what is independent in it; None of data whose errors are not known."""
+        if self.md_units is None:
             return None
-        values, state = self.coordinate(self.data.frames.positions), self.system.state.interval
-        return free_energy_difference(values, None, state, n_blocks=self.md_blocks, **self.bootstrap)
+        values, log_weights = self.coordinate(self.data.frames.positions), self.data.frames.log_weights
+        return free_energy_difference(values, log_weights, self.system.state.interval, walkers=self.md_units)
 
-    @property
-    def md_blocks(self) -> int:
-        """Of the bootstrap over a simulation, whose frames are no independent draws."""
-        return min(MD_BLOCKS, len(self.data.frames) // 2)
+    @cached_property
+    def md_units(self) -> np.ndarray | None:
+        """A number (frames,) for what visits states independently in a simulation: blocks of time, or many walkers.
+
+        None of windows of umbrella sampling, say, whose weights have errors in common.
+        """
+        if self.system.state is None or self.data is None or not self.data.frames.meta.get("cpu_seconds"):
+            return None
+        if self.data.is_time_series:
+            inside = self.system.state.contains(self.coordinate(self.data.frames.positions))
+            return time_blocks(inside, self.data.walker)
+        return self.data.walker if len(self.data.walkers) >= MANY_WALKERS else None
 
     @property
     def inside(self) -> np.ndarray:
@@ -183,8 +235,9 @@ def gather(work: Workspace, member: System) -> Findings:
     values = None
     if system.state is not None:
         values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
-    data, missing = _data(work, member, system)
-    subsets = {kind: ExactSubset.load(work.samples(f"exact_{kind}", member)) for kind in ("uniform", "weights")}
+    data, missing = held_out_data(work, member, system)
+    kinds = ("uniform", "weights", "frames")
+    subsets = {kind: ExactSubset.load(work.samples(f"exact_{kind}", member)) for kind in kinds}
     return Findings(
         system,
         views_of(system),
@@ -199,10 +252,19 @@ def gather(work: Workspace, member: System) -> Findings:
         work.config.evaluation,
         work.config.seed,
         (*generator.notes, *missing),
+        training_seconds=_training_seconds(work),
     )
 
 
-def _data(work: Workspace, member: System, system: System) -> tuple[Data | None, tuple[str, ...]]:
+def _training_seconds(work: Workspace) -> float:
+    """Of all stages before the evaluation; of the data, what their simulation took, in whichever run that was."""
+    stages, key = work.folder.stages, "cpu_seconds" if work.device.type == "cpu" else "seconds"
+    before = itertools.takewhile(lambda name: name != "evaluation", stages)
+    spent = sum(stages[name].get(key, np.nan) for name in before if name != "data")
+    return spent + stages.get("data", {}).get("simulation_seconds", 0.0)
+
+
+def held_out_data(work: Workspace, member: System, system: System) -> tuple[Data | None, tuple[str, ...]]:
     """Frames that the flow was not trained on, exact draws where they can be had, or None where there is nothing.
 
     And a sentence where data were there once, or are no data of this run: they are not compared with, and that is all.
@@ -229,6 +291,6 @@ def _data(work: Workspace, member: System, system: System) -> tuple[Data | None,
     kept = frames.take(allowed_conformers(excluded, len(frames)))
     if not len(kept) or not np.isfinite(kept.log_weights).any():
         log.warning("All data of %s are other isomers than its structure: compared with none.", member.name)
-        return None
+        return None, missing
     index = boltzmann_indices(kept.log_weights, min(n, len(kept)), work.numpy_generator("held out", member))
     return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights), missing

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from boltznce.analysis.free_energy import FreeEnergyProfile, free_energy_difference, free_energy_profile
+from boltznce.analysis.free_energy import (
+    FreeEnergyProfile,
+    free_energy_difference,
+    free_energy_profile,
+    judged_by_exact,
+)
 from boltznce.analysis.plotting import plot_profiles
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples
@@ -54,10 +59,9 @@ def write_free_energy(
     profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
     reference = system.reference() if state == own else None
     options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}
+    weighted, likelihood = free_energy_difference(angle, samples.log_weights, **options), samples.meta.get("likelihood")
     free_energy = {
-        samples.meta.get("likelihood", "weighted") + " weights": free_energy_difference(
-            angle, samples.log_weights, **options
-        ),
+        f"{likelihood or 'weighted'} weights": judged_by_exact(weighted) if likelihood == "ebm" else weighted,
         "unweighted": free_energy_difference(angle, None, **options),
     }
     if reference is not None:

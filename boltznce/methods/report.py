@@ -150,6 +150,6 @@ def _average(rows: Sequence[Mapping]) -> dict[str, float]:
     return made | {
         "ess": float(np.mean([next(iter(row["ess"].values()))["ess"] for row in rows])),
         "abs_error": float(np.mean([abs(row.get("error", np.nan)) for row in rows])),
-        "speed_up": mean("md", "speed_up"),
+        **{key: mean("md", key) for key in ("speed_up", "speed_up_trained")},
         **moved,
     }

@@ -8,27 +8,32 @@ import torch
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
-from boltznce.analysis.convergence import frames_for_error
+from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
 from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
+    ebm_bias,
     free_energy_difference,
     free_energy_profile,
+    judged_by_exact,
+    stratified_free_energy_difference,
     stratum_log_weights,
 )
+from boltznce.analysis.headline import choose_headline
 from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agreement, share_above
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
-from boltznce.errors import UserError
-from boltznce.methods.evaluation import TURNED
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.isomers import TURNED
 from boltznce.methods.views import symbol_of
 from boltznce.systems.base import System
 
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
+TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total
+FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
@@ -36,6 +41,17 @@ REAL_SHARE = 0.001  # of the data, that a note is worth
 CONDITIONAL = (
     "All figures are conditional on the structure's own isomer, on both sides: its stereocentres, and each peptide "
     "bond cis or trans as it is there."
+)
+MISSED = (
+    "Of the {} that no flow was trained on, {:.1%} in the state and {:.1%} in the rest lie where the flow has less "
+    "than a hundredth of their density."
+)
+SPEED_UP = (
+    "Speed-up: CPU time (wall clock on a GPU) of a simulation like that of the data until it knows ΔF as well as the "
+    "result does, over that of the samples and exact likelihoods of the result, and of the data where it uses them; "
+    "and the same with the training, and the data for it, counted. As well: the larger of the result's total error and "
+    "its distance to the reference, joined with the error of the reference. Only results and simulations that are "
+    "reliable have one."
 )
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
@@ -92,30 +108,86 @@ def free_energies(f: Findings) -> Part:
     if f.correction is not None:
         index = f.correction.index
         both = f.samples.log_prob[index], f.correction.log_prob
-        rows["corrected"] = corrected_free_energy_difference(
-            f.values, log_weights, index, *both, interval, "weights", **f.bootstrap
-        )
+        rows["corrected"] = corrected_free_energy_difference(f.values, log_weights, index, *both, interval)
     if f.exact is not None:
-        exact_weights = _exact_log_weights(f)
-        rows["exact"] = free_energy_difference(f.values[f.exact.index], exact_weights, interval, **f.bootstrap)
+        exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
+        rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
+    if f.sides is not None:
+        rows["two_sided"] = _two_sided(f)
+    bias = _judged(rows) if f.likelihood == "ebm" else None
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         # its error would be that of slow motions, which so short a simulation does not show
         whole = f.data.whole
         of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2)
         rows[f"data ({f.data_name}), error not estimated"] = {"value": of_data.value}
+    headline, notes = choose_headline({name: rows[name] for name in TOTAL if name in rows}), []
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
+        "ebm_bias": bias,
         "free_energy": rows,
-        "headline": f.likelihood,
+        "headline": headline,
+        "weighted": f.likelihood,
         "error": _error(f, reference),
     }
-    return Part(results, {"profile": _profile(f)})
+    if "two_sided" in rows:
+        notes.append(MISSED.format(f.data_name, rows["two_sided"].missed_state, rows["two_sided"].missed_rest))
+    if (costs := _speed_up(f, rows, headline.row)) is not None:
+        results["md"] = costs
+        notes.append(SPEED_UP)
+    return Part(results, {"profile": _profile(f)}, tuple(notes))
+
+
+def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
+    """What the result cost, and a simulation that knows ΔF as well; None where one of them cannot be relied on."""
+    md, reference = f.md_difference, rows.get("reference")
+    if row is None or md is None or not md.reliable:
+        return None
+    off = abs(rows[row].value - _value(reference, "value"))
+    error = float(np.hypot(max(off, rows[row].std_error), _value(reference, "std_error")))
+    simulated, share = f.data.whole.meta["cpu_seconds"], len(f.data.log_weights) / len(f.data.whole)
+    likelihoods = {"two_sided": ("uniform", "frames"), "corrected": ("weights",), "exact": ("uniform",)}[row]
+    n = sum(len(np.unique(f.subsets[kind].index)) for kind in likelihoods if kind in f.subsets)
+    spent, training = f.seconds["draw"] * len(f.drawn) + f.seconds.get("exact", 0.0) * n, f.training_seconds
+    if row == "two_sided":  # uses the data
+        spent += f.seconds["draw"] * len(f.frames_log_prob if f.frames_log_prob is not None else ())
+        spent, training = spent + simulated, training - (simulated if share < 1 else 0.0)
+    md_seconds = simulated * share * (md.std_error / error) ** 2
+    result = {"error": error, "flow_seconds": spent, "training_seconds": training, "md_seconds": md_seconds}
+    return result | {"speed_up": md_seconds / spent, "speed_up_trained": md_seconds / (spent + training)}
+
+
+def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
+    """BAR in each state, between draws and frames whose exact likelihoods are known."""
+    draws, frames, log_weights = f.sides
+    held_out = f.data.frames
+    return two_sided_free_energy_difference(
+        f.values,
+        draws.index,
+        f.samples.energy[draws.index] + draws.log_prob,
+        f.coordinate(held_out.positions[frames.index]),
+        held_out.energies[frames.index] + frames.log_prob,
+        frames_log_weights=log_weights,
+        groups=f.frame_groups[frames.index],
+        state=f.system.state.interval,
+    )
+
+
+def _judged(rows: dict) -> dict | None:
+    """Take the EBM's row for reliable only where exact likelihoods do; the EBM's bias, Δ_state - Δ_rest, by them."""
+    ebm, known = rows["ebm"], [rows[name] for name in ("two_sided", "corrected", "exact") if name in rows]
+    exact = next((row for row in known if row.reliable), known[0] if known else None)
+    rows["ebm"] = judged_by_exact(ebm, exact)
+    return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
+
+
+def _value(row, key: str) -> float:
+    return row[key] if isinstance(row, dict) else getattr(row, key)
 
 
 def _error(f: Findings, reference) -> float:
-    """Of the headline against the reference; NaN where one is unknown, or infinite: a side that was not visited."""
-    known = np.nan if reference is None else reference["value"] if isinstance(reference, dict) else reference.value
+    """Of the weighted samples against the reference; NaN where one is unknown, or infinite: a side not visited."""
+    known = np.nan if reference is None else _value(reference, "value")
     return f.weighted_difference.value - known if np.isfinite([f.weighted_difference.value, known]).all() else np.nan
 
 
@@ -125,8 +197,8 @@ def _profile(f: Findings) -> Figure:
     curves = {"flow, unweighted": None, WEIGHTS[f.likelihood]: f.samples.log_weights}
     reference, whose = reference_profile(f.reference), "reference"
     if reference is None and f.md_difference is not None:
-        values = f.coordinate(f.data.frames.positions)
-        reference, whose = free_energy_profile(values, None, N_BINS, n_blocks=f.md_blocks), f.data_name
+        values, log_weights = f.coordinate(f.data.frames.positions), f.data.frames.log_weights
+        reference, whose = free_energy_profile(values, log_weights, N_BINS, walkers=f.md_units), f.data_name
     return plotting.plot_profiles(
         {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()},
         reference,
@@ -166,6 +238,24 @@ def surfaces(f: Findings) -> Part:
             {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
         )
     return Part({}, figures)
+
+
+def mean_energies(f: Findings) -> Part:
+    """⟨u⟩ of the weighted samples and of the data, with its standard errors: of samples and of walkers, or blocks."""
+    rows = {"weighted samples": _mean(f.samples.energy, f.samples.log_weights, np.arange(len(f.samples)))}
+    if f.data is not None:
+        rows[f.data_name] = _mean(f.data.frames.energies, f.data.frames.log_weights, f.frame_groups)
+    return Part({"mean_energy": rows})
+
+
+def _mean(values: np.ndarray, log_weights: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Of values (n,) by weight, and its error, Σ_g (Σ w (value - mean))² over groups; NaN, if few of them weigh."""
+    weights = normalized_weights(log_weights)
+    some = weights > 0  # energies of the others may be infinite
+    weights, values, groups = weights[some], values[some], np.unique(groups[some], return_inverse=True)[1]
+    mean, few = float(weights @ values), np.square(np.bincount(groups, weights)).sum() > 1 / FEWEST
+    error = np.sqrt(np.square(np.bincount(groups, weights * (values - mean))).sum())
+    return {"value": mean, "std_error": np.nan if few else float(error)}
 
 
 def distances(f: Findings) -> Part:
@@ -266,34 +356,18 @@ def conformers(f: Findings) -> Part:
 
 
 def costs(f: Findings) -> Part:
-    """Seconds a sample; and of a simulation that knows ΔF as well as the samples, where the data are one of known cost.
-
-    It has to come as near as the larger of the samples' distance from its own ΔF and of their error.
-    """
-    timing = {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}
-    md = f.md_difference
-    if md is None:
-        return Part({"timing": timing})
-    weighted = f.weighted_difference
-    known = np.isfinite([weighted.std_error, weighted.value, md.value]).all()
-    error = max(abs(weighted.value - md.value), weighted.std_error) if known else np.nan
-    spent = f.seconds["draw"] * len(f.drawn)
-    result = {"error": error, "flow_seconds": spent, "md_seconds": None, "speed_up": None}
-    frames, inside = f.data.frames, f.system.state.contains(f.coordinate(f.data.frames.positions))
-    series = [inside[mask] for mask in f.data.walkers]
-    length = min(map(len, series))
-    try:
-        n = frames_for_error(np.stack([each[:length] for each in series]), error)
-    except UserError:  # it has seen one side alone
-        n = np.nan
-    if np.isfinite(n):
-        result["md_seconds"] = float(n * frames.meta["cpu_seconds"] / len(frames))
-        result["speed_up"] = result["md_seconds"] / spent
-    note = (
-        "Speed-up: CPU time of a simulation like that of the data, until its ΔF is as exact as that of the flow's "
-        "samples, over the CPU time of these. The training is not counted."
-    )
-    return Part({"timing": timing, "md": result}, {}, (note,))
+    """Seconds of work a sample."""
+    return Part({"timing": {f"{name}_per_sample": seconds for name, seconds in f.seconds.items()}})
 
 
-COMMON = (free_energies, weights, likelihood_of_ebm, distances, mode_weights, conformers, costs, surfaces)
+COMMON = (
+    free_energies,
+    mean_energies,
+    weights,
+    likelihood_of_ebm,
+    distances,
+    mode_weights,
+    conformers,
+    costs,
+    surfaces,
+)

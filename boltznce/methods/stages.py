@@ -17,7 +17,7 @@ from boltznce.data import members
 from boltznce.data.batching import Batches
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.evaluation import excluded_conformers, require_some_left
+from boltznce.methods.isomers import excluded_conformers, require_some_left
 from boltznce.methods.models import load_trained, make, weights_path
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
@@ -49,7 +49,11 @@ def make_data(work: Workspace) -> dict:
     made = members.make_data(work.system, Path(section.folder), simulation=simulation, **how)
     for member in work.system.all_members():
         _check_isomers(member, made[member.name], section.folder)
-    return {"frames": sum(map(len, made.values())), "datasets": {name: data.digest for name, data in made.items()}}
+    return {
+        "frames": sum(map(len, made.values())),
+        "datasets": {name: data.digest for name, data in made.items()},
+        "simulation_seconds": sum(made[m.name].meta.get("cpu_seconds", 0.0) for m in work.system.members("train")),
+    }
 
 
 def _check_isomers(member: System, data: Dataset, folder: str) -> None:

@@ -1,0 +1,81 @@
+"""Bennett's acceptance ratio in each state (tests/test_coverage_bar.py looks at its intervals)."""
+
+import numpy as np
+import pytest
+from pymbar import other_estimators
+from two_sided import FRAMES, KNOWN, estimate
+
+from boltznce import UserError
+from boltznce.analysis.bar import two_sided_free_energy_difference
+
+
+@pytest.mark.parametrize("frames", FRAMES)
+def test_known_answer(frames):
+    found = estimate(np.random.default_rng(0), frames, n_exact=2000, n_frames=2000, n_draws=20_000)
+    assert found.reliable
+    assert 0.02 < found.std_error < 0.08
+    assert abs(found.value - KNOWN) < 3 * found.std_error
+    assert found.interval == pytest.approx([found.value - 1.96 * found.std_error, found.value + 1.96 * found.std_error])
+
+
+def given(rng, n=400):
+    """Angles of draws, log ratios of these and of frames, as many on each side."""
+    angle = np.repeat([1.0, -1.0], n)
+    return angle, rng.normal(1.0, 1.2, 2 * n), rng.normal(-0.5, 1.2, 2 * n)
+
+
+def test_as_pymbar_has_it():
+    """On each side the same free energy and error, the flow's populations beside them."""
+    angle, draws, frames = given(np.random.default_rng(1))
+    found = two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames)
+    sides = [other_estimators.bar(draws[side], -frames[side]) for side in (angle > 0, angle < 0)]
+    assert found.value == pytest.approx(sides[0]["Delta_f"] - sides[1]["Delta_f"], abs=1e-6)
+    variance = sum(side["dDelta_f"] ** 2 for side in sides) + 2 / 400
+    assert found.std_error == pytest.approx(np.sqrt(variance), rel=0.01)
+    twice = two_sided_free_energy_difference(np.append(angle, angle[:400]), np.arange(800), draws, angle, frames)
+    assert twice.value == pytest.approx(found.value - np.log(2))
+
+
+def test_weights_are_repeats_and_groups_are_counted_once():
+    angle, draws, frames = given(np.random.default_rng(2))
+    repeats = np.random.default_rng(3).integers(1, 4, 800)
+    weighted = {"frames_log_weights": np.log(repeats)}
+    one = two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames, **weighted)
+    index = np.repeat(np.arange(800), repeats)
+    other = two_sided_free_energy_difference(angle, np.arange(800), draws, angle[index], frames[index], groups=index)
+    for name in ("value", "std_error", "seen_state", "ess_rest", "overlap_rest"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name))
+    naive = two_sided_free_energy_difference(angle, np.arange(800), draws, angle[index], frames[index])
+    assert naive.std_error < one.std_error
+
+
+def test_what_the_flow_does_not_cover():
+    """Frames without a density of the flow count: their part of the state is missing from its draws."""
+    angle, draws, frames = given(np.random.default_rng(4), n=2000)
+    whole = two_sided_free_energy_difference(angle, np.arange(4000), draws, angle, frames)
+    half, lost = frames.copy(), np.arange(4000) % 2 == 0
+    half[lost & (angle > 0)] = -np.inf
+    draws[:20] = np.inf  # no energy
+    found = two_sided_free_energy_difference(angle, np.arange(4000), draws, angle, half)
+    assert found.value == pytest.approx(whole.value - np.log(2), abs=0.15)
+    assert found.missed_state == pytest.approx(0.5, abs=0.02)
+    assert found.missed_rest < 0.01
+    assert found.overlap_state < whole.overlap_state
+
+
+def test_what_is_not_reliable_and_why():
+    angle, draws, frames = given(np.random.default_rng(5))
+    one_sided = two_sided_free_energy_difference(angle, np.arange(800), draws, angle[400:], frames[400:])
+    assert np.isnan([one_sided.value, one_sided.std_error]).all()
+    assert one_sided.interval is None
+    assert "0.0 draws or independent frames in the state" in one_sided.message
+    apart = two_sided_free_energy_difference(angle, np.arange(800), draws + 8, angle, frames - 8)
+    assert "overlap by 0.00" in apart.message
+    walkers = two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames, groups=np.arange(800) // 20)
+    assert walkers.message.startswith("20.0 draws or independent frames in the state")
+    assert not any(each.reliable for each in (one_sided, apart, walkers))
+    for wrong in ({"groups": np.arange(3)}, {"frames_log_weights": np.zeros(3)}, {"state": (2.0, 1.0)}):
+        with pytest.raises(UserError):
+            two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames, **wrong)
+    with pytest.raises(UserError, match="numbers"):
+        two_sided_free_energy_difference(angle, np.arange(800), np.append(draws[1:], np.nan), angle, frames)
