@@ -9,6 +9,7 @@ import torch
 
 from boltznce.data.dataset import Dataset
 from boltznce.errors import UserError, first_few
+from boltznce.settings import leaves
 from boltznce.systems.base import System
 from boltznce.systems.identity import FORCE_FIELD, differences
 from boltznce.units import GAS_CONSTANT
@@ -72,7 +73,7 @@ def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> d
     """Setting -> (recorded, asked for) of a simulation or of exact draws, where both are known and differ."""
     if not made_here(recorded):
         return {}
-    recorded, asked = _flat(recorded), _flat(asked)
+    recorded, asked = ({name.removeprefix("options."): v for name, v in leaves(each)} for each in (recorded, asked))
     if recorded["method"] != asked["method"]:
         return {"method": (recorded["method"], asked["method"])}
     if asked["method"] != "umbrella":
@@ -84,10 +85,6 @@ def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> d
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Changed settings in words, the first few of them."""
     return first_few([f"{key}: {there}, not {here}" for key, (there, here) in changed.items()])
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "options"} | dict(settings.get("options") or {})
 
 
 def _energies(system: System, x: torch.Tensor) -> np.ndarray:

@@ -229,6 +229,6 @@ def _data(work: Workspace, member: System, system: System) -> tuple[Data | None,
     kept = frames.take(allowed_conformers(excluded, len(frames)))
     if not len(kept) or not np.isfinite(kept.log_weights).any():
         log.warning("All data of %s are other isomers than its structure: compared with none.", member.name)
-        return None
+        return None, missing
     index = boltzmann_indices(kept.log_weights, min(n, len(kept)), work.numpy_generator("held out", member))
     return Data(whole, kept, kept.take(np.sort(index)), excluded, frames.log_weights), missing
