@@ -12,6 +12,7 @@ import torch
 import boltznce as bz
 from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose
+from boltznce.data.matching import require_samples
 from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.free_energy import write_free_energy
@@ -192,6 +193,27 @@ def test_free_energy_of_saved_samples(line, tmp_path, coordinate, state, words):
     assert words in (tmp_path / "report.md").read_text()
     assert len(json.loads((tmp_path / "profile.json").read_text())["free_energy"]) == 72
     assert (tmp_path / "figures" / "profile.png").exists()
+
+
+@pytest.mark.parametrize(("name", "other"), [("gaussians8", {"std": 0.2}), ("double_well", {}), ("aldp", {})])
+def test_samples_of_another_system_give_no_free_energy(line, tmp_path, name, other):
+    with pytest.raises(bz.UserError, match=rf"{line}.* holds samples of another system"):
+        write_free_energy(bz.load_system(name, **other), line / "samples" / "weighted", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_temperature_or_hand_give_no_free_energy(tmp_path):
+    system = bz.load_system("aldp")
+    x = system.positions + 0.002 * torch.randn(40, 22, 3, generator=torch.Generator().manual_seed(0))
+    for positions, at, told in ((x, 310.0, "at 310 K"), (-x, 300.0, "handedness"), (x, 300.0, "")):
+        energy = bz.load_system("aldp", temperature=at).energy(positions).double().numpy()
+        energy[0], meta = np.inf, {"system": "aldp"}
+        bz.WeightedSamples(positions.numpy(), energy, np.zeros(40), meta=meta).save(tmp_path / "samples")
+        if told:
+            with pytest.raises(bz.UserError, match=told):
+                write_free_energy(system, tmp_path / "samples", tmp_path / "out", n_bootstrap=5)
+        else:
+            require_samples(tmp_path, bz.WeightedSamples.load(tmp_path / "samples"), system)
 
 
 def test_data_of_other_settings_are_refused(line, tmp_path):
