@@ -37,9 +37,9 @@ class ExactEnergy(torch.nn.Module):
         return (torch.logsumexp(WEIGHTS.log() - squares / 2, dim=-1) - torch.log(variance.squeeze(-1))).reshape(-1)
 
 
-def train(tmp_path, steps=1200, **kwargs):
+def train(tmp_path, steps=700, **kwargs):
     torch.manual_seed(0)
-    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 2), 1, 2, centred=False, **kwargs)
+    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 1), 1, 2, centred=False, **kwargs)
     settings = FitSettings(steps=steps, lr=5e-3, ema_decay=0.99, validate_every=0, checkpoint_every=10**6)
     fit(
         ebm,
