@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; proce
 
 import pytest
 import torch
+from forks import Forks
 
 from boltznce.run import train_run
 
@@ -41,6 +42,13 @@ TINY = [
     "evaluation.n_bootstrap=50",
     "evaluation.n_torus=100",
 ]
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """What runs scripts, without the seconds that each would take to import."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

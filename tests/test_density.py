@@ -1,9 +1,6 @@
 """method=density and its sweep; and the whole line of BoltzNCE on a system in the plane."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +14,6 @@ from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.free_energy import write_free_energy
 from boltznce.sweep import draw_sweep
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(folder, overrides):
@@ -86,27 +81,18 @@ def test_the_experiment_composes():
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_ends_with_a_figure_and_a_table(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "-m",
-        "experiment=boltznce/fig_toy",
-        "budget=smoke",
-        "threads=1",
-    ]
+def test_the_sweep_ends_with_a_figure_and_a_table(forks, tmp_path):
+    command = ["-m", "experiment=boltznce/fig_toy", "budget=smoke", "threads=1"]
     choices = [
         "objective=nce,both",
         "system=gaussians8,checkerboard",
         "seed=0,1",
         "ebm.fit.steps=3",
-        f"hydra.sweep.dir={tmp_path}",
+        "hydra.sweep.dir=sweep",
     ]
-    done = subprocess.run(
-        [*command, *choices], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "table.json").read_text())
+    done = forks.run("train", *command, *choices, cwd=tmp_path)
+    assert done.status == 0, done.output
+    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
     assert [(row["system"], row["objective"], row["seeds"]) for row in table] == [
         ("gaussians8", "nce", 2),
         ("gaussians8", "both", 2),
@@ -114,15 +100,17 @@ def test_the_sweep_ends_with_a_figure_and_a_table(tmp_path):
         ("checkerboard", "both", 2),
     ]
     values = [
-        json.loads((tmp_path / "gaussians8" / "nce" / f"seed{k}" / "metrics.json").read_text())["density"]["forward_kl"]
+        json.loads((tmp_path / "sweep" / "gaussians8" / "nce" / f"seed{k}" / "metrics.json").read_text())["density"][
+            "forward_kl"
+        ]
         for k in (0, 1)
     ]
     assert table[0]["forward_kl"]["mean"] == pytest.approx(np.mean(values))
     assert table[0]["forward_kl"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert table[0]["leaked_mass"] is None
     assert table[2]["reverse_kl"] is None
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert (tmp_path / "table.md").read_text().strip() in done.stdout
+    assert (tmp_path / "sweep" / "figure.png").stat().st_size > 5000
+    assert (tmp_path / "sweep" / "table.md").read_text().strip() in done.output
 
 
 def test_a_folder_without_runs(tmp_path):
