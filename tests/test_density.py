@@ -26,8 +26,9 @@ def run(folder, overrides):
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """The folder of a finished smoke run of BoltzNCE on eight Gaussians."""
-    data = tmp_path_factory.mktemp("data")
-    return run(tmp_path_factory.mktemp("line"), ["system=gaussians8", "budget=smoke", f"data_dir={data}"])
+    few = ["samples={n_train: 512, n_validation: 128}", "evaluation={n_exact: 64, n_correction: 64}"]
+    words = ["system=gaussians8", "budget=smoke", *few, f"data_dir={tmp_path_factory.mktemp('data')}"]
+    return run(tmp_path_factory.mktemp("line"), words)
 
 
 # ---- errors of a density ---------------------------------------------------------------------------------------------

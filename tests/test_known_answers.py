@@ -450,11 +450,11 @@ MIRROR_WORDS = [
     "flow={n_train: 200, n_validation: 32, batch_size: 32}",
     "flow.fit={steps: 2, validate_every: 2}",
     "flow.solver={method: rk4, steps: 6}",
-    "samples={n_train: 8, n_validation: 4, batch_size: 8, likelihood: exact}",
+    "samples={n_train: 4, n_validation: 2, batch_size: 4, likelihood: exact}",
     "ebm.network.width=16",
-    "ebm.batch_size=16",
+    "ebm.batch_size=4",
     "ebm.fit={steps: 2, validate_every: 2}",
-    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 8, n_exact: 8, n_correction: 2}",
+    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 4, n_exact: 4, n_correction: 2}",
     "evaluation={n_bootstrap: 20, n_torus: 20}",
 ]
 

@@ -40,7 +40,6 @@ class Generator:
     Attributes:
         config: of the run.
         system: whose energy weighs the samples.
-        flow: what draws them.
         likelihoods: those of `LIKELIHOODS` that it has.
         default_likelihood: the one that ``likelihood=auto`` stands for.
         notes: sentences for a report on how its samples are made.
@@ -48,7 +47,6 @@ class Generator:
 
     config: DictConfig
     system: System
-    flow: nn.Module
     likelihoods: Sequence[str] = ("exact", "none")
     default_likelihood: str = "exact"
     notes: tuple[str, ...] = ()
@@ -57,8 +55,8 @@ class Generator:
         """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""
 
     def models(self, likelihood: str) -> Sequence[nn.Module]:
-        """What is trained of it, as far as draws with this likelihood depend on it."""
-        return (self.flow,)
+        """What is trained of it, as far as draws with this likelihood depend on it; saved ones are tied to these."""
+        return ()
 
     def batch_size(self, likelihood: str) -> int:
         """How many to draw at once, unless told otherwise."""
