@@ -14,6 +14,7 @@ import boltznce as bz
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
 from boltznce.flows.solvers import SolverSettings
+from boltznce.methods import findings
 from boltznce.methods.boltznce import STAGES
 from boltznce.methods.models import FlowGenerator, make
 from boltznce.methods.workspace import Workspace, make_fabric
@@ -154,6 +155,15 @@ def test_a_run_whose_data_are_gone_or_others_costs_the_comparison(tiny_run, tmp_
         frames = Dataset.load(data)
         meta = {key: frames.meta[key] for key in ("system", "settings")}
         Dataset.write(tmp_path / "data", np.array(frames.positions), frames.energies, meta=meta)
+
+
+def test_data_that_are_all_other_isomers_are_compared_with_none(tiny_run, monkeypatch, caplog):
+    work = bz.load_run(tiny_run)._work
+    everything = lambda system, x: {"cis peptide bond": np.ones(len(x), dtype=bool)}  # noqa: E731
+    monkeypatch.setattr(findings, "excluded_conformers", everything)
+    data, notes = findings._data(work, work.system, work.system)
+    assert (data, notes) == (None, ())
+    assert "other isomers" in caplog.text
 
 
 def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
