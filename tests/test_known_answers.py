@@ -36,7 +36,7 @@ from openmm import app
 from scipy.stats import norm, vonmises
 from test_simulate import KT, VonMisesWindows
 
-from boltznce.analysis.free_energy import corrected_free_energy_difference
+from boltznce.analysis.free_energy import corrected_free_energy_difference, free_energy_difference
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.annealing import fill_buffer
 from boltznce.checkpoint import save_weights
@@ -665,6 +665,9 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     inside, weights = (angle > 0) & (angle < 2), np.exp(dataset.log_weights)
     assert np.log(weights[~inside].sum() / weights[inside].sum()) == pytest.approx(windows.delta_f(), abs=0.3)
     assert simulate.umbrella_result(dataset, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    for state in ((2.5, 4.0), (-3.8, -2.6), (-1.0, 1.0)):
+        ours = free_energy_difference(angle, dataset.log_weights, state, n_bootstrap=5).value
+        assert simulate.umbrella_result(dataset, state=state, n_blocks=2).delta_f == pytest.approx(ours, abs=0.01)
 
 
 class Table(torch.nn.Module):
