@@ -339,7 +339,7 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
     ours = str(config.get("method", {}).get("_target_", "boltznce.")).startswith("boltznce.")
-    for path, value in leaves(config):
+    for path, value in _ours(config):
         rule = rule_of(path if "." in path else f"{script}.{path}")
         if rule is not None:
             _hold(rule, path, value)
@@ -349,7 +349,7 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
 
 def without_rule(config: DictConfig, script: str = "train") -> list[str]:
     """Names of the settings of a composed config that `check` lets be anything."""
-    names = [path if "." in path else f"{script}.{path}" for path, _ in leaves(OmegaConf.to_container(config))]
+    names = [path if "." in path else f"{script}.{path}" for path, _ in _ours(OmegaConf.to_container(config))]
     return [name for name in names if rule_of(name) is None]
 
 
@@ -384,20 +384,26 @@ def rule_of(path: str) -> Rule | None:
     return None
 
 
-def leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting, lists as one value; sections that have a rule come before their contents.
+def leaves(
+    node: Mapping[str, Any], path: str = "", enter: Callable[[Mapping[str, Any]], bool] = bool
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting; lists, and sections that are empty or not to ``enter``, as one value.
 
-    What belongs to a class of the user's (``_target_``) and what is missing (???) is left out.
+    >>> dict(leaves({"seed": 0, "fit": {"steps": 3}, "split": {}}))
+    {'seed': 0, 'fit.steps': 3, 'split': {}}
     """
     for key, value in node.items():
         name = f"{path}.{key}" if path else str(key)
-        if value == "???":
-            continue
-        if isinstance(value, Mapping):
-            if str(value.get("_target_", "boltznce.")).startswith(("boltznce.", "???")):
-                yield from leaves(value, name)
+        if isinstance(value, Mapping) and value and enter(value):
+            yield from leaves(value, name, enter)
         else:
             yield name, value
+
+
+def _ours(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The `leaves` of a config, without those that are missing (???) or belong to a class of the user's."""
+    own = leaves(config, enter=lambda node: str(node.get("_target_", "boltznce.")).startswith(("boltznce.", "???")))
+    return ((name, value) for name, value in own if value != "???" and not isinstance(value, Mapping))
 
 
 def _hold(rule: Rule, name: str, value: Any) -> None:

@@ -36,7 +36,7 @@ from openmm import app
 from scipy.stats import norm, vonmises
 from test_simulate import KT, VonMisesWindows
 
-from boltznce.analysis.free_energy import corrected_free_energy_difference
+from boltznce.analysis.free_energy import corrected_free_energy_difference, free_energy_difference
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.annealing import fill_buffer
 from boltznce.checkpoint import save_weights
@@ -477,11 +477,11 @@ MIRROR_WORDS = [
     "flow={n_train: 200, n_validation: 32, batch_size: 32}",
     "flow.fit={steps: 2, validate_every: 2}",
     "flow.solver={method: rk4, steps: 6}",
-    "samples={n_train: 8, n_validation: 4, batch_size: 8, likelihood: exact}",
+    "samples={n_train: 4, n_validation: 2, batch_size: 4, likelihood: exact}",
     "ebm.network.width=16",
-    "ebm.batch_size=16",
+    "ebm.batch_size=4",
     "ebm.fit={steps: 2, validate_every: 2}",
-    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 8, n_exact: 8, n_correction: 2}",
+    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 4, n_exact: 4, n_correction: 2}",
     "evaluation={n_bootstrap: 20, n_torus: 20}",
 ]
 
@@ -693,6 +693,10 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     inside, weights = (angle > 0) & (angle < 2), np.exp(dataset.log_weights)
     assert np.log(weights[~inside].sum() / weights[inside].sum()) == pytest.approx(windows.delta_f(), abs=0.3)
     assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    for state in ((2.5, 4.0), (-3.8, -2.6), (-1.0, 1.0)):
+        ours = free_energy_difference(angle, dataset.log_weights, state, n_bootstrap=5).value
+        system.state = State("phi", state)
+        assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(ours, abs=0.01)
 
 
 class Table(torch.nn.Module):

@@ -404,17 +404,10 @@ def test_structure_is_l_trans_alanine_dipeptide():
         assert app.ForceField(*files).createSystem(pdb.topology).getNumParticles() == 22
 
 
-def test_script_tells_a_mistake_without_a_trace(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "simulate.py"),
-        "duration=0.3",
-        f"data_dir={tmp_path}",
-        "sampling=langevin",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: segment_length=")
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_script_tells_a_mistake_without_a_trace(forks, tmp_path):
+    (tmp_path / "data").mkdir()
+    done = forks.run("simulate", "duration=0.3", "data_dir=data", "sampling=langevin", cwd=tmp_path)
+    assert done.status == 2
+    (told,) = done.told
+    assert told.startswith("Error: segment_length=")
+    assert not list((tmp_path / "data").iterdir())

@@ -22,7 +22,7 @@ from boltznce.methods import density, tabg
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained
-from boltznce.methods.spline_models import make_coordinates, make_spline_flow
+from boltznce.methods.spline_models import SplineGenerator, make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
@@ -139,6 +139,36 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch, objective
     np.testing.assert_allclose(samples.log_weights, -samples.energy - samples.log_prob)
     record = json.loads((tmp_path / "whole" / "annealing" / "01.json").read_text())
     assert record["steps"] == 20
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_samples_go_on_with_no_other_weights(tmp_path, monkeypatch, begun):
+    """Neither finished nor begun draws are taken for those of a flow that has been trained anew."""
+    work = work_in(tmp_path / "run", DoubleWell())
+    generator = SplineGenerator(work.config, work.system, make_spline_flow(work.config, work.system))
+
+    def draw(n_batches=3):
+        def numbers(k):
+            if k == n_batches:
+                raise KeyboardInterrupt
+            return work.generator("samples", index=k)
+
+        return draw_to_folder(generator, tmp_path / "samples", 500, "exact", numbers)
+
+    if begun:
+        with pytest.raises(KeyboardInterrupt):
+            draw(n_batches=1)
+    else:
+        draw()
+    weights = next(generator.flow.parameters())
+    before = weights.detach().clone()
+    with torch.no_grad():
+        weights[..., 0] += 1e-6
+    with pytest.raises(UserError, match="weights"):
+        draw()
+    with torch.no_grad():
+        weights.copy_(before)
+    assert len(draw()) == 500
 
 
 BASELINES = {"forward_kl": "method=forward_kl", "reverse_kl": "experiment=tabg/reverse_kl"}
