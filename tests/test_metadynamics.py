@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from boltznce.config import load_system
-from boltznce.data import metadynamics
+from boltznce.data import metadynamics, plane
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job
 from boltznce.data.fourier_bias import Axis, BiasGroups, FourierBias
 from boltznce.data.metadynamics import MetadynamicsSampler
 from boltznce.data.result import of_walkers, transitions
-from boltznce.data.simulate import jobs_of
+from boltznce.data.simulate import jobs_of, result_of, simulate
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.errors import UserError
 from boltznce.states import State
@@ -225,6 +225,39 @@ def test_exchange_keeps_every_configuration():
     assert len(orders) > 10
 
 
+# ---- in the plane ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["double_well", "mueller_brown", "gaussians8_unequal", "gaussians40", "two_moons"])
+def test_a_system_in_the_plane_is_its_definition(name):
+    system = load_system(name)
+    again = plane.system_of(plane.definition(system))
+    x = system.sample(50, torch.Generator().manual_seed(0))
+    assert (again.energy(x) == system.energy(x)).all()
+    assert again.identity == system.identity
+    for text in ('{"class": "PlaneSystem"}', '{"class": "__doc__"}', "[]"):
+        with pytest.raises(ValueError, match="no system"):
+            plane.system_of(text)
+
+
+def test_double_well_by_metadynamics_is_the_exact_one(tmp_path):
+    system = load_system("double_well")
+    settings = {"duration": 20.0, "bias_duration": 20.0, "segment_length": 10.0, "frame_interval": 0.5}
+    more = {"n_repeats": 1, "n_walkers": 192, "equilibration": 1.0, "timestep": 0.02, "compile": False, "seed": 2}
+    dataset = simulate(system, tmp_path / "well", "metadynamics", **settings, **more, progress=False)
+    assert dataset.positions.shape == (40 * 192, 1, 2)
+    result = result_of(dataset, system)
+    exact = system.reference()
+    assert result.message == ""
+    assert 0.02 < result.delta_f_error < 0.12
+    assert abs(result.delta_f - exact["delta_f"]["value"]) < 3.5 * result.delta_f_error
+    assert result.centres[0] > system.box[0][0]
+    known = np.interp(result.centres, exact["profile"]["phi"], exact["profile"]["f"])
+    low = known < 4.0
+    off = (result.profile - known)[low]
+    assert np.abs(off - off.mean()).mean() < 0.2
+
+
 # ---- analysis -------------------------------------------------------------------------------------------------------
 
 
@@ -243,11 +276,25 @@ def test_error_is_the_spread_between_walkers():
     assert result.checks["transitions a walker"] == 0
 
 
+def test_what_did_not_go_round_is_not_reliable():
+    rng = np.random.default_rng(0)
+    angle = np.tile(np.where(rng.random(50) < 0.5, 1.0, -2.0), 20)
+    columns = (np.tile(np.arange(50), 20), np.repeat(np.arange(1.0, 21.0), 50), np.zeros(1000, dtype=int))
+    stuck = of_walkers({"first": angle}, np.zeros(1000), *columns, state=STATE)
+    assert stuck.message.startswith("walkers went between state and rest 0 times each")
+    moving = np.where(rng.random(1000) < 0.5, 1.0, -2.0)
+    assert of_walkers({"first": moving}, np.zeros(1000), *columns, state=STATE).message == ""
+    drifting = np.where(rng.random(1000) < np.repeat([0.2, 0.8], 500), 1.0, -2.0)
+    assert "half of the time" in of_walkers({"first": drifting}, np.zeros(1000), *columns, state=STATE).message
+
+
 def test_transitions_are_from_core_to_core():
     """What turns back at the edge of a state has not crossed."""
     angle = np.array([1.0, 1.9, 2.1, 1.9, -2.0, 0.1, -0.1, 1.0])
     assert transitions(angle, np.zeros(8, dtype=int), STATE) == 2
     assert transitions(np.repeat(angle, 2), np.tile([0, 1], 8), STATE) == 4
+    x = np.array([1.0, 0.2, -0.2, 1.0, -1.0, -0.2, 1.0])
+    assert transitions(x, np.zeros(7, dtype=int), State("x", (0.0, math.inf)), (-2.0, 2.0)) == 2
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

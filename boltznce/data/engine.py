@@ -22,10 +22,12 @@ import numpy as np
 import openmm
 from filelock import FileLock, Timeout
 
+from boltznce.data.plane import definition, system_of
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged, read_archive, read_array, read_json, sealed
 from boltznce.systems.identity import openmm_digest
+from boltznce.systems.toy import PlaneSystem
 from boltznce.units import GAS_CONSTANT
 
 __all__ = [
@@ -106,9 +108,10 @@ class Job:
             del settings[name]
         return {**settings, "n_repeats": n_repeats}
 
-    def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
+    def save(self, folder: Path, system: openmm.System | PlaneSystem, positions: np.ndarray) -> None:
         """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
-        xml = openmm.XmlSerializer.serialize(system)
+        in_plane = isinstance(system, PlaneSystem)
+        file, text = ("plane.json", definition(system)) if in_plane else ("system.xml", _serialized(system))
         if (folder / "job.json").exists():
             old = Job.load(folder)
             names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
@@ -117,7 +120,7 @@ class Job:
                 for name in names
                 if getattr(self, name) != getattr(old, name)
             ]
-            if not _same_energy(folder / "system.xml", xml):
+            if not _same_energy(folder / file, text):
                 changed.append("another molecule or force field")
             if changed:
                 raise UserError(
@@ -125,9 +128,9 @@ class Job:
                     "delete the folder to start anew, or restore the settings to continue."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("system.xml", xml), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
+        for name, contents in ((file, text), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
             with atomic_file(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(contents, encoding="utf-8")
         if not (folder / "state.npz").exists():  # later only its shape is read
             with atomic_file(folder / "start.npy") as temporary, open(temporary, "wb") as handle:
                 np.save(handle, np.asarray(positions, dtype=np.float64))
@@ -144,10 +147,16 @@ class Job:
             raise damaged(folder / "job.json", "it has other entries than a job", _remedy(folder)) from error
 
 
-def _same_energy(path: Path, xml: str) -> bool:
+def _serialized(system: openmm.System) -> str:
+    return openmm.XmlSerializer.serialize(system)
+
+
+def _same_energy(path: Path, text: str) -> bool:
     """Whether the file has the energy of a serialized System, by whatever version of OpenMM it was written."""
     try:
-        return openmm_digest(path.read_text(encoding="utf-8")) == openmm_digest(xml)
+        if path.suffix == ".json":
+            return path.read_text(encoding="utf-8") == text
+        return openmm_digest(path.read_text(encoding="utf-8")) == openmm_digest(text)
     except (OSError, UnicodeDecodeError, ParseError):
         return False
 
@@ -165,7 +174,7 @@ class Sampler(abc.ABC):
     memory: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @abc.abstractmethod
-    def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
+    def __init__(self, job: Job, system: openmm.System | PlaneSystem, start: np.ndarray) -> None: ...
 
     @abc.abstractmethod
     def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
@@ -238,21 +247,27 @@ def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Start or continue the job of ``folder`` to its end. ``alive`` is called often and may raise to stop the run."""
     folder = Path(folder)
     job = Job.load(folder)
-    try:
-        system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, openmm.OpenMMException) as error:
-        raise damaged(folder / "system.xml", "it cannot be read", _remedy(folder)) from error
+    system = _read_system(folder)
     with _only_process(folder, alive):
         check_frames(folder)  # before anything is cut off or added
         sampler: Sampler = named(SAMPLERS[job.method])(job, system, np.array(_start(folder)))
         try:
-            _run_segments(folder, job, sampler, frame_dtype(system.getNumParticles()), alive)
+            _run_segments(folder, job, sampler, frame_dtype(_start(folder).shape[0]), alive)
         except Unstable as error:
             raise _unstable(folder) from error
         except openmm.OpenMMException as error:
             if "NaN" not in str(error):
                 raise
             raise _unstable(folder) from error
+
+
+def _read_system(folder: Path) -> openmm.System | PlaneSystem:
+    in_plane = (folder / "plane.json").exists()
+    path, read = folder / ("plane.json" if in_plane else "system.xml"), openmm.XmlSerializer.deserialize
+    try:
+        return (system_of if in_plane else read)(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, UserError, openmm.OpenMMException) as error:
+        raise damaged(path, "it cannot be read", _remedy(folder)) from error
 
 
 def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, alive: Callable[[], None]) -> None:

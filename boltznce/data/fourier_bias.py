@@ -18,7 +18,8 @@ class Axis:
     """A coordinate as the bias sees it: an angle θ, whose cosines and sines are the functions of the series.
 
     Args:
-        atoms: four, of a dihedral; two numbers (a, b) in their place: a x + b y of a point in the plane.
+        atoms: four, of a dihedral; of a point in the plane two numbers (a, b) in their place, a x + b y, or none, its
+            polar angle.
         limits: of a coordinate that is no dihedral: θ goes from 0 to π between them, only cosines are used, so that
             hills are reflected at the limits and the bias is flat beyond.
     """
@@ -28,8 +29,9 @@ class Axis:
 
     def values(self, x: Tensor) -> Tensor:
         """The coordinate (K,) of positions (K, n_atoms, dim)."""
-        if self.limits is not None:
-            return x[:, 0, 0] * self.atoms[0] + x[:, 0, 1] * self.atoms[1]
+        if len(self.atoms) < 4:
+            a, b = x[:, 0, 0], x[:, 0, 1]
+            return self.atoms[0] * a + self.atoms[1] * b if self.atoms else torch.atan2(b, a)
         return dihedral_angle(torch.stack([x[:, atom] for atom in self.atoms], dim=1))
 
     def functions(self, values: Tensor, n_terms: int) -> Tensor:

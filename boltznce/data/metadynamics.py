@@ -15,10 +15,11 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype, read_memory
+from boltznce.data.engine import Job, Sampler, Tick, frame_dtype, read_memory
 from boltznce.data.fourier_bias import Axis, BiasGroups, FourierBias
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.data.walkers import OpenMMWalkers
+from boltznce.systems.toy import PlaneSystem
 
 __all__ = ["MetadynamicsSampler", "groups_of", "n_building_segments", "weigh"]
 
@@ -35,9 +36,10 @@ def n_building_segments(job: Job) -> int:
 def groups_of(job: Job, device: torch.device | str = "cpu") -> BiasGroups:
     """The biases of a job, without hills."""
     options = job.options
+    limits = options.get("limits", [[None] * len(one) for one in options["coordinates"]])
     biases = [
-        FourierBias([Axis(tuple(atoms)) for atoms in one], options["n_terms"], options["hill_width"], job.kT, device)
-        for one in options["coordinates"]
+        FourierBias(list(map(Axis, map(tuple, atoms), ends)), options["n_terms"], options["hill_width"], job.kT, device)
+        for atoms, ends in zip(options["coordinates"], limits, strict=True)
     ]
     return BiasGroups(biases, options["n_walkers"])
 
@@ -45,16 +47,17 @@ def groups_of(job: Job, device: torch.device | str = "cpu") -> BiasGroups:
 class MetadynamicsSampler(Sampler):
     """Walkers under a common bias on one or two coordinates, or in groups, each with its own, that exchange places.
 
-    Options: ``coordinates`` (of each bias, four atoms each), ``n_walkers``, ``bias_duration`` (ps a walker in which the
-    biases are built), ``hill_interval`` (ps), ``hill_height`` (kT, of all hills of a round and bias together),
-    ``hill_width`` (rad), ``bias_factor``, ``n_terms`` (of the Fourier series, a coordinate), ``exchange_interval``
-    (ps), ``start_temperature`` (K, of the equilibration, so that side chains begin in all their rotamers).
+    Options: ``coordinates`` (of each bias, four atoms each; in the plane see `Axis`, with ``limits``), ``n_walkers``,
+    ``bias_duration`` (ps a walker in which the biases are built), ``hill_interval`` (ps), ``hill_height`` (kT, of all
+    hills of a round and bias together), ``hill_width`` (rad), ``bias_factor``, ``n_terms`` (of the Fourier series, a
+    coordinate), ``exchange_interval`` (ps), ``start_temperature`` (K, of the equilibration, so that side chains begin
+    in all their rotamers).
 
     In the k-th of K rounds each of n walkers adds a hill of height h / n · exp(-V / (bias_factor - 1)) · min(1, K/4k).
     A frame's window is the trajectory that it is of, however often this changed its group.
     """
 
-    def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
+    def __init__(self, job: Job, system: openmm.System | PlaneSystem, start: np.ndarray):
         self.job, self.system, self.start, self.options = job, system, start, job.options
         self.n_walkers = self.options["n_walkers"]
         self.walkers = TorchWalkers(job, system, np.full(self.n_walkers, job.temperature))
@@ -78,10 +81,13 @@ class MetadynamicsSampler(Sampler):
 
     def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """All walkers from the minimized structure with velocities of their own, hot for the equilibration time."""
-        openmm_walkers = OpenMMWalkers(self.job, openmm.XmlSerializer.clone(self.system), self.walkers.temperatures)
-        x, _ = openmm_walkers.prepare(0, self.start, rng)
-        positions = np.repeat((x - x.mean(0))[None], self.n_walkers, axis=0)
-        spread = np.sqrt(self.job.kT / openmm_walkers.masses)[:, None]
+        x = self.start
+        if not self.walkers.in_plane:
+            by_openmm = OpenMMWalkers(self.job, openmm.XmlSerializer.clone(self.system), self.walkers.temperatures)
+            x, _ = by_openmm.prepare(0, x, rng)
+            x = x - x.mean(0)
+        positions = np.repeat(x[None], self.n_walkers, axis=0)
+        spread = np.sqrt(self.job.kT / self.walkers.masses)[:, None]
         velocities = rng.standard_normal(positions.shape) * spread
         self.walkers.reseed(rng)
         self.walkers.heat(max(1.0, self.options["start_temperature"] / self.job.temperature))
@@ -117,7 +123,8 @@ class MetadynamicsSampler(Sampler):
         self.walkers.energies(x)  # must be finite
         positions[:], velocities[:] = x.cpu().numpy(), v.cpu().numpy()
         frames = frames.ravel()
-        frames["dihedral"] = dihedral_angle(frames["positions"], self.options["coordinates"][0][0])
+        first = self.groups.biases[0].axes[0]
+        frames["dihedral"] = first.values(torch.from_numpy(frames["positions"].astype(np.float64))).numpy()
         return frames
 
     def _add_hills(self, x: Tensor, number: int) -> None:

@@ -31,6 +31,8 @@ def make_reference(system, meta: dict, result: SimulationResult, command: str) -
 
     ``meta`` is that of the dataset and ``command`` the one that makes such a reference.
     """
+    if result.message:
+        raise UserError(f"This result cannot be a reference: {result.message}. Simulate longer (duration).")
     settings = meta["settings"]
     name, state = system.state
     reference = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from boltznce.states import State, in_interval
 __all__ = ["SimulationResult", "of_walkers", "transitions"]
 
 Estimate = tuple[float, float]  # with its standard error
+FEWEST_TRANSITIONS = 1.0  # a walker, between state and rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,26 @@ class SimulationResult:
     others: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
     populations: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
 
+    @property
+    def message(self) -> str:
+        """Why ΔF cannot be relied on, if so: walkers that did not go round, or a drift between halves of the time."""
+        half = self.parts.shape[1] // 2
+        drift = abs(self.parts[:, :half].mean() - self.parts[:, half:].mean())
+        if (crossed := self.checks.get("transitions a walker", np.inf)) < FEWEST_TRANSITIONS:
+            return f"walkers went between state and rest {crossed:.2g} times each (at least {FEWEST_TRANSITIONS:g})"
+        if not np.isfinite(self.delta_f_error) or drift > 4 * 2 * self.delta_f_error:  # a half has √2 of the error
+            return f"the first and the second half of the time differ by {drift:.2f} kT"
+        return ""
+
     def summary(self) -> str:
         """ΔF, how far independent parts of the simulation agree, and the checks."""
         half = self.parts.shape[1] // 2
         halves = ", ".join(f"{row[:half].mean():.2f} and {row[half:].mean():.2f}" for row in self.parts)
         told = "".join(f"; {name}: {value:.3g}" for name, value in self.checks.items())
         others = "".join(f"; ΔF of {name} {value:.2f} ± {error:.2f}" for name, (value, error) in self.others.items())
-        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (halves of each repeat: {halves}{told}{others})"
+        trusted = f", not reliable: {self.message}" if self.message else ""
+        value = f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT{trusted}"
+        return f"{value} (halves of each repeat: {halves}{told}{others})"
 
 
 def of_walkers(
@@ -58,6 +73,7 @@ def of_walkers(
     *,
     state: State,
     pairs: Sequence[Sequence[str]] = (),
+    limits: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     n_bins: int = 72,
     n_parts: int = 4,
     n_bootstrap: int = 500,
@@ -66,7 +82,7 @@ def of_walkers(
     """What weighted frames (n,) of many walkers say, with standard errors by bootstrap over the walkers.
 
     Args:
-        coordinates: (n,) in rad each, by name, that of the state among them.
+        coordinates: (n,) each, by name, that of the state among them: angles in rad, or with ``limits``.
         log_weights: (n,), of one mean in every repeat.
         window, time, repeat: (n,), number of the walker in its repeat, ps, number of the repeat; in order of time.
         pairs: names of coordinates that belong together; the surface is that of the state's pair, and the first of
@@ -88,11 +104,13 @@ def of_walkers(
             return of(table.sum(0)), np.std(of(counts @ table), axis=0, ddof=1)
 
     inside = {name: in_interval(values, state.interval).astype(int) for name, values in coordinates.items()}
+    ends = {name: limits.get(name, (-np.pi, np.pi)) for name in coordinates}
     bins = {
-        name: np.clip(((values + np.pi) / (2 * np.pi) * n_bins).astype(int), 0, n_bins - 1)
-        for name, values in coordinates.items()
+        name: np.clip(((values - low) / (high - low) * n_bins).astype(int), 0, n_bins - 1)
+        for (name, values), (low, high) in zip(coordinates.items(), ends.values(), strict=True)
     }
     own = state.coordinate
+    edges = np.linspace(*ends[own], n_bins + 1)
     delta_f = {name: estimate(sums(each, 2), _minus_log_ratio) for name, each in inside.items()}
     profile = sums(bins[own], n_bins)
     lowest = profile.sum(0).argmax()
@@ -101,7 +119,7 @@ def of_walkers(
     firsts = [pair[0] for pair in pairs]
     return SimulationResult(
         *map(float, delta_f[own]),
-        centres=(np.arange(n_bins) + 0.5) * 2 * np.pi / n_bins - np.pi,
+        centres=(edges[1:] + edges[:-1]) / 2,
         profile=np.where(np.isfinite(shape), shape, np.nan),
         profile_error=np.where(np.isfinite(error), error, np.nan),
         parts=np.array(
@@ -111,7 +129,7 @@ def of_walkers(
             ]
         ),
         checks={
-            "transitions a walker": transitions(coordinates[own], walker, state) / n_walkers,
+            "transitions a walker": transitions(coordinates[own], walker, state, limits.get(own)) / n_walkers,
             "effective share of frames": float(weights.sum() ** 2 / (weights**2).sum() / len(weights)),
         },
         **_surface(next((pair for pair in pairs if own in pair and len(pair) == 2), None), bins, weights, n_bins),
@@ -120,12 +138,22 @@ def of_walkers(
     )
 
 
-def transitions(angle: np.ndarray, walker: np.ndarray, state: State) -> int:
-    """How often walkers went from the middle half of the state to that of the rest or back; frames in order of time."""
-    core = np.zeros(len(angle), dtype=int)
-    for side, (low, high) in ((1, state.interval), (-1, state.rest.interval)):
-        edge = (high - low) / 4
-        core[(angle - low - edge) % (2 * np.pi) < high - low - 2 * edge] = side
+def transitions(values: np.ndarray, walker: np.ndarray, state: State, limits: tuple[float, float] | None = None) -> int:
+    """How often walkers went from the middle half of the state to that of the rest or back; frames in order of time.
+
+    ``limits``: of a coordinate that is no angle, whose state is a half line.
+    """
+    low, high = state.interval
+    if limits is None:
+        intervals = (low, high), (high, low + 2 * np.pi)
+    else:
+        low, high = max(low, limits[0]), min(high, limits[1])
+        intervals = (low, high), (limits[0], low) if low > limits[0] else (high, limits[1])
+    core = np.zeros(len(values), dtype=int)
+    for side, (start, end) in zip((1, -1), intervals, strict=True):
+        inner = values - start - (end - start) / 4
+        inner = inner if limits else inner % (2 * np.pi)
+        core[(inner >= 0) & (inner < (end - start) / 2)] = side
     order = np.argsort(walker, kind="stable")
     order = order[core[order] != 0]
     same = walker[order][1:] == walker[order][:-1]

@@ -33,6 +33,7 @@ from boltznce.data.engine import (
     seconds_spent,
 )
 from boltznce.data.matching import made_here, require_settings, require_system
+from boltznce.data.plane import axis_of
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.result import SimulationResult, of_walkers
 from boltznce.data.umbrella import Ring, largest_gap
@@ -142,8 +143,10 @@ def plan(system, folder: Path, method: str = "auto", **settings: Any) -> Plan:
     n_frames = len(jobs) * job.options.get(RECORDED[job.method], 1) * round(job.duration / job.frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
     folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
+    start = np.zeros((system.n_atoms, 3))
+    start[:, : system.dim] = system.positions
     for job, path in zip(jobs, folders, strict=True):
-        job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
+        job.save(path, system if system.exact else system.openmm_system(), start)
     return Plan(system, folder, jobs, folders)
 
 
@@ -212,8 +215,11 @@ def jobs_of(
     """
     given = dict(locals())  # before there are others
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
-    if system.exact:
-        raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
+    if system.exact and method != "metadynamics":
+        raise UserError(
+            f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly. To see how well "
+            "metadynamics does, set sampling=metadynamics."
+        )
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
@@ -228,10 +234,11 @@ def jobs_of(
     at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers or 1)
     if method == "metadynamics" and engine == "auto":
         engine = "torch"
-    engine = choose_engine(engine, system, at_a_time, compile)
+    if not system.exact:
+        engine = choose_engine(engine, system, at_a_time, compile)
     if method == "metadynamics" and engine != "torch":
         raise UserError("Metadynamics moves all walkers at once by the torch energy: set engine=torch, or sampling.")
-    atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
+    atoms = None if system.exact else _dihedral_atoms(system, dihedral, required=method == "umbrella")
     if method == "metadynamics":
         bias_along = _biases(system, dihedral, bias_along)
         if len({len(one) for one in bias_along}) > 1:
@@ -251,7 +258,7 @@ def jobs_of(
         "langevin": {"n_walkers": n_walkers} if n_walkers not in (None, 1) else {},
         "metadynamics": {
             "bias_along": bias_along,
-            "coordinates": [[_atoms_of(system, name) for name in one] for one in bias_along or ()],
+            **_axes(system, bias_along or ()),
             "n_walkers": n_walkers,
             "bias_duration": bias_duration,
             "hill_interval": hill_interval,
@@ -259,7 +266,7 @@ def jobs_of(
             "hill_width": hill_width,
             "bias_factor": bias_factor,
             "n_terms": n_terms,
-            "start_temperature": start_temperature,
+            "start_temperature": system.temperature if system.exact else start_temperature,
         }
         | ({"exchange_interval": exchange_interval} if len(bias_along or ()) > 1 else {}),
     }
@@ -361,13 +368,13 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
     starts = np.cumsum([0] + [len(f) for f in frames])
     return Dataset.write(
         output,
-        _chunks(frames, starts, order),
+        (chunk[..., : system.dim] for chunk in _chunks(frames, starts, order)),
         columns["energy"][order],
         log_weights=log_weights[order],
         time=columns["time"][order],
         window=columns["window"][order],
         repeat=repeat[order],
-        topology=_pdb(system),
+        topology=None if system.exact else _pdb(system),
         meta={
             "system": system.identity,
             "settings": jobs[0].settings(len(jobs)),
@@ -400,7 +407,8 @@ def result_of(dataset: Dataset, system, **options) -> SimulationResult:
     if settings["method"] == "metadynamics":
         pairs = settings["options"]["bias_along"]
         names = {state.coordinate, *itertools.chain(*pairs)}
-        coordinates = {name: dihedral_angle(dataset.positions, system.dihedrals[name]) for name in names}
+        coordinates = {name: system.coordinate(np.asarray(dataset.positions), name) for name in sorted(names)}
+        options["limits"] = {name: ends for name in names if (ends := system.coordinate_range(name)) is not None}
         result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
         change = max(dataset.meta["bias_change"])
         return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
@@ -411,7 +419,7 @@ def result_of(dataset: Dataset, system, **options) -> SimulationResult:
 
 def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
     """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
-    if sampling not in ("umbrella", "metadynamics"):
+    if sampling not in ("umbrella", "metadynamics", "auto"):
         raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
     if system.state is None:
         raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
@@ -529,6 +537,8 @@ def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[s
         return [list(given)] if isinstance(given[0], str) else [list(each) for each in given]
     if dihedral is not None:
         return [[dihedral]]
+    if system.exact:
+        return [[system.state.coordinate if system.state else "x"]]
     phis = [name for name in system.dihedrals if name.startswith("phi")]
     psis = [name for name in system.dihedrals if name.startswith("psi")]
     if not phis or (system.state and system.state.coordinate not in phis):
@@ -539,6 +549,14 @@ def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[s
         return sorted(psis, key=lambda psi: not axis & set(system.dihedrals[psi][1:3]))[:1]
 
     return [[phi, *beside(phi)] for phi in phis]
+
+
+def _axes(system, bias_along: Sequence[Sequence[str]]) -> dict[str, list]:
+    """What `boltznce.data.fourier_bias.Axis` makes the coordinates of."""
+    if not system.exact:
+        return {"coordinates": [[_atoms_of(system, name) for name in one] for one in bias_along]}
+    axes = [[axis_of(system, name) for name in one] for one in bias_along]
+    return {"coordinates": [[a for a, _ in one] for one in axes], "limits": [[ends for _, ends in one] for one in axes]}
 
 
 def _name_of(system, atoms: Sequence[int] | None) -> str | None:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from boltznce.compiling import wants_compiling
 from boltznce.data.engine import Job, Unstable
+from boltznce.data.plane import PlaneField
 from boltznce.data.walkers import Bias, OpenMMWalkers, heavy_hydrogens
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.fused import energy_and_gradient, fuse
+from boltznce.systems.toy import PlaneSystem
 from boltznce.units import GAS_CONSTANT
 
 __all__ = ["TorchWalkers"]
@@ -31,7 +33,7 @@ class TorchWalkers:
     def __init__(
         self,
         job: Job,
-        system: openmm.System,
+        system: openmm.System | PlaneSystem,
         temperatures: np.ndarray,
         bias: Bias | None = None,
         *,
@@ -40,8 +42,13 @@ class TorchWalkers:
         self.job, self.system, self.temperatures, self.bias = job, system, temperatures, bias
         self.device = _device(job.repeat)
         self.dtype = dtype
-        self.field = TorchForceField(system, compile=False)  # before a bias becomes part of the system
-        masses = self.tensor(heavy_hydrogens(system, job.hydrogen_mass))[:, None]
+        self.in_plane = isinstance(system, PlaneSystem)
+        if self.in_plane:
+            self.field, self.masses = PlaneField(system, job.kT), np.full(1, job.kT)
+        else:
+            self.field = TorchForceField(system, compile=False)  # before a bias becomes part of the system
+            self.masses = heavy_hydrogens(system, job.hydrogen_mass)
+        masses = self.tensor(self.masses)[:, None]
         self.half_step = 0.5 * job.timestep
         self.kick = job.timestep / masses
         self.kept = math.exp(-job.friction * job.timestep)
@@ -76,7 +83,7 @@ class TorchWalkers:
 
     @torch.no_grad()
     def move(self, x: Tensor, v: Tensor, duration: float) -> tuple[Tensor, Tensor]:
-        """Positions, mean-free, and velocities after ``duration`` ps, on the walkers' device."""
+        """Positions, mean-free those of a molecule, and velocities after ``duration`` ps, on the walkers' device."""
         bias = () if self.bias is None else tuple(self.tensor(each) for each in self.bias.parameters)
         if self._kernel is None:
             example = (x, v, torch.zeros_like(x), *bias)
@@ -89,7 +96,7 @@ class TorchWalkers:
             x, v = self._recorded[size](n_steps // size, x, v, *bias)
         else:
             x, v = self._steps(n_steps, x, v, *bias)
-        return x - x.mean(1, keepdim=True), v
+        return x if self.in_plane else x - x.mean(1, keepdim=True), v
 
     def _steps(self, n: int, x: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(n):
