@@ -207,7 +207,7 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "alchemy"}, "choose one of umbrella"),
+        ({"method": "alchemy"}, "choose one of auto, metadynamics, umbrella"),
         ({"dihedral": "chi7"}, "set dihedral .* to one of"),
         ({"frame_interval": 0.3}, "must be a multiple"),
         ({"n_windows": 7}, "even"),
@@ -218,7 +218,11 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
 )
 def test_bad_settings(aldp, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
-        simulate(aldp, tmp_path / "set", **{"duration": 20.0, "n_repeats": 1, "progress": False, **settings})
+        simulate(
+            aldp,
+            tmp_path / "set",
+            **{"method": "umbrella", "duration": 20.0, "n_repeats": 1, "progress": False, **settings},
+        )
     assert not (tmp_path / "set").exists()
 
 
@@ -350,7 +354,7 @@ def test_window_centres_are_even_on_the_circle():
 
 def test_reference_file(aldp, tmp_path):
     dataset = simulate(
-        aldp, tmp_path / "set", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT
+        aldp, tmp_path / "set", "umbrella", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT
     )
     centres = np.linspace(-3, 3, 72)
     result = SimulationResult(
