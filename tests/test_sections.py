@@ -1,6 +1,7 @@
 """Sections of a report where something is missing: a reference, data, a state."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from boltznce import WeightedSamples, load_system
+from boltznce.analysis.free_energy import free_energy_difference
 from boltznce.data.dataset import Dataset
 from boltznce.methods import ladder, sections
 from boltznce.methods.findings import Data, ExactSubset, Findings
@@ -52,6 +54,22 @@ def test_without_data_or_a_state_sections_are_shorter(found):
     for section in set(sections.COMMON) - {sections.mode_weights}:  # whose modes are the two sides of the state
         assert "free_energy" not in section(stateless).results
     assert sections.costs(stateless).results == {"timing": {"draw_per_sample": 1e-3}}
+
+
+def test_the_surface_of_the_reference_stands_beside_the_datas():
+    """As points that have the populations of its profile; for the view over its coordinates alone."""
+    system = load_system("aldp")
+    (view,), reference = views_of(system), system.reference()
+    found = SimpleNamespace(reference=reference, data_name="MD")
+    panels = {"MD": None, "flow": None}
+    more = sections._with_reference(found, view, panels)
+    assert list(more) == ["MD", "reference", "flow"]
+    points, log_weights = more["reference"]
+    ours = free_energy_difference(points[:, 0], log_weights, system.state.interval, n_bootstrap=2).value
+    assert ours == pytest.approx(reference["delta_f"]["value"], abs=0.05)
+    other = replace(view, symbols=("φ2", "ψ2"))
+    assert sections._with_reference(found, other, panels) is panels
+    assert sections._with_reference(SimpleNamespace(reference=None), view, panels) is panels
 
 
 def test_the_two_sided_row_is_that_of_exact_likelihoods_of_both_sides(found):

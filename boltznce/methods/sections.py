@@ -26,7 +26,7 @@ from boltznce.analysis.weights import effective_sample_size, log_importance_weig
 from boltznce.methods.findings import Findings
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.isomers import TURNED
-from boltznce.methods.views import symbol_of
+from boltznce.methods.views import View, symbol_of
 from boltznce.systems.base import System
 
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
@@ -230,7 +230,7 @@ def likelihood_of_ebm(f: Findings) -> Part:
 
 def surfaces(f: Findings) -> Part:
     """Free energy over the two coordinates of every view, and histograms of the energy: data, flow, weighted flow."""
-    figures = {view.figure: view.draw(f.panels(view.points)) for view in f.views}
+    figures = {view.figure: view.draw(_with_reference(f, view, f.panels(view.points))) for view in f.views}
     if f.data is not None:
         energies = [f.data.resampled.energies, f.samples.energy, f.samples.energy]
         panels = zip(f.panels(len).items(), energies, strict=True)
@@ -238,6 +238,21 @@ def surfaces(f: Findings) -> Part:
             {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
         )
     return Part({}, figures)
+
+
+def _with_reference(f: Findings, view: View, panels: dict) -> dict:
+    """The panels, and beside the data's the surface of the shipped reference, if it is over the view's coordinates."""
+    surface = (f.reference or {}).get("surface")
+    if surface is None or tuple(map(symbol_of, surface["coordinates"])) != view.symbols:
+        return panels
+    values = (
+        np.array(surface["f"], dtype=np.float64).repeat(2, axis=0).repeat(2, axis=1)
+    )  # four bins of the figure each
+    centres = (np.arange(len(values)) + 0.5) * 2 * np.pi / len(values) - np.pi
+    points = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    seen = np.isfinite(values).ravel()
+    reference = {"reference": (points[seen], -values.ravel()[seen])}
+    return {title: panels[title] for title in panels if title == f.data_name} | reference | panels
 
 
 def mean_energies(f: Findings) -> Part:
