@@ -9,8 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from boltznce.cli import launch
 from boltznce.config import build
 from boltznce.data.members import simulate_members
-from boltznce.data.reference import REFERENCE_FOLDER, check_reference_place, make_reference, save_reference
-from boltznce.data.simulate import require_reference, result_of
+from boltznce.data.reference import (
+    REFERENCE_FOLDER,
+    check_reference_place,
+    make_reference,
+    require_reference,
+    result_of,
+    save_reference,
+)
 from boltznce.folders import inside
 
 

@@ -21,7 +21,8 @@ from boltznce.config import build, compose, config_dir
 from boltznce.data.dataset import Dataset
 from boltznce.data.matching import require_system
 from boltznce.data.members import load_data, make_data
-from boltznce.data.simulate import plan, require_reference
+from boltznce.data.reference import require_reference
+from boltznce.data.simulate import plan
 from boltznce.methods.provenance import data_in_words, energy_in_words, reference_in_words
 from boltznce.methods.workspace import Workspace
 from boltznce.run_folder import RunFolder

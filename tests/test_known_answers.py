@@ -43,6 +43,7 @@ from boltznce.checkpoint import save_weights
 from boltznce.config import compose
 from boltznce.data import simulate
 from boltznce.data.engine import Job, frame_dtype
+from boltznce.data.reference import result_of
 from boltznce.ebm import EnergyBasedModel
 from boltznce.methods import boltznce, ladder, report, spline_models, stages, tabg
 from boltznce.methods.evaluation import evaluate
@@ -669,7 +670,7 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     for k in range(4):
         topology.addAtom(f"C{k}", app.Element.getBySymbol("C"), residue)
     made_of = {"topology": mdtraj.Topology.from_openmm(topology), "openmm_topology": lambda: topology}
-    made_of |= {"dihedrals": {"phi": (0, 1, 2, 3)}, "state": State("phi", (0.0, 2.0))}
+    made_of |= {"exact": False, "dim": 3, "dihedrals": {"phi": (0, 1, 2, 3)}, "state": State("phi", (0.0, 2.0))}
     system = SimpleNamespace(identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
     folders = []
     for repeat in range(2):
@@ -692,11 +693,11 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     angle = np.arctan2(dataset.positions[:, 3, 1], dataset.positions[:, 3, 0])
     inside, weights = (angle > 0) & (angle < 2), np.exp(dataset.log_weights)
     assert np.log(weights[~inside].sum() / weights[inside].sum()) == pytest.approx(windows.delta_f(), abs=0.3)
-    assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    assert result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
     for state in ((2.5, 4.0), (-3.8, -2.6), (-1.0, 1.0)):
         ours = free_energy_difference(angle, dataset.log_weights, state, n_bootstrap=5).value
         system.state = State("phi", state)
-        assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(ours, abs=0.01)
+        assert result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(ours, abs=0.01)
 
 
 class Table(torch.nn.Module):

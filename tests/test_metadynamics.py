@@ -12,9 +12,11 @@ from boltznce.config import load_system
 from boltznce.data import metadynamics, plane
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job
 from boltznce.data.fourier_bias import Axis, BiasGroups, FourierBias
+from boltznce.data.jobs import jobs_of
 from boltznce.data.metadynamics import MetadynamicsSampler
+from boltznce.data.reference import result_of
 from boltznce.data.result import of_walkers, transitions
-from boltznce.data.simulate import jobs_of, result_of, simulate
+from boltznce.data.simulate import simulate
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.errors import UserError
 from boltznce.states import State
@@ -269,7 +271,7 @@ def test_error_is_the_spread_between_walkers():
     frames = np.tile(angle, n_times)
     window, time = np.tile(np.arange(n_walkers), n_times), np.repeat(np.arange(1.0, n_times + 1), n_walkers)
     zeros = np.zeros(len(frames))
-    result = of_walkers({"first": frames}, zeros, window, time, zeros.astype(int), state=STATE, n_bootstrap=2000)
+    result = of_walkers({"first": frames}, zeros, window, time, zeros.astype(int), state=STATE)
     p = (angle > 0).mean()
     assert result.delta_f == pytest.approx(math.log((1 - p) / p))
     assert result.delta_f_error == pytest.approx(1 / math.sqrt(n_walkers * p * (1 - p)), rel=0.06)

@@ -18,9 +18,9 @@ from openmm import app, unit
 from boltznce.config import load_system
 from boltznce.data import engine
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
-from boltznce.data.reference import REFERENCE_FOLDER, load_reference, make_reference, save_reference
+from boltznce.data.reference import REFERENCE_FOLDER, load_reference, make_reference, result_of, save_reference
 from boltznce.data.result import SimulationResult
-from boltznce.data.simulate import plan, result_of, simulate, working_folder
+from boltznce.data.simulate import plan, simulate, working_folder
 from boltznce.data.umbrella import Ring, analyse, bias_energies, largest_gap, window_centres
 from boltznce.errors import UserError
 from boltznce.units import GAS_CONSTANT

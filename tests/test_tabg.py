@@ -15,7 +15,7 @@ from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
-from boltznce.data.simulate import force_evaluations
+from boltznce.data.jobs import force_evaluations
 from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.methods import density, tabg

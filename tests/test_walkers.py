@@ -11,8 +11,8 @@ from scipy import stats
 
 from boltznce.config import load_system
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
+from boltznce.data.jobs import choose_engine
 from boltznce.data.replica_exchange import ReplicaExchangeSampler
-from boltznce.data.simulate import choose_engine
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.data.umbrella import UmbrellaSampler, bias_energies, window_centres
 from boltznce.data.walkers import ENGINES, OpenMMWalkers, Restraints, make_walkers
@@ -353,7 +353,7 @@ def test_trajectories_of_a_repeat_are_unlike_and_numbered(aldp, tmp_path, engine
 
 def test_engine_is_torch_on_a_gpu_where_the_energy_is(aldp, monkeypatch):
     openmms = load_system("aldp", energy_backend="openmm")
-    monkeypatch.setattr("boltznce.data.simulate.wants_compiling", lambda mode: mode is True)  # there may be no compiler
+    monkeypatch.setattr("boltznce.data.jobs.wants_compiling", lambda mode: mode is True)  # there may be no compiler
     compiled = load_system("aldp", compile=True)
     assert (
         choose_engine("auto", aldp, 24)

@@ -108,7 +108,7 @@ def _exact_settings(n_samples: int | None, seed: int) -> dict[str, Any]:
 
 
 def simulation_settings(system: System | PeptideFamily, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `boltznce.data.simulate.jobs_of`: the given ones in place of the system's own."""
+    """Those of `boltznce.data.jobs.jobs_of`: the given ones in place of the system's own."""
     return {"method": "auto", **system.simulation, **given}
 
 

@@ -1,11 +1,18 @@
 """A reference free energy from a simulation: its contents, and how they are written."""
 
+import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from boltznce.data.result import SimulationResult
+from boltznce.data import umbrella
+from boltznce.data.dataset import Dataset
+from boltznce.data.engine import dihedral_angle
+from boltznce.data.result import SimulationResult, of_walkers
+from boltznce.data.umbrella import ring_of
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
@@ -16,14 +23,55 @@ __all__ = [
     "check_reference_place",
     "load_reference",
     "make_reference",
+    "require_reference",
+    "result_of",
     "save_reference",
 ]
 
 
 METHODS = {
     "umbrella": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
-    "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, bootstrap over walkers",
+    "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, errors by walkers",
 }
+
+
+def result_of(dataset: Dataset, system, **options) -> SimulationResult:
+    """ΔF of the system's state, profile and checks of its dataset, made with a bias.
+
+    ``options`` go to `boltznce.data.umbrella.analyse` or `boltznce.data.result.of_walkers`. Raises UserError for other
+    data, and for umbrella windows along another dihedral than the state's.
+    """
+    settings, state = dataset.meta["settings"], system.state
+    columns = (dataset.window, dataset.time, dataset.repeat)
+    require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
+    if settings["method"] == "metadynamics":
+        pairs = settings["options"]["bias_along"]
+        names = {state.coordinate, *itertools.chain(*pairs)}
+        coordinates = {name: system.coordinate(np.asarray(dataset.positions), name) for name in sorted(names)}
+        options["limits"] = {name: ends for name in names if (ends := system.coordinate_range(name)) is not None}
+        result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
+        change = max(dataset.meta["bias_change"])
+        return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
+    angle = dihedral_angle(dataset.positions, settings["dihedral"])
+    ring = ring_of(settings["options"], settings["temperature"], angle)
+    return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
+
+
+def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
+    """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if sampling not in ("umbrella", "metadynamics", "auto"):
+        raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
+    if system.state is None:
+        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
+    if sampling == "umbrella" and dihedral not in (None, system.state.coordinate):
+        raise UserError(
+            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
+            f"one of {dihedral}, or leave settings.dihedral out."
+        )
+
+
+def _name_of(system, atoms: Sequence[int] | None) -> str | None:
+    return next((name for name, four in system.dihedrals.items() if list(four) == list(atoms or ())), None)
 
 
 def make_reference(system, meta: dict, result: SimulationResult, command: str) -> dict:

@@ -1,11 +1,13 @@
 """What a simulation says of a state: its free energy, a profile, a surface, and how far parts of it agree."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
+from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.weights import effective_sample_size
 from boltznce.states import State, in_interval
 
 __all__ = ["SimulationResult", "of_walkers", "transitions"]
@@ -21,7 +23,7 @@ class SimulationResult:
     Attributes:
         delta_f, delta_f_error: -log(P(state) / P(rest)).
         centres: (n_bins,); ``profile``: (n_bins,), minimum 0, NaN where nothing was seen; ``profile_error``: (n_bins,),
-            of the difference from the minimum.
+            of the difference from the minimum, or of -log p where walkers are independent.
         parts: (n_repeats, n_parts), ΔF of each stretch of time of each repeat by itself.
         checks: figures of whether all was visited, by what they are called.
         surface: (n_bins / 2, n_bins / 2), over the two coordinates of ``surface_of``, minimum 0, NaN where nothing was
@@ -76,10 +78,8 @@ def of_walkers(
     limits: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     n_bins: int = 72,
     n_parts: int = 4,
-    n_bootstrap: int = 500,
-    seed: int = 0,
 ) -> SimulationResult:
-    """What weighted frames (n,) of many walkers say, with standard errors by bootstrap over the walkers.
+    """What weighted frames (n,) of many walkers say, with standard errors by what they differ from walker to walker.
 
     Args:
         coordinates: (n,) each, by name, that of the state among them: angles in rad, or with ``limits``.
@@ -89,52 +89,33 @@ def of_walkers(
             every pair has a ΔF and a place in the patterns of ``populations``.
         n_parts: stretches of time that are also analysed by themselves.
     """
-    weights = np.exp(log_weights)
+    weights, own = np.exp(log_weights), state.coordinate
     walker = np.unique(np.stack([repeat, window]), axis=1, return_inverse=True)[1].ravel()
-    n_walkers = int(walker.max()) + 1
-    counts = np.random.default_rng(seed).multinomial(n_walkers, np.full(n_walkers, 1 / n_walkers), size=n_bootstrap)
-
-    def sums(place: np.ndarray, n: int, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """(n_walkers, n): the weight that each walker has in each of n places."""
-        flat = walker[chosen] * n + place[chosen]
-        return np.bincount(flat, weights[chosen], minlength=n_walkers * n).reshape(n_walkers, n)
-
-    def estimate(table: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return of(table.sum(0)), np.std(of(counts @ table), axis=0, ddof=1)
-
-    inside = {name: in_interval(values, state.interval).astype(int) for name, values in coordinates.items()}
-    ends = {name: limits.get(name, (-np.pi, np.pi)) for name in coordinates}
-    bins = {
-        name: np.clip(((values - low) / (high - low) * n_bins).astype(int), 0, n_bins - 1)
-        for (name, values), (low, high) in zip(coordinates.items(), ends.values(), strict=True)
-    }
-    own = state.coordinate
-    edges = np.linspace(*ends[own], n_bins + 1)
-    delta_f = {name: estimate(sums(each, 2), _minus_log_ratio) for name, each in inside.items()}
-    profile = sums(bins[own], n_bins)
-    lowest = profile.sum(0).argmax()
-    shape, error = estimate(profile, lambda p: np.log(p[..., [lowest]]) - np.log(p))
-    part = np.minimum((time / time.max() * n_parts - 1e-9).astype(int), n_parts - 1)
     firsts = [pair[0] for pair in pairs]
+    own_pair = next((pair for pair in pairs if own in pair and len(pair) == 2), None)
+    inside = {name: in_interval(coordinates[name], state.interval) for name in {own, *firsts}}
+    known = {
+        name: free_energy_difference(coordinates[name], log_weights, state.interval, walkers=walker) for name in inside
+    }
+    profile = free_energy_profile(coordinates[own], log_weights, n_bins, walkers=walker, limits=limits.get(own))
+    part = np.minimum((time / time.max() * n_parts - 1e-9).astype(int), n_parts - 1)
+    number = np.unique(repeat, return_inverse=True)[1] * n_parts + part
+    with np.errstate(divide="ignore"):
+        sides = [np.log(np.bincount(number, weights * side)) for side in (~inside[own], inside[own])]
     return SimulationResult(
-        *map(float, delta_f[own]),
-        centres=(edges[1:] + edges[:-1]) / 2,
-        profile=np.where(np.isfinite(shape), shape, np.nan),
-        profile_error=np.where(np.isfinite(error), error, np.nan),
-        parts=np.array(
-            [
-                [_minus_log_ratio(sums(inside[own], 2, (repeat == r) & (part == p)).sum(0)) for p in range(n_parts)]
-                for r in np.unique(repeat)
-            ]
-        ),
+        known[own].value,
+        known[own].std_error,
+        profile.centres,
+        profile.free_energy,
+        profile.std_error,
+        parts=(sides[0] - sides[1]).reshape(-1, n_parts),
         checks={
-            "transitions a walker": transitions(coordinates[own], walker, state, limits.get(own)) / n_walkers,
-            "effective share of frames": float(weights.sum() ** 2 / (weights**2).sum() / len(weights)),
+            "transitions a walker": transitions(coordinates[own], walker, state, limits.get(own)) / (walker.max() + 1),
+            "effective share of frames": effective_sample_size(log_weights),
         },
-        **_surface(next((pair for pair in pairs if own in pair and len(pair) == 2), None), bins, weights, n_bins),
-        others={name: tuple(map(float, delta_f[name])) for name in firsts if name != own},
-        populations=_populations([inside[name] for name in firsts], sums, estimate) if len(firsts) > 1 else {},
+        **_surface(own_pair, coordinates, weights, n_bins),
+        others={name: (known[name].value, known[name].std_error) for name in firsts if name != own},
+        populations=_populations([inside[name] for name in firsts], weights, walker) if len(firsts) > 1 else {},
     )
 
 
@@ -160,25 +141,25 @@ def transitions(values: np.ndarray, walker: np.ndarray, state: State, limits: tu
     return int((same & (core[order][1:] != core[order][:-1])).sum())
 
 
-def _minus_log_ratio(sides: np.ndarray) -> np.ndarray:
-    """-log(inside / outside) of weights (..., 2): outside, inside."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(sides[..., 0]) - np.log(sides[..., 1])
-
-
-def _surface(pair: Sequence[str] | None, bins: Mapping[str, np.ndarray], weights: np.ndarray, n_bins: int) -> dict:
+def _surface(
+    pair: Sequence[str] | None, coordinates: Mapping[str, np.ndarray], weights: np.ndarray, n_bins: int
+) -> dict:
+    """Over a pair of angles, on half as many bins as a profile has."""
     if pair is None:
         return {}
-    n = n_bins // 2
+    edges = np.linspace(-np.pi, np.pi, n_bins // 2 + 1)
     with np.errstate(divide="ignore"):
-        f = -np.log(np.bincount(bins[pair[0]] // 2 * n + bins[pair[1]] // 2, weights, minlength=n * n))
-    return {"surface": np.where(np.isfinite(f), f - f.min(), np.nan).reshape(n, n), "surface_of": tuple(pair)}
+        f = -np.log(np.histogram2d(*(coordinates[name] for name in pair), bins=(edges, edges), weights=weights)[0])
+    return {"surface": np.where(np.isfinite(f), f - f.min(), np.nan), "surface_of": tuple(pair)}
 
 
-def _populations(inside: Sequence[np.ndarray], sums: Callable, estimate: Callable) -> dict[str, Estimate]:
-    n = len(inside)
-    values, errors = estimate(
-        sums(sum(each << i for i, each in enumerate(inside)), 2**n), lambda p: p / p.sum(-1, keepdims=True)
-    )
-    patterns = ["".join("+" if number >> i & 1 else "-" for i in range(n)) for number in range(2**n)]
-    return {key: (float(p), float(e)) for key, p, e in zip(patterns, values, errors, strict=True) if p > 0}
+def _populations(inside: Sequence[np.ndarray], weights: np.ndarray, walker: np.ndarray) -> dict[str, Estimate]:
+    """Of every pattern that is seen; errors of a ratio of sums over independent walkers."""
+    patterns, number = np.unique(np.stack(inside, axis=1), axis=0, return_inverse=True)
+    number, n_walkers = number.ravel(), walker.max() + 1
+    flat = walker * len(patterns) + number
+    table = np.bincount(flat, weights, minlength=n_walkers * len(patterns)).reshape(n_walkers, -1) / weights.sum()
+    p = table.sum(0)
+    errors = np.sqrt(n_walkers / (n_walkers - 1) * np.square(table - p * table.sum(1, keepdims=True)).sum(0))
+    names = ["".join("+" if one else "-" for one in pattern) for pattern in patterns]
+    return {name: (float(value), float(error)) for name, value, error in zip(names, p, errors, strict=True)}

@@ -15,8 +15,9 @@ from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype
 from boltznce.data.result import SimulationResult
 from boltznce.data.walkers import Restraints, make_walkers
 from boltznce.states import in_interval
+from boltznce.units import GAS_CONSTANT
 
-__all__ = ["Ring", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "window_centres"]
+__all__ = ["Ring", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "ring_of", "window_centres"]
 
 
 def window_centres(n_windows: int) -> np.ndarray:
@@ -148,6 +149,11 @@ class Ring:
         chunks = np.array_split(dihedral, max(1, len(dihedral) // 50_000))
         log_w = np.concatenate([-logsumexp(terms - self.bias(chunk)[used], axis=0) for chunk in chunks])
         return log_w - logsumexp(log_w) + np.log(len(log_w))
+
+
+def ring_of(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:
+    """The ring of a job's options at a temperature (K), cut where no frame (n,) is."""
+    return Ring(options["n_windows"], options["kappa"], GAS_CONSTANT * temperature, largest_gap(dihedral))
 
 
 def largest_gap(dihedral: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from boltznce.annealing import forward_kl
 from boltznce.data.dataset import boltzmann_indices
-from boltznce.data.simulate import force_evaluations
+from boltznce.data.jobs import force_evaluations
 from boltznce.methods import stages
 from boltznce.methods.ladder import evaluate_ladder, report_ladder
 from boltznce.methods.preflight import check_fit_of, check_training_data

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.config import build, locate
 from boltznce.data.dataset import check_shares, mode_balanced_indices
+from boltznce.data.jobs import jobs_of
 from boltznce.data.members import load_data, simulation_settings
-from boltznce.data.simulate import jobs_of
 from boltznce.errors import UserError
 from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
