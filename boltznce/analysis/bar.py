@@ -152,9 +152,9 @@ def _bennett(draws: np.ndarray, frames: np.ndarray, log_weights: np.ndarray, gro
     of_draws, of_frames = (np.exp(each - mean) for each, mean in zip(logs(f), means, strict=True))
     return {
         "f": f,
-        "variance": np.square(of_draws - 1.0 / n).sum() + np.square(by_group(of_frames - weights)).sum(),
-        "seen": min(n, n_frames),
-        "ess": 1.0 / max(np.square(of_draws).sum(), np.square(by_group(of_frames)).sum()),
+        "variance": float(np.square(of_draws - 1.0 / n).sum() + np.square(by_group(of_frames - weights)).sum()),
+        "seen": float(min(n, n_frames)),
+        "ess": float(1.0 / max(np.square(of_draws).sum(), np.square(by_group(of_frames)).sum())),
         "overlap": float(np.exp(means).sum()),
         "missed": float(weights[f - frames > np.log(_MISSED)].sum()),
     }
