@@ -4,20 +4,20 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import atomic_file, atomic_folder, file_digest, is_temporary
 from boltznce.records import damaged, read_json
 
-__all__ = ["Checkpoints", "load_weights", "save_weights", "weights_digest"]
+__all__ = ["Checkpoints", "load_weights", "parameters_digest", "save_weights", "weights_digest"]
 
 REMEDY = "delete it and resume the run"
 
@@ -54,11 +54,17 @@ def weights_digest(path: Path) -> str:
     return _digest(load_weights(path)[0])
 
 
+def parameters_digest(modules: Iterable[nn.Module]) -> str:
+    """Of all that is trained in modules, on whatever device: short, to be written beside what was made with them."""
+    named = (parameter for module in modules for parameter in module.named_parameters())
+    return _digest({f"{k} {name}": value.detach().cpu() for k, (name, value) in enumerate(named)})[:16]
+
+
 def _digest(tensors: Mapping[str, Tensor], metadata: str = "") -> str:
     digest = hashlib.sha256(metadata.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

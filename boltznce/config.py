@@ -32,6 +32,9 @@ MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "
 MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
 # sections that are lists of the user's choice: an entry may be taken away, where a setting may not
 LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
+# sections whose settings are keywords of a class or a function, not all of which stand in the configs: + adds one
+KEYWORDS = {"system", "network", "networks", "flows", "molecules", "model", "coordinates", "fit", "solver", "balance"}
+KEYWORDS |= {"simulation", "split", "settings", "logger", "hydra"}
 SYSTEMS = (System, PeptideFamily)
 
 
@@ -177,7 +180,8 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
 
     Paths of folders are quoted, and so are sequences, which may be spelled like numbers (``NAN``, ``INF``); a
     system's file or sequence becomes a choice of Hydra's, as if it were in ``configs/system``. ``budget=`` is set to
-    the default where neither it nor an experiment, which has one, is given.
+    the default where neither it nor an experiment, which has one, is given. A ``+`` adds what something reads, and
+    nothing else: elsewhere it is taken off, so that a setting has to be there.
 
     >>> normalize(["system=NAN,aldp", "resume=outputs/seed=1,threads=1"], default_budget="cpu")
     ["system='NAN',aldp", "resume='outputs/seed=1,threads=1'", 'budget=cpu']
@@ -186,6 +190,8 @@ def normalize(overrides: Sequence[str], default_budget: str | None = None) -> li
     """
     trust, one = "trust=true" in map(str.lower, overrides), not {"-m", "--multirun"} & set(overrides)
     words = [_normalized(word, trust, PATHS + MORE_PATHS * one) for word in overrides]
+    if not any(word.startswith("method._target_=") for word in words):  # of a user's method, which reads what it will
+        words = [word if _may_add(word) else word.lstrip("+") for word in words]
     if default_budget and not {"budget", "experiment"} & {word.partition("=")[0] for word in words}:
         words.append(f"budget={default_budget}")
     return words
@@ -203,6 +209,12 @@ def _normalized(word: str, trust: bool, paths: Sequence[str]) -> str:
         names = [value] if Path(value).is_file() else re.findall(r"'[^']*'|\"[^\"]*\"|[^,]+", value)
         return f"{key}={','.join(_offered(name, trust) for name in names)}"
     return word
+
+
+def _may_add(word: str) -> bool:
+    """Whether a + before an override adds a choice of configs, or a keyword."""
+    key = word.partition("=")[0].lstrip("+")
+    return "@" in key or bool(KEYWORDS & set(key.split("."))) or bool(available(key))
 
 
 def _offered(word: str, trust: bool) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import time
@@ -10,11 +9,11 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from boltznce.errors import UserError
 from boltznce.io import disk_errors_told, is_temporary
+from boltznce.records import contents_of
 
 __all__ = ["Held", "Kind", "claim", "discard", "file_of_ours", "hold", "inside", "only_process"]
 
@@ -51,7 +50,10 @@ def claim(folder: Path | str, kind: Kind, setting: str = "another folder") -> No
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     found = {name for name in found if name != LOCK and not is_temporary(name)}
     marked = kind.marker in found and file_of_ours(folder / kind.marker, kind.keys)
-    ours = {kind.marker, *(_digested(folder / kind.marker) if kind.whole else ())} if marked else set()
+    ours = {kind.marker} if marked else set()
+    if marked and kind.whole:
+        digests = contents_of(folder / kind.marker).get("digests")
+        ours |= set(digests if isinstance(digests, dict) else ())
     if marked or not kind.whole or kind.marker is None:
         ours |= {name for name in found if re.fullmatch(kind.names, name)}
     foreign = sorted(name for name in found - ours if not _holds(folder / name, kind))
@@ -71,12 +73,7 @@ def discard(folder: Path, kind: Kind) -> None:
 
 def file_of_ours(path: Path, keys: frozenset[str]) -> bool:
     """Whether a JSON or YAML file is a table that has these keys."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        contents = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(contents, dict) and keys <= set(contents)
+    return bool(contents := contents_of(path)) and keys <= set(contents)
 
 
 class Held:
@@ -143,10 +140,3 @@ def inside(parent: Path | str, name: str, setting: str) -> Path:
 def _holds(folder: Path, kind: Kind) -> bool:
     """Whether a subfolder is one of this kind itself."""
     return not kind.whole and kind.marker is not None and file_of_ours(folder / kind.marker, kind.keys)
-
-
-def _digested(marker: Path) -> list[str]:
-    """Names of the files whose digests a marker lists."""
-    text = marker.read_text(encoding="utf-8")
-    contents = json.loads(text) if marker.suffix == ".json" else yaml.safe_load(text)
-    return list(contents.get("digests") or ())

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.errors import UserError
 
-__all__ = ["damaged", "read_archive", "read_array", "read_json", "read_settings", "read_yaml", "sealed"]
+__all__ = ["contents_of", "damaged", "read_archive", "read_array", "read_json", "read_settings", "read_yaml", "sealed"]
 
 SEAL = "sha256"
 MOST_BYTES = 2**26  # of a record
@@ -128,29 +128,41 @@ def _require(path: Path) -> None:
         raise FileNotFoundError(path)
 
 
-def _record(path: Path, remedy: str, parse: Any) -> dict[str, Any]:
-    path = Path(path)
+def contents_of(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file says, whether or not its seal fits; nothing where it is no record at all."""
     try:
-        _require(path)
-        if path.stat().st_size > MOST_BYTES:
-            raise _Unfit("it is too large to be a record")
-        text = path.read_text(encoding="utf-8")
-        steps = ((letter in "[{") - (letter in "]}") for letter in text if letter in "[]{}")
-        if max(itertools.accumulate(steps), default=0) > MOST_DEPTH:  # a parser would take hours
-            raise _Unfit("it is nested too deeply to be a record")
-        contents = parse(text)
-        _check_size(contents)
-        if not isinstance(contents, dict):
-            raise _Unfit("it is no mapping of names to values")
+        return _parsed(Path(path), json.loads if Path(path).suffix == ".json" else yaml.safe_load)
+    except Exception:  # text, parsers and nesting fail in as many ways as a file can be wrong
+        return {}
+
+
+def _record(path: Path, remedy: str, parse: Any) -> dict[str, Any]:
+    try:
+        contents = _parsed(Path(path), parse)
         if contents.get(SEAL, _digest(contents)) != _digest(contents):
             raise _Unfit(f"it is not what was written; if the change is meant, delete its {SEAL}")
     except FileNotFoundError:
         raise damaged(path, "it is missing", remedy) from None
     except _Unfit as error:
         raise damaged(path, error, remedy) from None
-    except Exception as error:  # text, parsers and nesting fail in as many ways as a file can be wrong
+    except Exception as error:  # as above
         raise damaged(path, "it cannot be read", remedy) from error
     return {key: value for key, value in contents.items() if key != SEAL}
+
+
+def _parsed(path: Path, parse: Any) -> dict[str, Any]:
+    _require(path)
+    if path.stat().st_size > MOST_BYTES:
+        raise _Unfit("it is too large to be a record")
+    text = path.read_text(encoding="utf-8")
+    steps = ((letter in "[{") - (letter in "]}") for letter in text if letter in "[]{}")
+    if max(itertools.accumulate(steps), default=0) > MOST_DEPTH:  # a parser would take hours
+        raise _Unfit("it is nested too deeply to be a record")
+    contents = parse(text)
+    _check_size(contents)
+    if not isinstance(contents, dict):
+        raise _Unfit("it is no mapping of names to values")
+    return contents
 
 
 def _digest(contents: Mapping[str, Any]) -> str:

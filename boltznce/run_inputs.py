@@ -12,6 +12,7 @@ from typing import Any
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, file_digest
+from boltznce.settings import leaves
 from boltznce.systems.molecular import STRUCTURES, structure_file
 
 __all__ = ["changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
@@ -82,7 +83,7 @@ def open_inputs(config: Config, folder: Path) -> Config:
 
 def changed_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Setting -> (recorded, given), of those that a result depends on."""
-    there, here = dict(_flat(recorded)), dict(_flat(given))
+    there, here = dict(leaves(recorded)), dict(leaves(given))
     names = [name for name in {**there, **here} if not HARMLESS & set(name.split("."))]
     return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
 
@@ -116,11 +117,3 @@ def _with_included(path: Path, name: str) -> Iterator[tuple[str, Path]]:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(f"{path} includes {file}, from outside its folder: put that file beside it.")
         yield from _with_included(path.parent / file, str(PurePosixPath(name).parent / file))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -45,8 +45,11 @@ def _one_of(*names: str) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
 
 
-def _list_of(rule: Rule, what: str) -> Rule:
-    return Rule(f"a list of {what}", lambda value: isinstance(value, list | tuple) and all(map(rule.fits, value)))
+def _list_of(rule: Rule, what: str, most: float = math.inf) -> Rule:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) <= most and all(map(rule.fits, value))
+
+    return Rule(f"a list of {what}", fits)
 
 
 def _is_interval(value: Any, infinite: bool = False) -> bool:
@@ -88,6 +91,8 @@ DEVICE = Rule(
         and (":" not in value or value.partition(":")[2].isdigit())
     ),
 )
+PAIR = _list_of(TEXT, "one or two names of dihedrals", 2)
+SAMPLING = _one_of("auto", "metadynamics", "umbrella", "replica_exchange", "langevin")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
 RULES: dict[str, Rule] = {
@@ -145,9 +150,9 @@ RULES: dict[str, Rule] = {
     "split.test": PART,
     "gap": SHARE,
     "data.simulation": SECTION | NULL,
-    "sampling": _one_of("umbrella", "replica_exchange", "langevin"),
-    "simulation.method": _one_of("umbrella", "replica_exchange", "langevin"),
-    "duration": POSITIVE,
+    "sampling": SAMPLING,
+    "simulation.method": SAMPLING,
+    "duration": POSITIVE | NULL,
     "n_repeats": COUNT,
     "n_processes": COUNT | NULL,
     "engine": _one_of("openmm", "torch", "auto"),
@@ -167,7 +172,15 @@ RULES: dict[str, Rule] = {
     "n_replicas": _whole(2),
     "max_temperature": POSITIVE,
     "n_ladders": COUNT,
-    "n_walkers": COUNT,
+    "n_walkers": COUNT | NULL,
+    "bias_along": PAIR | _list_of(PAIR, "such lists") | NULL,
+    "bias_duration": POSITIVE,
+    "hill_interval": POSITIVE,
+    "hill_height": POSITIVE,
+    "hill_width": POSITIVE,
+    "bias_factor": _number("a number above 1", lambda value: value > 1),
+    "n_terms": COUNT,
+    "start_temperature": POSITIVE,
     "reference": BOOLEAN,
     # ---- networks and models
     "width": COUNT,
@@ -326,7 +339,7 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
     ours = str(config.get("method", {}).get("_target_", "boltznce.")).startswith("boltznce.")
-    for path, value in leaves(config):
+    for path, value in _ours(config):
         rule = rule_of(path if "." in path else f"{script}.{path}")
         if rule is not None:
             _hold(rule, path, value)
@@ -336,7 +349,7 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
 
 def without_rule(config: DictConfig, script: str = "train") -> list[str]:
     """Names of the settings of a composed config that `check` lets be anything."""
-    names = [path if "." in path else f"{script}.{path}" for path, _ in leaves(OmegaConf.to_container(config))]
+    names = [path if "." in path else f"{script}.{path}" for path, _ in _ours(OmegaConf.to_container(config))]
     return [name for name in names if rule_of(name) is None]
 
 
@@ -371,20 +384,26 @@ def rule_of(path: str) -> Rule | None:
     return None
 
 
-def leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting, lists as one value; sections that have a rule come before their contents.
+def leaves(
+    node: Mapping[str, Any], path: str = "", enter: Callable[[Mapping[str, Any]], bool] = bool
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting; lists, and sections that are empty or not to ``enter``, as one value.
 
-    What belongs to a class of the user's (``_target_``) and what is missing (???) is left out.
+    >>> dict(leaves({"seed": 0, "fit": {"steps": 3}, "split": {}}))
+    {'seed': 0, 'fit.steps': 3, 'split': {}}
     """
     for key, value in node.items():
         name = f"{path}.{key}" if path else str(key)
-        if value == "???":
-            continue
-        if isinstance(value, Mapping):
-            if str(value.get("_target_", "boltznce.")).startswith(("boltznce.", "???")):
-                yield from leaves(value, name)
+        if isinstance(value, Mapping) and value and enter(value):
+            yield from leaves(value, name, enter)
         else:
             yield name, value
+
+
+def _ours(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The `leaves` of a config, without those that are missing (???) or belong to a class of the user's."""
+    own = leaves(config, enter=lambda node: str(node.get("_target_", "boltznce.")).startswith(("boltznce.", "???")))
+    return ((name, value) for name, value in own if value != "???" and not isinstance(value, Mapping))
 
 
 def _hold(rule: Rule, name: str, value: Any) -> None:

@@ -9,14 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from boltznce.cli import launch
 from boltznce.config import build
 from boltznce.data.members import simulate_members
-from boltznce.data.reference import (
-    REFERENCE_FOLDER,
-    check_reference_place,
-    make_reference,
-    require_reference,
-    save_reference,
-)
-from boltznce.data.simulate import umbrella_result
+from boltznce.data.reference import REFERENCE_FOLDER, check_reference_place, make_reference, save_reference
+from boltznce.data.simulate import require_reference, result_of
 from boltznce.folders import inside
 
 
@@ -28,15 +22,18 @@ def main(config: DictConfig) -> None:
         check_reference_place(output, system.name)
     settings = {key: config[key] for key in ("duration", "n_repeats", "n_processes", "engine", "seed")}
     datasets = simulate_members(system, folder, config.sampling, **settings, **OmegaConf.to_container(config.settings))
-    for name, dataset in datasets.items():
-        print(f"{len(dataset)} frames of {name} in {folder}")
-    if config.reference:
-        dataset = datasets[system.name]
-        result = umbrella_result(dataset, state=system.state.interval)
-        command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
-        save_reference(make_reference(system, dataset.meta, result, command), output)
+    for member in system.all_members():
+        dataset = datasets[member.name]
+        print(f"{len(dataset)} frames of {member.name} in {folder / system.label(member)}")
+        biased = dataset.meta["settings"]["method"] == "metadynamics" and member.state is not None
+        if not (biased or config.reference):
+            continue
+        result = result_of(dataset, member)
         print(result.summary())
-        print(f"reference in {output}")
+        if config.reference:
+            command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
+            save_reference(make_reference(member, dataset.meta, result, command), output)
+            print(f"reference in {output}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; proce
 
 import pytest
 import torch
+from forks import Forks
 
 from boltznce.run import train_run
 
@@ -29,11 +30,11 @@ TINY = [
     "flow.fit.warmup_steps=20",
     "flow.fit.validate_every=75",
     "flow.solver.steps=6",
-    "samples.n_train=256",
-    "samples.n_validation=128",
-    "samples.batch_size=128",
+    "samples.n_train=128",
+    "samples.n_validation=64",
+    "samples.batch_size=64",
     "ebm.network.width=32",
-    "ebm.batch_size=128",
+    "ebm.batch_size=64",
     "ebm.fit.steps=20",
     "ebm.fit.validate_every=10",
     "evaluation.n_samples=256",
@@ -41,6 +42,13 @@ TINY = [
     "evaluation.n_bootstrap=50",
     "evaluation.n_torus=100",
 ]
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """What runs scripts, without the seconds that each would take to import."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

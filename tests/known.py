@@ -87,7 +87,7 @@ def log_mixture(x, shares, centres=None):
     return torch.logsumexp(torch.as_tensor(shares).log() - squares / (2 * SPREAD**2), dim=1) + log_norm
 
 
-class RoundFlow:
+class RoundFlow(nn.Module):
     """Draws `ROUND` again and again, a batch of it in shuffled order; its log q is that of all it makes, exactly.
 
     With ``parity`` it makes mirror images as often as molecules, as an equivariant network does; without, it makes
@@ -98,6 +98,7 @@ class RoundFlow:
     basis = torch.zeros(0)
 
     def __init__(self, parity):
+        super().__init__()
         self.parity_equivariant = parity
         self.seeds = []  # of every batch that was drawn
 
@@ -118,7 +119,7 @@ class RoundFlow:
         return log_mixture(x, np.tile(DRAWN / 2, 2), torch.cat([conformers(), -conformers()]))
 
 
-class ErringEnergy:
+class ErringEnergy(nn.Module):
     """log q of the molecules that a `RoundFlow` makes, off by a constant and `EBM_ERROR`."""
 
     def log_prob(self, x):

@@ -1,8 +1,6 @@
 """The benchmark's rows, table and figure on a small case, and its one mistake."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -75,18 +73,20 @@ def test_unknown_backend_is_named():
         measure_energy({"aldp": {"system": "aldp"}}, [1], ["gpu"])
 
 
-def test_script_leaves_table_numbers_and_figure(tmp_path):
+def test_script_leaves_table_numbers_and_figure(forks, tmp_path):
     others = [f"~energy.molecules.{name}" for name in ("tetrapeptide", "hexapeptide", "decapeptide")]
     settings = [
         *others,
         "energy.batch_sizes=[2]",
         "energy.backends=[torch,openmm]",
         "min_seconds=0.01",
-        f"output={tmp_path}",
+        "output=benchmark",
     ]
-    subprocess.run([sys.executable, "scripts/benchmark.py", "what=energy", *settings], check=True, capture_output=True)
-    result = json.loads((tmp_path / "energy.json").read_text())
+    done = forks.run("benchmark", "what=energy", *settings, cwd=tmp_path)
+    assert done.status == 0, done.output
+    output = tmp_path / "benchmark"
+    result = json.loads((output / "energy.json").read_text())
     assert result["machine"]["threads"] >= 1
     assert len(result["rows"]) == 4
-    assert (tmp_path / "energy.md").exists()
-    assert (tmp_path / "energy.png").exists()
+    assert (output / "energy.md").exists()
+    assert (output / "energy.png").exists()

@@ -1,9 +1,6 @@
 """method=density and its sweep; and the whole line of BoltzNCE on a system in the plane."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +9,11 @@ import torch
 import boltznce as bz
 from boltznce.analysis.metrics import density_errors, plane_w2
 from boltznce.config import compose
+from boltznce.data.matching import require_samples
 from boltznce.data.members import draw_dataset
 from boltznce.data.simulate import simulate
 from boltznce.methods.free_energy import write_free_energy
 from boltznce.sweep import draw_sweep
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(folder, overrides):
@@ -30,8 +26,9 @@ def run(folder, overrides):
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """The folder of a finished smoke run of BoltzNCE on eight Gaussians."""
-    data = tmp_path_factory.mktemp("data")
-    return run(tmp_path_factory.mktemp("line"), ["system=gaussians8", "budget=smoke", f"data_dir={data}"])
+    few = ["samples={n_train: 512, n_validation: 128}", "evaluation={n_exact: 64, n_correction: 64}"]
+    words = ["system=gaussians8", "budget=smoke", *few, f"data_dir={tmp_path_factory.mktemp('data')}"]
+    return run(tmp_path_factory.mktemp("line"), words)
 
 
 # ---- errors of a density ---------------------------------------------------------------------------------------------
@@ -85,27 +82,18 @@ def test_the_experiment_composes():
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_ends_with_a_figure_and_a_table(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "-m",
-        "experiment=boltznce/fig_toy",
-        "budget=smoke",
-        "threads=1",
-    ]
+def test_the_sweep_ends_with_a_figure_and_a_table(forks, tmp_path):
+    command = ["-m", "experiment=boltznce/fig_toy", "budget=smoke", "threads=1"]
     choices = [
         "objective=nce,both",
         "system=gaussians8,checkerboard",
         "seed=0,1",
         "ebm.fit.steps=3",
-        f"hydra.sweep.dir={tmp_path}",
+        "hydra.sweep.dir=sweep",
     ]
-    done = subprocess.run(
-        [*command, *choices], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "table.json").read_text())
+    done = forks.run("train", *command, *choices, cwd=tmp_path)
+    assert done.status == 0, done.output
+    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
     assert [(row["system"], row["objective"], row["seeds"]) for row in table] == [
         ("gaussians8", "nce", 2),
         ("gaussians8", "both", 2),
@@ -113,15 +101,17 @@ def test_the_sweep_ends_with_a_figure_and_a_table(tmp_path):
         ("checkerboard", "both", 2),
     ]
     values = [
-        json.loads((tmp_path / "gaussians8" / "nce" / f"seed{k}" / "metrics.json").read_text())["density"]["forward_kl"]
+        json.loads((tmp_path / "sweep" / "gaussians8" / "nce" / f"seed{k}" / "metrics.json").read_text())["density"][
+            "forward_kl"
+        ]
         for k in (0, 1)
     ]
     assert table[0]["forward_kl"]["mean"] == pytest.approx(np.mean(values))
     assert table[0]["forward_kl"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert table[0]["leaked_mass"] is None
     assert table[2]["reverse_kl"] is None
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert (tmp_path / "table.md").read_text().strip() in done.stdout
+    assert (tmp_path / "sweep" / "figure.png").stat().st_size > 5000
+    assert (tmp_path / "sweep" / "table.md").read_text().strip() in done.output
 
 
 def test_a_folder_without_runs(tmp_path):
@@ -192,6 +182,27 @@ def test_free_energy_of_saved_samples(line, tmp_path, coordinate, state, words):
     assert words in (tmp_path / "report.md").read_text()
     assert len(json.loads((tmp_path / "profile.json").read_text())["free_energy"]) == 72
     assert (tmp_path / "figures" / "profile.png").exists()
+
+
+@pytest.mark.parametrize(("name", "other"), [("gaussians8", {"std": 0.2}), ("double_well", {}), ("aldp", {})])
+def test_samples_of_another_system_give_no_free_energy(line, tmp_path, name, other):
+    with pytest.raises(bz.UserError, match=rf"{line}.* holds samples of another system"):
+        write_free_energy(bz.load_system(name, **other), line / "samples" / "weighted", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_temperature_or_hand_give_no_free_energy(tmp_path):
+    system = bz.load_system("aldp")
+    x = system.positions + 0.002 * torch.randn(40, 22, 3, generator=torch.Generator().manual_seed(0))
+    for positions, at, told in ((x, 310.0, "at 310 K"), (-x, 300.0, "handedness"), (x, 300.0, "")):
+        energy = bz.load_system("aldp", temperature=at).energy(positions).double().numpy()
+        energy[0], meta = np.inf, {"system": "aldp"}
+        bz.WeightedSamples(positions.numpy(), energy, np.zeros(40), meta=meta).save(tmp_path / "samples")
+        if told:
+            with pytest.raises(bz.UserError, match=told):
+                write_free_energy(system, tmp_path / "samples", tmp_path / "out", n_bootstrap=5)
+        else:
+            require_samples(tmp_path, bz.WeightedSamples.load(tmp_path / "samples"), system)
 
 
 def test_data_of_other_settings_are_refused(line, tmp_path):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from forks import SIMULATION, TABG, Forks, leftovers
+from forks import SIMULATION, TABG, leftovers
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -100,12 +100,6 @@ def test_what_killed_processes_leave_goes_at_the_next_write(tmp_path):
 
 
 # ---- scripts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as forks:
-        yield forks
 
 
 def told(child):

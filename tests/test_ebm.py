@@ -37,9 +37,9 @@ class ExactEnergy(torch.nn.Module):
         return (torch.logsumexp(WEIGHTS.log() - squares / 2, dim=-1) - torch.log(variance.squeeze(-1))).reshape(-1)
 
 
-def train(tmp_path, steps=1200, **kwargs):
+def train(tmp_path, steps=700, **kwargs):
     torch.manual_seed(0)
-    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 2), 1, 2, centred=False, **kwargs)
+    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 1), 1, 2, centred=False, **kwargs)
     settings = FitSettings(steps=steps, lr=5e-3, ema_decay=0.99, validate_every=0, checkpoint_every=10**6)
     fit(
         ebm,
@@ -121,14 +121,14 @@ def test_the_best_scale_of_the_exact_density_is_one(n_negatives):
 
 def test_regression_onto_noisy_likelihoods_finds_their_mean(tmp_path):
     torch.manual_seed(0)
-    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 2), 1, 2, centred=False)
+    ebm = EnergyBasedModel(MLPEnergy(1, 2, 64, 1), 1, 2, centred=False)
 
     def loss(ebm, step, generator):
         x = sample(512, generator)
         noisy = log_density(x) + 3.0 * torch.randn(len(x), generator=generator) + 7.0
         return {"loss": ebm.regression_loss(x, noisy)}
 
-    settings = FitSettings(steps=800, lr=2e-3, ema_decay=0.99, validate_every=0, checkpoint_every=10**6)
+    settings = FitSettings(steps=500, lr=3e-3, ema_decay=0.99, validate_every=0, checkpoint_every=10**6)
     fit(ebm, loss, settings, tmp_path, fabric=Fabric(accelerator="cpu", devices=1), seed=0, name="ebm")
     x = sample(4000, torch.Generator().manual_seed(1))
     assert (ebm.log_prob_in_batches(x).float() - log_density(x)).std() < 0.25

@@ -10,7 +10,7 @@ from boltznce.analysis.samples_io import SAMPLES, WeightedSamplesWriter
 from boltznce.checkpoint import Checkpoints
 from boltznce.cli import _prepared
 from boltznce.config import compose, load_system
-from boltznce.data.dataset import Dataset
+from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.members import make_data, simulate_members
 from boltznce.data.reference import check_reference_place
 from boltznce.errors import UserError
@@ -101,3 +101,11 @@ def test_names_that_lead_elsewhere(tmp_path, name):
     with pytest.raises(UserError, match="names no folder"):
         inside(tmp_path, name, "name")
     assert inside(tmp_path, "a/b", "name") == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "digests: [1]\nn_frames: 1", "digests: 7\nn_frames: 1", "{", "", "- 1"])
+def test_a_marker_of_any_contents_makes_no_folder_ours(tmp_path, text):
+    (tmp_path / "meta.yaml").write_text(text)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{tmp_path} has files"):
+        claim(tmp_path, DATASET)

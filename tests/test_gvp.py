@@ -66,9 +66,10 @@ def test_velocity_is_the_authors(golden):
 @needs_reference
 def test_divergence_is_the_authors(golden):
     network = load_published_vector_field(WEIGHTS).requires_grad_(False)
-    pieces = zip(golden["x_div"].split(4), golden["t_div"][:, 0].split(4), strict=True)
+    some = slice(None, None, 4)  # of 64, at times from 0.01 to 0.98
+    pieces = zip(golden["x_div"][some].split(4), golden["t_div"][some, 0].split(4), strict=True)
     values = torch.cat([divergence(network, x, t, golden["features"]) for x, t in pieces])
-    torch.testing.assert_close(values, golden["divergence"], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(values, golden["divergence"][some], rtol=1e-5, atol=1e-3)
 
 
 def test_rotation_mirror_and_translation(case, generator):

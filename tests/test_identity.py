@@ -21,8 +21,7 @@ from boltznce.config import build, compose, config_dir
 from boltznce.data.dataset import Dataset
 from boltznce.data.matching import require_system
 from boltznce.data.members import load_data, make_data
-from boltznce.data.reference import require_reference
-from boltznce.data.simulate import plan
+from boltznce.data.simulate import plan, require_reference
 from boltznce.methods.provenance import data_in_words, energy_in_words, reference_in_words
 from boltznce.methods.workspace import Workspace
 from boltznce.run_folder import RunFolder
@@ -242,10 +241,11 @@ def test_the_digest_is_of_the_energy_and_nothing_else():
 
 def test_a_reference_is_of_the_dihedral_that_was_simulated():
     require_reference(aldp(), "umbrella")
+    require_reference(aldp(), "metadynamics", "psi")  # which weighs its frames for any state
     stateless = copy.copy(aldp())
     stateless.state = None
     for system, sampling, dihedral, words in (
-        (aldp(), "langevin", None, "set sampling=umbrella"),
+        (aldp(), "langevin", None, "set sampling to umbrella or metadynamics"),
         (aldp(), "umbrella", "psi", "state is one of phi, and the simulation along psi"),
         (stateless, "umbrella", "phi", "aldp has none: set system.state"),
     ):
@@ -329,6 +329,6 @@ def test_where_numbers_come_from_in_words(tmp_path):
     data = make_data(well, tmp_path, simulation=None, n_samples=50)["double_well"]
     assert data_in_words(data.meta).startswith("exact, seed 0, 50 frames, 20")
     assert data_in_words({"n_frames": 3}) == "made in a way not recorded, 3 frames"
-    assert "4.96 ns a window, 2026-11-23" in reference_in_words(aldp())
+    assert "well-tempered metadynamics" in reference_in_words(aldp())
     assert reference_in_words(aldp().at_temperature(310.0)) == "none"
     assert reference_in_words(well) == "exact, on a grid"

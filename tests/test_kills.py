@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from forks import BOLTZNCE, SIMULATION, TABG, Forks, leftovers
+from forks import BOLTZNCE, SIMULATION, TABG, leftovers
 from safetensors.torch import load_file
 
 KILLS = int(os.environ.get("KILLS", "100"))
@@ -22,12 +22,6 @@ CHAINS = {  # what is done one after another, and its share of the kills
     "boltznce": ([("train", [*BOLTZNCE, "hydra.run.dir=run"]), *AFTER], 0.45),
     "simulation": ([("simulate", SIMULATION)], 0.1),
 }
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from openmm import app
 from scipy.stats import norm, vonmises
 from test_simulate import KT, VonMisesWindows
 
-from boltznce.analysis.free_energy import corrected_free_energy_difference
+from boltznce.analysis.free_energy import corrected_free_energy_difference, free_energy_difference
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.annealing import fill_buffer
 from boltznce.checkpoint import save_weights
@@ -51,6 +51,7 @@ from boltznce.methods.models import load_trained, solver_settings, weights_path
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import load_run, train
 from boltznce.run_folder import RunFolder
+from boltznce.states import State
 from boltznce.systems.bond_graph import BondGraph, GraphCheck
 
 
@@ -476,11 +477,11 @@ MIRROR_WORDS = [
     "flow={n_train: 200, n_validation: 32, batch_size: 32}",
     "flow.fit={steps: 2, validate_every: 2}",
     "flow.solver={method: rk4, steps: 6}",
-    "samples={n_train: 8, n_validation: 4, batch_size: 8, likelihood: exact}",
+    "samples={n_train: 4, n_validation: 2, batch_size: 4, likelihood: exact}",
     "ebm.network.width=16",
-    "ebm.batch_size=16",
+    "ebm.batch_size=4",
     "ebm.fit={steps: 2, validate_every: 2}",
-    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 8, n_exact: 8, n_correction: 2}",
+    "evaluation={n_samples: 64, batch_size: 64, exact_batch_size: 4, n_exact: 4, n_correction: 2}",
     "evaluation={n_bootstrap: 20, n_torus: 20}",
 ]
 
@@ -657,7 +658,7 @@ def test_report_of_a_ladder(tmp_path, gaussian_flows):
 
 
 def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
-    """A barrier of 25 kT at 2.1 rad: by `gather` and `umbrella_result` the known ΔF, with the ring cut at its gap."""
+    """A barrier of 25 kT at 2.1 rad: by `gather` and `result_of` the known ΔF, with the ring cut at its gap."""
     windows = VonMisesWindows(200, seed=2, barrier=25.0, stuck=True)
     phi = windows.dihedral
     x = np.zeros((len(phi), 4, 3))
@@ -668,6 +669,7 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     for k in range(4):
         topology.addAtom(f"C{k}", app.Element.getBySymbol("C"), residue)
     made_of = {"topology": mdtraj.Topology.from_openmm(topology), "openmm_topology": lambda: topology}
+    made_of |= {"dihedrals": {"phi": (0, 1, 2, 3)}, "state": State("phi", (0.0, 2.0))}
     system = SimpleNamespace(identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
     folders = []
     for repeat in range(2):
@@ -690,7 +692,11 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
     angle = np.arctan2(dataset.positions[:, 3, 1], dataset.positions[:, 3, 0])
     inside, weights = (angle > 0) & (angle < 2), np.exp(dataset.log_weights)
     assert np.log(weights[~inside].sum() / weights[inside].sum()) == pytest.approx(windows.delta_f(), abs=0.3)
-    assert simulate.umbrella_result(dataset, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(windows.delta_f(), abs=0.3)
+    for state in ((2.5, 4.0), (-3.8, -2.6), (-1.0, 1.0)):
+        ours = free_energy_difference(angle, dataset.log_weights, state, n_bootstrap=5).value
+        system.state = State("phi", state)
+        assert simulate.result_of(dataset, system, n_blocks=2).delta_f == pytest.approx(ours, abs=0.01)
 
 
 class Table(torch.nn.Module):

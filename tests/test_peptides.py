@@ -229,7 +229,7 @@ def test_what_is_no_sequence(name, message):
 def test_sequence_on_the_command_line():
     config = compose("simulate", ["system=AK"])
     assert config.system.name == config.system.structure == "AK"
-    assert config.name == "AK_umbrella"
+    assert config.name == "AK_metadynamics"
     assert build(config.system, energy_backend="openmm").name == "AK"
     assert compose("simulate", ["system=ACE-AA-NME", "system.temperature=300"]).system.temperature == 300
     for word, message in (("system=AB", "B in 'AB'"), ("system=nope", "aldp.*sequence of a peptide")):

@@ -1,11 +1,7 @@
 """A whole run, from data to report, and what a user does with it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,17 +14,11 @@ import boltznce as bz
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset
 from boltznce.flows.solvers import SolverSettings
+from boltznce.methods import findings
 from boltznce.methods.boltznce import STAGES
 from boltznce.methods.models import FlowGenerator, make
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import RunFolder, train
-
-ROOT = Path(__file__).parents[1]
-
-
-def script(name, *arguments, timeout=300):
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, stdin=subprocess.DEVNULL)
 
 
 def test_a_run_leaves_its_report_figures_and_samples(tiny_run):
@@ -83,15 +73,16 @@ def test_sampling_to_a_folder_goes_on_after_an_interruption(tiny_run, tmp_path, 
     assert whole.meta["counts"]["right_chirality"] >= 90
 
 
-def test_scripts_sample_and_free_energy(tiny_run, tmp_path):
-    done = script("sample", f"run={tiny_run}", "n_samples=64", "format=dcd", f"output={tmp_path / 'samples'}")
-    assert done.returncode == 0, done.stderr
+def test_scripts_sample_and_free_energy(forks, tiny_run, tmp_path):
+    given = [f"run={tiny_run}", "n_samples=64", "format=dcd", f"output={tmp_path / 'samples'}"]
+    done = forks.run("sample", *given, cwd=tmp_path)
+    assert done.status == 0, done.output
     assert (tmp_path / "samples" / "trajectory.dcd").exists()
     given = [f"samples={tmp_path / 'samples'}", f"output={tmp_path / 'fe'}", "n_bootstrap=50"]
-    done = script("free_energy", f"run={tiny_run}", *given)
-    assert done.returncode == 0, done.stderr
+    done = forks.run("free_energy", f"run={tiny_run}", *given, cwd=tmp_path)
+    assert done.status == 0, done.output
     assert (tmp_path / "fe" / "figures" / "profile.png").exists()
-    assert "ΔF" in done.stdout
+    assert "ΔF" in done.output
 
 
 def test_a_repeated_sample_is_there_and_another_is_refused(tiny_run, tmp_path):
@@ -116,15 +107,14 @@ def test_a_repeated_sample_is_there_and_another_is_refused(tiny_run, tmp_path):
         ("train", ["method=magic"], "boltznce"),
         ("train", ["budget=huge"], "smoke"),
         ("train", ["resume=/does/not/exist"], "run folder"),
-        ("sample", ["run=/does/not/exist"], "run folder"),
+        ("sample", ["run=/does/not/exist"], "no folder /does/not/exist"),
     ],
 )
-def test_mistakes_are_one_sentence(name, arguments, message):
-    done = script(name, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_mistakes_are_one_sentence(forks, tmp_path, name, arguments, message):
+    done = forks.run(name, *arguments, cwd=tmp_path)
+    assert done.status == 2
+    assert message in done.output
+    assert len(done.told) == len(done.output.strip().splitlines()) == 1
 
 
 def test_likelihood_ebm_of_a_run_without_one(tiny_run, tmp_path):
@@ -136,10 +126,10 @@ def test_likelihood_ebm_of_a_run_without_one(tiny_run, tmp_path):
         bz.load_run(tmp_path / "run").sample(4, likelihood="guess")
 
 
-def test_a_run_of_another_system_is_refused(tiny_run):
-    done = script("train", f"resume={tiny_run}", "system=aldp_amber96")
-    assert done.returncode == 2
-    assert "another system" in done.stderr
+def test_a_run_of_another_system_is_refused(forks, tiny_run, tmp_path):
+    done = forks.run("train", f"resume={tiny_run}", "system=aldp_amber96", cwd=tmp_path)
+    assert done.status == 2
+    assert "another system" in done.output
 
 
 def test_data_of_another_system_are_refused(tiny_overrides, tiny_run, tmp_path):
@@ -167,6 +157,15 @@ def test_a_run_whose_data_are_gone_or_others_costs_the_comparison(tiny_run, tmp_
         Dataset.write(tmp_path / "data", np.array(frames.positions), frames.energies, meta=meta)
 
 
+def test_data_that_are_all_other_isomers_are_compared_with_none(tiny_run, monkeypatch, caplog):
+    work = bz.load_run(tiny_run)._work
+    everything = lambda system, x: {"cis peptide bond": np.ones(len(x), dtype=bool)}  # noqa: E731
+    monkeypatch.setattr(findings, "excluded_conformers", everything)
+    data, notes = findings._data(work, work.system, work.system)
+    assert (data, notes) == (None, ())
+    assert "other isomers" in caplog.text
+
+
 def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
     """The published networks at full size, on real frames."""
     config = compose("train", ["budget=paper"])
@@ -182,17 +181,12 @@ def test_paper_setting_composes_and_takes_a_step(tiny_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["data", "flow", "ebm"])
-def test_killed_in_any_phase_and_resumed_gives_the_same_weights(tiny_run, tiny_overrides, tmp_path, phase):
+def test_killed_in_any_phase_and_resumed_gives_the_same_weights(forks, tiny_run, tiny_overrides, tmp_path, phase):
     folder, data = tmp_path / "run", tmp_path / "data"
     overrides = [word for word in tiny_overrides if not word.startswith("data_dir=")]
     overrides += [f"data_dir={data}", f"hydra.run.dir={folder}"]
     overrides += ["flow.fit.checkpoint_every=10", "ebm.fit.checkpoint_every=5"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = forks.start("train", *overrides, cwd=tmp_path)
     sign = {
         "data": lambda: any((data / "aldp-smoke.unfinished").glob("*/state.npz")),
         "flow": lambda: any(folder.glob("checkpoints/flow/step_*")),
@@ -200,14 +194,14 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_weights(tiny_run, tiny_o
     }[phase]
     deadline = time.time() + 300
     while not sign():
-        assert process.poll() is None, "ended before it could be killed"
+        assert child.poll() is None, f"ended before it could be killed: {child.output}"
         assert time.time() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    child.kill()
+    child.wait()
     assert not (folder / "report.md").exists()
-    done = script("train", f"resume={folder}")
-    assert done.returncode == 0, done.stderr
+    done = forks.run("train", f"resume={folder}", cwd=tmp_path)
+    assert done.status == 0, done.output
     for name in ("flow", "ebm"):
         ours, theirs = (load_file(f / "checkpoints" / f"{name}.safetensors") for f in (folder, tiny_run))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from boltznce import WeightedSamples, load_system
 from boltznce.data.dataset import Dataset
-from boltznce.methods import findings, sections
+from boltznce.methods import findings, ladder, sections
 from boltznce.methods.findings import Data, ExactSubset, Findings
 from boltznce.methods.views import views_of
 
@@ -97,3 +97,13 @@ def test_what_of_the_frames_is_independent(found, monkeypatch):
     assert n_groups() == 300  # exact draws
     assert n_groups(meta={"cpu_seconds": 1.0}) == 40  # two trajectories of 20 blocks
     assert n_groups(meta={"cpu_seconds": 1.0}, window=np.arange(300) % 50, repeat=np.zeros(300)) == 50
+
+
+def test_a_ladder_loses_no_flow_of_a_temperature_that_comes_again(found):
+    step = {"pareto_k": 0.1, "n_draws": 7, "ess_clipped": 0.5}
+    steps = tuple(step | {"drawn_at": 4.0, "weighted_to": cold, "ess": ess} for cold, ess in ((4.0, 0.5), (4.0, 0.6)))
+    flows = tuple((4.0, found.drawn[np.arange(n)]) for n in (300, 200))
+    rows = ladder.ladder(replace(found, flows=flows, steps=steps)).results["ess"]
+    named = [f"flow of 4{again}, at its own temperature" for again in ("", " (2)")]
+    assert [rows[name]["n"] for name in named] == [300, 200]
+    assert [rows[f"ladder, 4 to 4{again}"]["ess"] for again in ("", " (2)")] == [0.5, 0.6]

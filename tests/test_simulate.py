@@ -18,9 +18,10 @@ from openmm import app, unit
 from boltznce.config import load_system
 from boltznce.data import engine
 from boltznce.data.engine import Job, dihedral_angle, read_frames, run_job, wrap
-from boltznce.data.reference import load_reference, make_reference, save_reference
-from boltznce.data.simulate import plan, simulate, umbrella_result, working_folder
-from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, bias_energies, largest_gap, window_centres
+from boltznce.data.reference import REFERENCE_FOLDER, load_reference, make_reference, save_reference
+from boltznce.data.result import SimulationResult
+from boltznce.data.simulate import plan, result_of, simulate, working_folder
+from boltznce.data.umbrella import Ring, analyse, bias_energies, largest_gap, window_centres
 from boltznce.errors import UserError
 from boltznce.units import GAS_CONSTANT
 
@@ -30,6 +31,7 @@ OPTIONS = {
     "umbrella": {"n_windows": 4, "kappa": 10.0, "exchange_interval": 0.05},
     "replica_exchange": {"n_replicas": 3, "max_temperature": 500.0, "exchange_interval": 0.05},
     "langevin": {},
+    "metadynamics": {"n_walkers": 3, "bias_duration": 0.5, "compile": False},
 }
 SHORT = {"frame_interval": 0.1, "segment_length": 0.5, "equilibration": 0.2}
 
@@ -183,9 +185,9 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
     options = {**OPTIONS[method], **SHORT}
     dataset = simulate(aldp, tmp_path / "set", method, duration=1.0, n_repeats=2, seed=1, progress=False, **options)
     assert not working_folder(tmp_path / "set").exists()
-    assert len(dataset) == 2 * 10 * (4 if method == "umbrella" else 1)
+    assert len(dataset) == 2 * 10 * {"umbrella": 4, "metadynamics": 3}.get(method, 1)
     assert set(dataset.repeat) == {0, 1}
-    assert (dataset.log_weights == 0).all() == (method != "umbrella")
+    assert (dataset.log_weights == 0).all() == (method not in ("umbrella", "metadynamics"))
     np.testing.assert_allclose(dataset.positions.mean(1), 0, atol=1e-6)
     context = openmm.Context(
         aldp.openmm_system(), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
@@ -205,8 +207,8 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "metadynamics"}, "choose one of umbrella"),
-        ({"dihedral": "chi7"}, "set dihedral to one of"),
+        ({"method": "alchemy"}, "choose one of umbrella"),
+        ({"dihedral": "chi7"}, "set dihedral .* to one of"),
         ({"frame_interval": 0.3}, "must be a multiple"),
         ({"n_windows": 7}, "even"),
         ({"timestep": 0.0}, "positive"),
@@ -298,7 +300,7 @@ def test_umbrella_analysis_recovers_a_known_distribution(cut):
     z = (result.profile - exact)[others] / result.profile_error[others]
     assert np.sqrt(np.mean(z**2)) < 2.5
     assert np.abs(z).max() < 6
-    assert result.block_delta_f.shape == (2, 10)
+    assert result.parts.shape == (2, 10)
 
 
 @pytest.mark.parametrize("state", [(2.5, 4.2), (-3.8, -2.0)])
@@ -351,28 +353,36 @@ def test_reference_file(aldp, tmp_path):
         aldp, tmp_path / "set", duration=2.0, n_repeats=1, progress=False, **OPTIONS["umbrella"], **SHORT
     )
     centres = np.linspace(-3, 3, 72)
-    result = UmbrellaResult(
+    result = SimulationResult(
         5.0, 0.05, centres, np.where(centres > 2.5, np.nan, centres**2), np.full(72, 0.1), np.full((1, 10), 5.0)
     )
     reference = make_reference(aldp, dataset.meta, result, "python scripts/simulate.py")
     save_reference(reference, tmp_path / "reference.json")
     assert load_reference(tmp_path / "reference.json") == reference
     assert reference["profile"]["f"][-1] is None
-    assert reference["made_by"]["ns_per_window"] == pytest.approx(0.002)
+    assert reference["made_by"]["ps_per_walker"] == pytest.approx(2.0)
     (tmp_path / "reference.json").write_text('{"system": "aldp"}')
     with pytest.raises(UserError, match="keys are missing"):
         load_reference(tmp_path / "reference.json")
-    assert np.isfinite(umbrella_result(dataset, n_blocks=2).profile).any()
+    assert np.isfinite(result_of(dataset, aldp, n_blocks=2).profile).any()
 
 
-@pytest.mark.parametrize("name", ["aldp", "aldp_amber96"])
-def test_shipped_reference(name):
-    path = ROOT / "boltznce" / "data" / "reference" / f"{name}.json"
-    if not path.exists():
-        pytest.skip("the reference is still being simulated")
+@pytest.mark.parametrize("path", sorted(REFERENCE_FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_reference(path):
+    """Of the system that its name means, precise, and the same in both repeats."""
+    system = load_system(path.stem)
     reference = load_reference(path)
-    assert reference["system"] == name
-    assert reference["delta_f"]["std_error"] <= 0.1
+    assert system.reference() == reference
+    error = reference["delta_f"]["std_error"]
+    assert error <= {"aldp": 0.03, "aldp_amber96": 0.03, "tetrapeptide": 0.2, "hexapeptide": 0.2}.get(path.stem, 0.08)
+    if "surface" in reference:
+        parts = np.array(reference["made_by"]["delta_f_of_parts"])
+        first, second = parts.mean(1)
+        assert abs(first - second) < 3 * 2 * error  # each repeat has √2 of the error, their difference twice
+        f = np.array([[np.nan if f is None else f for f in row] for row in reference["surface"]["f"]])
+        inside = (np.arange(36) >= 18) & (np.arange(36) < 18 + 2 / (np.pi / 18) - 0.5)
+        p = np.exp(-np.nan_to_num(f, nan=np.inf)).sum(1)
+        assert np.log(p[~inside].sum() / p[inside].sum()) == pytest.approx(reference["delta_f"]["value"], abs=0.15)
 
 
 def test_structure_is_l_trans_alanine_dipeptide():
@@ -394,17 +404,10 @@ def test_structure_is_l_trans_alanine_dipeptide():
         assert app.ForceField(*files).createSystem(pdb.topology).getNumParticles() == 22
 
 
-def test_script_tells_a_mistake_without_a_trace(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "simulate.py"),
-        "duration=0.3",
-        f"data_dir={tmp_path}",
-        "sampling=langevin",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: segment_length=")
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_script_tells_a_mistake_without_a_trace(forks, tmp_path):
+    (tmp_path / "data").mkdir()
+    done = forks.run("simulate", "duration=0.3", "data_dir=data", "sampling=langevin", cwd=tmp_path)
+    assert done.status == 2
+    (told,) = done.told
+    assert told.startswith("Error: segment_length=")
+    assert not list((tmp_path / "data").iterdir())

@@ -22,7 +22,7 @@ from boltznce.methods import density, tabg
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained
-from boltznce.methods.spline_models import make_coordinates, make_spline_flow
+from boltznce.methods.spline_models import SplineGenerator, make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
@@ -141,6 +141,36 @@ def test_stages_and_a_kill_in_the_middle_of_one(tmp_path, monkeypatch, objective
     assert record["steps"] == 20
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_samples_go_on_with_no_other_weights(tmp_path, monkeypatch, begun):
+    """Neither finished nor begun draws are taken for those of a flow that has been trained anew."""
+    work = work_in(tmp_path / "run", DoubleWell())
+    generator = SplineGenerator(work.config, work.system, make_spline_flow(work.config, work.system))
+
+    def draw(n_batches=3):
+        def numbers(k):
+            if k == n_batches:
+                raise KeyboardInterrupt
+            return work.generator("samples", index=k)
+
+        return draw_to_folder(generator, tmp_path / "samples", 500, "exact", numbers)
+
+    if begun:
+        with pytest.raises(KeyboardInterrupt):
+            draw(n_batches=1)
+    else:
+        draw()
+    weights = next(generator.flow.parameters())
+    before = weights.detach().clone()
+    with torch.no_grad():
+        weights[..., 0] += 1e-6
+    with pytest.raises(UserError, match="weights"):
+        draw()
+    with torch.no_grad():
+        weights.copy_(before)
+    assert len(draw()) == 500
+
+
 BASELINES = {"forward_kl": "method=forward_kl", "reverse_kl": "experiment=tabg/reverse_kl"}
 SPLINE = [
     "budget=smoke",
@@ -179,7 +209,7 @@ def flow_as_data(tabg_run):
     system = bz.load_run(tabg_run).system
     n = len(samples)
     meta = {"system": system.identity, "settings": {"method": "none", "temperature": 300.0}}
-    folder = tabg_run.parent / "data" / "aldp_amber96_umbrella"
+    folder = tabg_run.parent / "data" / "aldp_amber96_metadynamics"
     Dataset.write(folder, np.array(samples.positions), samples.energy, repeat=np.arange(n) % 2, meta=meta)
     return folder, samples.log_prob
 

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from forks import BOLTZNCE, SIMULATION, TABG, Forks, leftovers
+from forks import BOLTZNCE, SIMULATION, TABG, leftovers
 
 import boltznce as bz
 from boltznce.data.dataset import Dataset
@@ -14,12 +14,6 @@ from boltznce.folders import hold
 
 PAIRS = int(os.environ.get("PAIRS", "10"))
 FAST = [*TABG, "evaluation.n_samples=100"]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from boltznce.data.replica_exchange import ReplicaExchangeSampler
 from boltznce.data.simulate import choose_engine
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.data.umbrella import UmbrellaSampler, bias_energies, window_centres
-from boltznce.data.walkers import ENGINES, Bias, OpenMMWalkers, make_walkers
+from boltznce.data.walkers import ENGINES, OpenMMWalkers, Restraints, make_walkers
 from boltznce.errors import UserError
 from boltznce.units import GAS_CONSTANT
 
@@ -55,7 +55,7 @@ def thermal(aldp):
 def test_steps_without_noise_are_openmms(aldp, thermal, friction, temperature):
     """Without friction, and with friction at 0 K: masses, order of the steps, damping, forces and bias."""
     job = dataclasses.replace(JOB, friction=friction)
-    bias = Bias(PHI, 60.0, np.array([-2.0, -1.0, 1.0, 3.1]))
+    bias = Restraints(PHI, 60.0, np.array([-2.0, -1.0, 1.0, 3.1]))
     ends = []
     for engine in (OpenMMWalkers, TorchWalkers):
         more = {"dtype": torch.float64} if engine is TorchWalkers else {}
@@ -70,17 +70,22 @@ def test_steps_without_noise_are_openmms(aldp, thermal, friction, temperature):
 def test_bias_is_that_of_the_analysis_and_its_gradient_the_slope(aldp, thermal):
     """Also where the shorter way from the centre leads across ±π."""
     centres = np.array([3.1, -3.1, 0.0, 1.5])
-    walkers = TorchWalkers(JOB, aldp.openmm_system(), np.full(4, 300.0), Bias(PHI, 60.0, centres), dtype=torch.float64)
+    restraints = Restraints(PHI, 60.0, centres)
+    walkers = TorchWalkers(JOB, aldp.openmm_system(), np.full(4, 300.0), restraints, dtype=torch.float64)
     free = TorchWalkers(JOB, aldp.openmm_system(), np.full(4, 300.0), dtype=torch.float64)
     x = torch.from_numpy(thermal[0])
+
+    def energy(x):
+        return restraints.potential(x, *restraints.parameters)
+
     expected = 30.0 * wrap(dihedral_angle(thermal[0], PHI) - centres) ** 2
-    np.testing.assert_allclose(walkers.bias_energy(x), expected, rtol=1e-9)
+    np.testing.assert_allclose(energy(x), expected, rtol=1e-9)
     assert np.abs(dihedral_angle(thermal[0], PHI) - centres).max() > np.pi
-    slope = walkers.gradient(x) - free.gradient(x)
+    slope = walkers.gradient(x, *restraints.parameters) - free.gradient(x)
     for atom, axis in [(4, 0), (6, 1), (8, 2), (14, 0), (14, 1), (0, 0)]:
         step = torch.zeros_like(x)
         step[:, atom, axis] = 1e-6
-        difference = (walkers.bias_energy(x + step) - walkers.bias_energy(x - step)) / 2e-6
+        difference = (energy(x + step) - energy(x - step)) / 2e-6
         torch.testing.assert_close(slope[:, atom, axis], difference, rtol=1e-5, atol=1e-4)
 
 
@@ -371,7 +376,7 @@ def test_engine_is_torch_on_a_gpu_where_the_energy_is(aldp, monkeypatch):
 def test_compiled_step_is_the_eager_one(aldp, thermal):
     x, v = (torch.from_numpy(array).float() for array in thermal)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    bias = Bias(PHI, 60.0, np.array([-2.0, -1.0, 1.0, 3.1]))
+    bias = Restraints(PHI, 60.0, np.array([-2.0, -1.0, 1.0, 3.1]))
     ends = []
     for compile in (False, True):
         job = dataclasses.replace(JOB, compile=compile)

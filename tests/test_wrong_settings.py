@@ -87,6 +87,11 @@ WRONG = {
             "budget=null",
             "system=5",
         ),
+        # names of other sections, which nothing would read
+        *("+lr=0.1", "+flow.lr=0.1", "++flow.steps=5", "+data.n_bins=3", "+ebm.duration=3", "+samples.width=4"),
+        *("+evaluation.batch_sizes=[1]", "+method.seed=3", "+flow.model.temperature=300", "+flow.network.lr=1"),
+        *("+system.lr=1", "+data.split.lr=0.1", "+flow.solver.lr=1", "+flow.balance.width=1", "+flow.fit.width=3"),
+        "+logger.seed=3",
     ],
     MOLECULE: [
         *("system.state=[phi,[0,115]]", "system.state=[phi,[-180,0]]", "system.state=[phi,[2.0,0.0]]"),
@@ -106,7 +111,12 @@ WRONG = {
         *("+data.simulation.timestep=0", "+data.simulation.timestep=0.5", "+data.simulation.hydrogen_mass=0"),
         *("+data.simulation.hydrogen_mass=-4", "+data.simulation.friction=0", "+data.simulation.platform=TPU"),
         *("+data.simulation.platform=HIP", "+data.simulation.dihedral=chi", "+data.simulation.n_walkers=0"),
-        *("+data.simulation.pressure=1", "+data.simulation.n_processes=-1", "data.simulation=null"),
+        *(
+            "+data.simulation.pressure=1",
+            "+data.simulation.lr=1",
+            "+data.simulation.n_processes=-1",
+            "data.simulation=null",
+        ),
         *("data.simulation=umbrella", "flow.balance.c=lots", "flow.balance.kappa=0", "flow.balance.mu=60"),
         *("+flow.balance.nu=1", "ebm.padded=true", "samples.likelihood=none", "flow.network.chiral=perhaps"),
         *("network@flow.network=graphormer", "network@ebm.network=gvp"),
@@ -127,6 +137,13 @@ WRONG = {
         *("generator.model.width=0", "generator.model.depth=0", "generator.model.activation=tanh"),
         *("generator.model.architecture=deep", "generator.model.prior_std=0", "generator.coordinates.fix_methyls=2"),
         *("generator.coordinates.temperature=0", "+generator.model.dropout=1", "+generator.coordinates.foo=1"),
+        *(
+            "+generator.width=3",
+            "+generator.model.lr=1",
+            "+generator.coordinates.lr=1",
+            "+annealing.width=3",
+            "+hot.lr=1",
+        ),
         *("evaluation.n_ladder=0", "evaluation.clip=1.5", "data.split={train: 2, validation: 1, test: 0}"),
     ],
     "system=gaussians40 method=tabg budget=smoke": ["generator.box=null", "generator.box=[[1,0],[0,1]]"],
@@ -148,14 +165,15 @@ OTHER_WRONG = {
         *("sampling=metropolis", "+settings.timestep=0.5", "+settings.hydrogen_mass=0", "+settings.n_windows=7"),
         *("+settings.kappa=-1", "+settings.foo=1", "+settings.exchange_interval=0.3", "reference=maybe", "settings=5"),
         *("system.state=[phi,[0,115]]", "duration=2.5 +settings.segment_length=1"),
+        *("+lr=1", "+settings.lr=1"),
     ],
     "sample": [
         *("n_samples=0", "n_samples=-1", "n_samples=1.5", "n_samples=1e4", "likelihood=guess", "n_probes=0", "seed=-1"),
-        *("batch_size=0", "batch_size=-3", "format=pdb", "device=none", "n_samples=many"),
+        *("batch_size=0", "batch_size=-3", "format=pdb", "device=none", "n_samples=many", "+lr=1"),
     ],
     "free_energy": [
         *("n_bins=0", "n_bins=1.5", "n_bootstrap=1", "n_bootstrap=-1", "seed=x", "state=5", "state=[0]", "state=[0,x]"),
-        *("state=[0,115]", "state=[2,0]", "coordinate=[phi]", "coordinate=chi"),
+        *("state=[0,115]", "state=[2,0]", "coordinate=[phi]", "coordinate=chi", "+width=3"),
     ],
     "finetune": [
         *("settings.finetune.ebm_steps=-1", "settings.finetune.flow_steps=1.5", "settings.finetune.lr=0"),
@@ -252,6 +270,21 @@ def test_every_shipped_setting_has_a_rule():
         ("simulate", "system=aldp"),
     ):
         assert settings.without_rule(compose(script, words.split()), script) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("+lr=1", "'lr'"), ("++flow.lr=1", "'flow.lr'"), ("+flow.fit=3", "flow.fit")]
+)
+def test_a_plus_adds_nothing_that_nobody_reads(name, told):
+    with pytest.raises(UserError, match=told):
+        compose("train", [*PLANE.split(), name])
+
+
+def test_a_plus_adds_keywords_choices_and_what_a_method_of_the_users_reads():
+    words = [*PLANE.split(), "++flow.batch_size=7", "+flow.fit.weight_decay=0.1", "+network@ebm.second=mlp"]
+    config = compose("train", words)
+    assert (config.flow.batch_size, config.flow.fit.weight_decay, "second" in config.ebm) == (7, 0.1, True)
+    assert compose("train", [*PLANE.split(), "method._target_=mine", "+flow.mine=3"]).flow.mine == 3
 
 
 def test_names_are_those_of_the_library():

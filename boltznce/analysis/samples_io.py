@@ -85,7 +85,7 @@ class WeightedSamplesWriter:
             self._progress |= _progress(read_yaml(self._partial / "meta.yaml", f"delete {self._partial}"))
         if self._progress["meta"] != self.meta:
             self._held.release()
-            raise UserError(f"{self._partial} was begun with other settings: delete it, or go on with those.")
+            raise UserError(f"{self._partial} was begun with other settings or weights: delete it, or use those.")
         with disk_errors_told(self.folder):
             self._partial.mkdir(parents=True, exist_ok=True)
 

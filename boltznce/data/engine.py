@@ -4,6 +4,7 @@ A simulation is cut into segments of fixed length. Each starts from the saved po
 that depend only on (seed, repeat, segment): a run that was killed and continued gives the same frames.
 """
 
+import abc
 import contextlib
 import dataclasses
 import importlib
@@ -11,19 +12,22 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import openmm
 from filelock import FileLock, Timeout
 
+from boltznce.data.plane import definition, system_of
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged, read_archive, read_array, read_json, sealed
 from boltznce.systems.identity import openmm_digest
+from boltznce.systems.toy import PlaneSystem
 from boltznce.units import GAS_CONSTANT
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "named",
     "picoseconds_done",
     "read_frames",
+    "read_memory",
     "run_job",
     "seconds_spent",
     "wrap",
@@ -49,6 +54,7 @@ SAMPLERS = {
     "umbrella": "boltznce.data.umbrella:UmbrellaSampler",
     "replica_exchange": "boltznce.data.replica_exchange:ReplicaExchangeSampler",
     "langevin": "boltznce.data.langevin:LangevinSampler",
+    "metadynamics": "boltznce.data.metadynamics:MetadynamicsSampler",
 }
 
 
@@ -56,8 +62,8 @@ SAMPLERS = {
 class Job:
     """One process's share of a simulation. Times in ps, temperature in K, masses in amu.
 
-    ``duration`` is per window (umbrella), replica (replica exchange) or trajectory (Langevin), after the equilibration;
-    ``options`` are the settings of the method alone.
+    ``duration`` is per window (umbrella), replica (replica exchange) or walker (Langevin, metadynamics), after the
+    equilibration and what ``options``, the settings of the method alone, call ``bias_duration``.
     """
 
     method: str
@@ -89,7 +95,7 @@ class Job:
 
     @property
     def n_segments(self) -> int:
-        return max(1, round(self.duration / self.segment_length))
+        return max(1, round((self.options.get("bias_duration", 0.0) + self.duration) / self.segment_length))
 
     def rng(self, segment: int) -> np.random.Generator:
         """The random numbers of one segment; segment -1 is the equilibration."""
@@ -102,9 +108,10 @@ class Job:
             del settings[name]
         return {**settings, "n_repeats": n_repeats}
 
-    def save(self, folder: Path, system: openmm.System, positions: np.ndarray) -> None:
+    def save(self, folder: Path, system: openmm.System | PlaneSystem, positions: np.ndarray) -> None:
         """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
-        xml = openmm.XmlSerializer.serialize(system)
+        in_plane = isinstance(system, PlaneSystem)
+        file, text = ("plane.json", definition(system)) if in_plane else ("system.xml", _serialized(system))
         if (folder / "job.json").exists():
             old = Job.load(folder)
             names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
@@ -113,7 +120,7 @@ class Job:
                 for name in names
                 if getattr(self, name) != getattr(old, name)
             ]
-            if not _same_energy(folder / "system.xml", xml):
+            if not _same_energy(folder / file, text):
                 changed.append("another molecule or force field")
             if changed:
                 raise UserError(
@@ -121,9 +128,9 @@ class Job:
                     "delete the folder to start anew, or restore the settings to continue."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("system.xml", xml), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
+        for name, contents in ((file, text), ("job.json", json.dumps(sealed(dataclasses.asdict(self)), indent=1))):
             with atomic_file(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(contents, encoding="utf-8")
         if not (folder / "state.npz").exists():  # later only its shape is read
             with atomic_file(folder / "start.npy") as temporary, open(temporary, "wb") as handle:
                 np.save(handle, np.asarray(positions, dtype=np.float64))
@@ -140,10 +147,16 @@ class Job:
             raise damaged(folder / "job.json", "it has other entries than a job", _remedy(folder)) from error
 
 
-def _same_energy(path: Path, xml: str) -> bool:
+def _serialized(system: openmm.System) -> str:
+    return openmm.XmlSerializer.serialize(system)
+
+
+def _same_energy(path: Path, text: str) -> bool:
     """Whether the file has the energy of a serialized System, by whatever version of OpenMM it was written."""
     try:
-        return openmm_digest(path.read_text(encoding="utf-8")) == openmm_digest(xml)
+        if path.suffix == ".json":
+            return path.read_text(encoding="utf-8") == text
+        return openmm_digest(path.read_text(encoding="utf-8")) == openmm_digest(text)
     except (OSError, UnicodeDecodeError, ParseError):
         return False
 
@@ -152,14 +165,22 @@ class Unstable(Exception):
     """Energies that are not finite."""
 
 
-class Sampler(Protocol):
-    """A method: K walkers, positions and velocities (K, n_atoms, 3) in nm and nm/ps; calls ``tick(ps)`` often."""
+class Sampler(abc.ABC):
+    """A method: K walkers, positions and velocities (K, n_atoms, 3) in nm and nm/ps; calls ``tick(ps)`` often.
 
-    def __init__(self, job: Job, system: openmm.System, start: np.ndarray) -> None: ...
+    ``memory``: arrays beside these from which a run goes on; set before it does.
+    """
 
+    memory: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    @abc.abstractmethod
+    def __init__(self, job: Job, system: openmm.System | PlaneSystem, start: np.ndarray) -> None: ...
+
+    @abc.abstractmethod
     def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Positions and velocities from which sampling starts."""
 
+    @abc.abstractmethod
     def advance(
         self, positions: np.ndarray, velocities: np.ndarray, segment: int, rng: np.random.Generator, tick: Tick
     ) -> np.ndarray:
@@ -226,21 +247,27 @@ def run_job(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Start or continue the job of ``folder`` to its end. ``alive`` is called often and may raise to stop the run."""
     folder = Path(folder)
     job = Job.load(folder)
-    try:
-        system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, openmm.OpenMMException) as error:
-        raise damaged(folder / "system.xml", "it cannot be read", _remedy(folder)) from error
+    system = _read_system(folder)
     with _only_process(folder, alive):
         check_frames(folder)  # before anything is cut off or added
         sampler: Sampler = named(SAMPLERS[job.method])(job, system, np.array(_start(folder)))
         try:
-            _run_segments(folder, job, sampler, frame_dtype(system.getNumParticles()), alive)
+            _run_segments(folder, job, sampler, frame_dtype(_start(folder).shape[0]), alive)
         except Unstable as error:
             raise _unstable(folder) from error
         except openmm.OpenMMException as error:
             if "NaN" not in str(error):
                 raise
             raise _unstable(folder) from error
+
+
+def _read_system(folder: Path) -> openmm.System | PlaneSystem:
+    in_plane = (folder / "plane.json").exists()
+    path, read = folder / ("plane.json" if in_plane else "system.xml"), openmm.XmlSerializer.deserialize
+    try:
+        return (system_of if in_plane else read)(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, UserError, openmm.OpenMMException) as error:
+        raise damaged(path, "it cannot be read", _remedy(folder)) from error
 
 
 def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, alive: Callable[[], None]) -> None:
@@ -251,11 +278,13 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
         started = time.process_time() - float(state.get("seconds", 0.0))
         if crc < 0:  # begun by an older version
             crc = _crc(folder / "frames.bin", n_frames * dtype.itemsize)
+        if sampler.memory:
+            sampler.memory = read_memory(folder, {name: array.shape for name, array in sampler.memory.items()})
     else:
         positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
         done, n_frames, crc = 0, 0, 0
         started = time.process_time()  # compiling and equilibration are not counted
-        _save_state(folder, positions, velocities, done, n_frames, 0.0, crc)
+        _save_state(folder, positions, velocities, done, n_frames, 0.0, crc, sampler.memory)
 
     tick = _clock(folder, job.equilibration + done * job.segment_length, alive)
     with disk_errors_told(folder), open(folder / "frames.bin", "ab") as handle:
@@ -268,7 +297,8 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
             handle.flush()
             os.fsync(handle.fileno())
             n_frames, crc = n_frames + len(frames), zlib.crc32(written, crc)
-            _save_state(folder, positions, velocities, segment + 1, n_frames, time.process_time() - started, crc)
+            seconds = time.process_time() - started
+            _save_state(folder, positions, velocities, segment + 1, n_frames, seconds, crc, sampler.memory)
 
 
 def _clock(folder: Path, elapsed: float, alive: Callable[[], None]) -> Tick:
@@ -313,6 +343,11 @@ def seconds_spent(folder: Path) -> float:
     return float(_read_state(folder, {"seconds?": ()}).get("seconds", 0.0))
 
 
+def read_memory(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """What the sampler of a job had in its memory at the last segment's end: arrays of these names and shapes."""
+    return _read_state(folder, shapes)
+
+
 def _remedy(folder: Path) -> str:
     return f"delete {folder}, and this simulation starts anew"
 
@@ -346,8 +381,15 @@ def _crc(path: Path, n_bytes: int) -> int:
 
 
 def _save_state(
-    folder: Path, positions: np.ndarray, velocities: np.ndarray, segment: int, n_frames: int, seconds: float, crc: int
+    folder: Path,
+    positions: np.ndarray,
+    velocities: np.ndarray,
+    segment: int,
+    n_frames: int,
+    seconds: float,
+    crc: int,
+    memory: Mapping[str, np.ndarray],
 ) -> None:
     state = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, **state, seconds=seconds, crc=crc)
+        np.savez(handle, **state, seconds=seconds, crc=crc, **memory)

@@ -3,13 +3,13 @@
 import numpy as np
 import openmm
 
-from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype
+from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype
 from boltznce.data.walkers import make_walkers
 
 __all__ = ["LangevinSampler"]
 
 
-class LangevinSampler:
+class LangevinSampler(Sampler):
     """Trajectories at one temperature; barriers above some 8 kT are out of reach. Option: ``n_walkers`` (1)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):

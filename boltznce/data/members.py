@@ -109,7 +109,7 @@ def _exact_settings(n_samples: int | None, seed: int) -> dict[str, Any]:
 
 def simulation_settings(system: System | PeptideFamily, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `boltznce.data.simulate.jobs_of`: the given ones in place of the system's own."""
-    return {"method": "umbrella", **system.simulation, **given}
+    return {"method": "auto", **system.simulation, **given}
 
 
 def _place(system: System | PeptideFamily, member: System, folder: Path) -> Path:
@@ -145,5 +145,5 @@ def _simulated(
         more = {} if member in trained else test or {}
         plans[member.name] = plan(member, _place(system, member, folder), **{**settings, **more})
     if any(each.jobs for each in plans.values()):
-        run_plans(list(plans.values()), n_processes, f"{settings['method']} {system.name}", progress)
+        run_plans(list(plans.values()), n_processes, f"simulation of {system.name}", progress)
     return plans

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from boltznce.data.umbrella import UmbrellaResult
+from boltznce.data.result import SimulationResult
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
@@ -16,36 +16,30 @@ __all__ = [
     "check_reference_place",
     "load_reference",
     "make_reference",
-    "require_reference",
     "save_reference",
 ]
 
 
-def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
-    """Raise UserError where umbrella sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
-    if sampling != "umbrella":
-        raise UserError("A reference needs umbrella sampling: set sampling=umbrella.")
-    if system.state is None:
-        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
-    if dihedral not in (None, system.state.coordinate):
-        raise UserError(
-            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
-            f"one of {dihedral}, or leave settings.dihedral out."
-        )
+METHODS = {
+    "umbrella": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
+    "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, bootstrap over walkers",
+}
 
 
-def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> dict:
-    """The contents of a reference file: ΔF and profile in kT, angles in rad, gaps of the profile as null.
+def make_reference(system, meta: dict, result: SimulationResult, command: str) -> dict:
+    """The contents of a reference file: ΔF, profile and surface in kT, angles in rad, what was never seen as null.
 
     ``meta`` is that of the dataset and ``command`` the one that makes such a reference.
     """
-    settings, options = meta["settings"], meta["settings"]["options"]
+    if result.message:
+        raise UserError(f"This result cannot be a reference: {result.message}. Simulate longer (duration).")
+    settings = meta["settings"]
     name, state = system.state
     reference = {
         "system": system.name,
         "identity": system.identity,
         "dihedral": name,
-        "atoms": list(settings["dihedral"]),
+        "atoms": [int(atom) for atom in system.dihedrals[name]],
         "state": list(state),
         "delta_f": {"value": round(result.delta_f, 4), "std_error": round(result.delta_f_error, 4)},
         "profile": {
@@ -54,18 +48,27 @@ def make_reference(system, meta: dict, result: UmbrellaResult, command: str) -> 
             "std_error": _numbers(result.profile_error),
         },
         "made_by": {
-            "method": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
-            "ns_per_window": meta["ps_per_walker"] * settings["n_repeats"] / 1000,
+            "method": METHODS[settings["method"]],
+            "ps_per_walker": meta["ps_per_walker"],
             "n_repeats": settings["n_repeats"],
-            "n_windows": options["n_windows"],
-            "kappa_kj_mol_rad2": options["kappa"],
-            "exchange_interval_ps": options["exchange_interval"],
+            **settings["options"],
             **{key: settings[key] for key in ("timestep", "friction", "hydrogen_mass", "seed")},
-            "delta_f_of_blocks": [_numbers(row) for row in result.block_delta_f],
-            **{key: meta[key] for key in ("versions", "date", "machine")},
+            "delta_f_of_parts": [_numbers(row) for row in result.parts],
+            "checks": {key: round(value, 4) for key, value in result.checks.items()},
+            **{key: meta[key] for key in ("cpu_seconds", "versions", "date", "machine")},
             "command": command,
         },
     }
+    for key, found in (("others", result.others), ("populations", result.populations)):
+        if found:
+            reference[key] = {
+                name: {"value": round(value, 4), "std_error": round(error, 4)} for name, (value, error) in found.items()
+            }
+    if result.surface is not None:
+        reference["surface"] = {
+            "coordinates": list(result.surface_of),
+            "f": [_numbers(row, 2) for row in result.surface],
+        }
     return checked_reference(reference, "this result")
 
 
@@ -74,7 +77,8 @@ def save_reference(reference: dict, path: Path) -> None:
     checked_reference(reference, path)
     check_reference_place(Path(path), reference["system"])
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items()]
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def check_reference_place(path: Path, system: str) -> None:
@@ -88,5 +92,5 @@ def check_reference_place(path: Path, system: str) -> None:
         )
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [round(float(v), 4) if np.isfinite(v) else None for v in values]
+def _numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
+    return [round(float(v), digits) if np.isfinite(v) else None for v in values]

@@ -3,7 +3,7 @@
 import numpy as np
 import openmm
 
-from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype
+from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype
 from boltznce.data.walkers import make_walkers
 
 __all__ = ["ReplicaExchangeSampler", "temperature_ladder"]
@@ -14,7 +14,7 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
     return np.geomspace(lowest, highest, n)
 
 
-class ReplicaExchangeSampler:
+class ReplicaExchangeSampler(Sampler):
     """Replicas on a ladder. Options: ``n_replicas``, ``max_temperature`` (K), ``exchange_interval`` (ps).
 
     ``n_ladders`` (1): independent ladders, all in one batch; a frame's window is the number of its ladder.

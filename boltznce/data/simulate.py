@@ -1,6 +1,7 @@
 """Reference data: independent repeats of a simulation, one process each, gathered into a dataset."""
 
 import dataclasses
+import itertools
 import math
 import os
 import platform as machine
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from boltznce.compiling import wants_compiling
+from boltznce.data import metadynamics, umbrella
 from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.engine import (
     SAMPLERS,
@@ -31,8 +33,10 @@ from boltznce.data.engine import (
     seconds_spent,
 )
 from boltznce.data.matching import made_here, require_settings, require_system
+from boltznce.data.plane import axis_of
 from boltznce.data.replica_exchange import temperature_ladder
-from boltznce.data.umbrella import Ring, UmbrellaResult, analyse, largest_gap
+from boltznce.data.result import SimulationResult, of_walkers
+from boltznce.data.umbrella import Ring, largest_gap
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, discard, only_process
@@ -49,15 +53,24 @@ __all__ = [
     "gather",
     "jobs_of",
     "plan",
+    "require_reference",
+    "result_of",
     "run_plans",
     "simulate",
-    "umbrella_result",
     "working_folder",
 ]
 
 UNFINISHED = Kind("an unfinished simulation", names=r"repeat_\d+", whole=True)
 MBAR_MAX_FRAMES = 40_000
+DURATIONS = {"metadynamics": 100.0}  # ps, where none is given
+DURATION = 2000.0  # of other methods
 MIN_ATOMS_AT_A_TIME = 400  # from which compiled torch is faster on a CPU, see `choose_engine`
+RECORDED = {  # the option that says how many frames are kept at a time
+    "umbrella": "n_windows",
+    "replica_exchange": "n_ladders",
+    "langevin": "n_walkers",
+    "metadynamics": "n_walkers",
+}
 ONE_PROCESS = {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -68,7 +81,7 @@ ONE_PROCESS = {
 def simulate(
     system,
     folder: Path,
-    method: str = "umbrella",
+    method: str = "auto",
     *,
     n_processes: int | None = None,
     progress: bool = True,
@@ -83,7 +96,7 @@ def simulate(
     require(n_processes=n_processes)
     with only_process(folder, beside=True, wait=True):
         work = plan(system, folder, method, **settings)
-        run_plans([work], n_processes, f"{method} {system.name}", progress)
+        run_plans([work], n_processes, f"simulation of {system.name}", progress)
         return work.finish()
 
 
@@ -108,7 +121,7 @@ class Plan:
         return Dataset.load(self.folder)
 
 
-def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Plan:
+def plan(system, folder: Path, method: str = "auto", **settings: Any) -> Plan:
     """Write the jobs of a simulation beside ``folder``, if its dataset is not there yet.
 
     ``settings`` are those of `jobs_of`. Raises UserError as that does, for another simulation in the folder (see
@@ -127,20 +140,21 @@ def plan(system, folder: Path, method: str = "umbrella", **settings: Any) -> Pla
 
     claim(folder, DATASET, "another name, or data.folder")
     claim(working_folder(folder), UNFINISHED, "another name, or data.folder")
-    n_recorded = {"umbrella": "n_windows", "replica_exchange": "n_ladders", "langevin": "n_walkers"}[method]
-    n_frames = len(jobs) * job.options.get(n_recorded, 1) * round(job.duration / job.frame_interval)
+    n_frames = len(jobs) * job.options.get(RECORDED[job.method], 1) * round(job.duration / job.frame_interval)
     require_free_space(folder, 2 * n_frames * frame_dtype(system.n_atoms).itemsize)
     folders = [working_folder(folder) / f"repeat_{job.repeat}" for job in jobs]
+    start = np.zeros((system.n_atoms, 3))
+    start[:, : system.dim] = system.positions
     for job, path in zip(jobs, folders, strict=True):
-        job.save(path, system.openmm_system(), np.asarray(system.positions, dtype=np.float64))
+        job.save(path, system if system.exact else system.openmm_system(), start)
     return Plan(system, folder, jobs, folders)
 
 
 def jobs_of(
     system,
-    method: str = "umbrella",
+    method: str = "auto",
     *,
-    duration: float,
+    duration: float | None = None,
     n_repeats: int = 2,
     seed: int = 0,
     engine: str = "auto",
@@ -159,16 +173,28 @@ def jobs_of(
     n_replicas: int = 6,
     max_temperature: float = 800.0,
     n_ladders: int = 1,
-    n_walkers: int = 1,
+    n_walkers: int | None = None,
+    bias_along: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    bias_duration: float = 120.0,
+    hill_interval: float = 0.1,
+    hill_height: float = 7.5,
+    hill_width: float = 0.25,
+    bias_factor: float = 16.0,
+    n_terms: int = 12,
+    start_temperature: float = 800.0,
 ) -> list[Job]:
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
     Args:
-        method: ``umbrella`` (windows along ``dihedral``, MBAR), ``replica_exchange`` (in temperature) or ``langevin``.
-        duration: ps per walker, after ``equilibration`` ps; raise it to extend an unfinished run.
+        method: ``metadynamics`` (many walkers under one bias), ``umbrella`` (windows along ``dihedral``, MBAR),
+            ``replica_exchange`` (in temperature), ``langevin``, or ``auto``: metadynamics of a molecule with one φ
+            whose torch energy can be compiled here, umbrella of others.
+        duration: ps per walker, after ``equilibration`` ps (and ``bias_duration``); raise it to extend an unfinished
+            run. Default 2000, of metadynamics 100.
         n_repeats: independent repeats.
         engine: ``openmm``, one walker after another; ``torch``, all in one batch; or ``auto``, see `choose_engine`.
-        compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says.
+        compile: whether ``engine=torch`` is compiled; default as ``system.compile`` says, and of metadynamics where
+            there is a compiler.
         dihedral: name in ``system.dihedrals``; default that of ``system.state``, else the first.
         frame_interval, segment_length: ps between frames, and between saves that a killed run goes on from.
         timestep, friction, hydrogen_mass: ps, 1/ps, amu. Heavy hydrogens allow 2 fs and change no configuration.
@@ -176,23 +202,51 @@ def jobs_of(
         n_windows, kappa, exchange_interval: umbrella: windows on the circle, kJ/mol/rad², ps.
         n_replicas, max_temperature, exchange_interval: replica exchange: geometric ladder up to max_temperature in K.
         n_ladders: replica exchange: independent ladders of each repeat.
-        n_walkers: Langevin: trajectories of each repeat.
+        n_walkers: trajectories of each repeat; Langevin 1, metadynamics 256, with several biases 128 a group.
+        bias_along: metadynamics: one or two names in ``system.dihedrals``, or a list of such pairs for a bias each and
+            bias exchange every ``exchange_interval``; default every φ, each with the ψ beside it.
+        bias_duration, hill_interval: metadynamics: ps a walker in which the bias is built, and between hills.
+        hill_height, hill_width, bias_factor: metadynamics: kT, of all walkers' hills of a round together; rad; see
+            `boltznce.data.metadynamics.MetadynamicsSampler`.
+        n_terms: metadynamics: of the bias's Fourier series, a coordinate.
+        start_temperature: metadynamics: K during the equilibration.
 
     Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """
     given = dict(locals())  # before there are others
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
-    if system.exact:
-        raise UserError(f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly.")
+    if system.exact and method != "metadynamics":
+        raise UserError(
+            f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly. To see how well "
+            "metadynamics does, set sampling=metadynamics."
+        )
     if system.energy_backend == "xtb":
         raise UserError(
             f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
             "or set data.folder to a dataset that was made otherwise."
         )
     compile = system.compile if compile is None else compile
-    at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers)
-    engine = choose_engine(engine, system, at_a_time, compile)
-    atoms = _dihedral_atoms(system, dihedral, required=method == "umbrella")
+    if method == "auto":
+        method = "metadynamics" if _one_phi(system) and wants_compiling("true") else "umbrella"
+    if method == "metadynamics" and str(compile) == "auto":
+        compile = True
+    duration = DURATIONS.get(method, DURATION) if duration is None else duration
+    at_a_time = {"umbrella": n_windows, "replica_exchange": n_replicas * n_ladders}.get(method, n_walkers or 1)
+    if method == "metadynamics" and engine == "auto":
+        engine = "torch"
+    if not system.exact:
+        engine = choose_engine(engine, system, at_a_time, compile)
+    if method == "metadynamics" and engine != "torch":
+        raise UserError("Metadynamics moves all walkers at once by the torch energy: set engine=torch, or sampling.")
+    atoms = None if system.exact else _dihedral_atoms(system, dihedral, required=method == "umbrella")
+    if method == "metadynamics":
+        bias_along = _biases(system, dihedral, bias_along)
+        if len({len(one) for one in bias_along}) > 1:
+            raise UserError(f"Every bias of bias_along={bias_along} must have as many coordinates: one, or two.")
+        n_groups = len(bias_along) + (len(bias_along) > 1)
+        n_walkers = n_walkers or (256 if n_groups == 1 else 128 * n_groups)
+        if n_walkers % n_groups:
+            raise UserError(f"n_walkers={n_walkers} must be a multiple of {n_groups}: the biases, and a group without.")
     options = {
         "umbrella": {"n_windows": n_windows, "kappa": kappa, "exchange_interval": exchange_interval},
         "replica_exchange": {
@@ -201,7 +255,20 @@ def jobs_of(
             "exchange_interval": exchange_interval,
         }
         | ({"n_ladders": n_ladders} if n_ladders != 1 else {}),  # {}: as in datasets older than this option
-        "langevin": {"n_walkers": n_walkers} if n_walkers != 1 else {},
+        "langevin": {"n_walkers": n_walkers} if n_walkers not in (None, 1) else {},
+        "metadynamics": {
+            "bias_along": bias_along,
+            **_axes(system, bias_along or ()),
+            "n_walkers": n_walkers,
+            "bias_duration": bias_duration,
+            "hill_interval": hill_interval,
+            "hill_height": hill_height,
+            "hill_width": hill_width,
+            "bias_factor": bias_factor,
+            "n_terms": n_terms,
+            "start_temperature": system.temperature if system.exact else start_temperature,
+        }
+        | ({"exchange_interval": exchange_interval} if len(bias_along or ()) > 1 else {}),
     }
     jobs = [
         Job(
@@ -288,6 +355,10 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
         thin = np.random.default_rng(jobs[0].seed).permutation(len(angle))[:MBAR_MAX_FRAMES]
         log_weights = ring.log_weights(angle, window, ring.free_energies(angle[thin], window[thin]))
         extra["cut"] = ring.cut
+    elif jobs[0].method == "metadynamics":
+        weighed = [metadynamics.weigh(*each) for each in zip(jobs, folders, frames, strict=True)]
+        log_weights = np.concatenate([log_w for log_w, _ in weighed])
+        extra["bias_change"] = [round(change, 4) for _, change in weighed]
     elif jobs[0].method == "replica_exchange":
         options = jobs[0].options
         extra["ladder"] = [
@@ -297,13 +368,13 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
     starts = np.cumsum([0] + [len(f) for f in frames])
     return Dataset.write(
         output,
-        _chunks(frames, starts, order),
+        (chunk[..., : system.dim] for chunk in _chunks(frames, starts, order)),
         columns["energy"][order],
         log_weights=log_weights[order],
         time=columns["time"][order],
         window=columns["window"][order],
         repeat=repeat[order],
-        topology=_pdb(system),
+        topology=None if system.exact else _pdb(system),
         meta={
             "system": system.identity,
             "settings": jobs[0].settings(len(jobs)),
@@ -313,19 +384,50 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
             **extra,
             "versions": {name: version(name) for name in ("openmm", "torch", "pymbar", "numpy")},
             "date": date.today().isoformat(),
-            "machine": f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores",
+            "machine": _machine(jobs[0].engine),
         },
     )
 
 
-def umbrella_result(dataset: Dataset, **options) -> UmbrellaResult:
-    """ΔF and profile of a dataset made with ``method=umbrella``; ``options`` go to ``umbrella.analyse``."""
-    settings = dataset.meta["settings"]
-    if settings["method"] != "umbrella":
-        raise UserError(f"A reference needs umbrella sampling, not {settings['method']}: set sampling=umbrella.")
+def _machine(engine: str) -> str:
+    if engine == "torch" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores"
+
+
+def result_of(dataset: Dataset, system, **options) -> SimulationResult:
+    """ΔF of the system's state, profile and checks of its dataset, made with a bias.
+
+    ``options`` go to `boltznce.data.umbrella.analyse` or `boltznce.data.result.of_walkers`. Raises UserError for other
+    data, and for umbrella windows along another dihedral than the state's.
+    """
+    settings, state = dataset.meta["settings"], system.state
+    columns = (dataset.window, dataset.time, dataset.repeat)
+    require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
+    if settings["method"] == "metadynamics":
+        pairs = settings["options"]["bias_along"]
+        names = {state.coordinate, *itertools.chain(*pairs)}
+        coordinates = {name: system.coordinate(np.asarray(dataset.positions), name) for name in sorted(names)}
+        options["limits"] = {name: ends for name in names if (ends := system.coordinate_range(name)) is not None}
+        result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
+        change = max(dataset.meta["bias_change"])
+        return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = _ring(settings["options"], settings["temperature"], angle)
-    return analyse(angle, dataset.window, dataset.time, dataset.repeat, ring=ring, **options)
+    return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
+
+
+def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
+    """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if sampling not in ("umbrella", "metadynamics", "auto"):
+        raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
+    if system.state is None:
+        raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
+    if sampling == "umbrella" and dihedral not in (None, system.state.coordinate):
+        raise UserError(
+            f"The state is one of {system.state.coordinate}, and the simulation along {dihedral}: set system.state to "
+            f"one of {dihedral}, or leave settings.dihedral out."
+        )
 
 
 def force_evaluations(meta: dict) -> int:
@@ -335,7 +437,9 @@ def force_evaluations(meta: dict) -> int:
         return 0
     options = settings["options"]
     n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
-    steps = (meta["ps_per_walker"] + settings["equilibration"]) / settings["timestep"]
+    steps = (meta["ps_per_walker"] + options.get("bias_duration", 0.0) + settings["equilibration"]) / settings[
+        "timestep"
+    ]
     return settings["n_repeats"] * n_walkers * options.get("n_ladders", 1) * round(steps)
 
 
@@ -383,13 +487,22 @@ def _raise_for(status: int, folder: Path) -> None:
 def _check(jobs: list[Job]) -> None:
     """Raise UserError for settings that cannot be run as they stand."""
     job = jobs[0]
-    step = job.options.get("exchange_interval", job.frame_interval)
     pairs = [
         ("duration", job.duration, "segment_length", job.segment_length),
         ("segment_length", job.segment_length, "frame_interval", job.frame_interval),
-        ("frame_interval", job.frame_interval, "exchange_interval", step),
-        ("exchange_interval", step, "timestep", job.timestep),
+        ("frame_interval", job.frame_interval, "timestep", job.timestep),
     ]
+    if step := job.options.get("exchange_interval"):
+        pairs += [
+            ("frame_interval", job.frame_interval, "exchange_interval", step),
+            ("exchange_interval", step, "timestep", job.timestep),
+        ]
+    if step := job.options.get("hill_interval"):
+        pairs += [
+            ("bias_duration", job.options["bias_duration"], "segment_length", job.segment_length),
+            ("segment_length", job.segment_length, "hill_interval", step),
+            ("hill_interval", step, "timestep", job.timestep),
+        ]
     for whole, a, part, b in pairs:
         if not b > 0 or round(a / b) < 1 or abs(a / b - round(a / b)) > 1e-6:
             raise UserError(f"{whole}={a} must be a multiple of {part}={b} (ps).")
@@ -408,14 +521,56 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     name = name or (system.state.coordinate if system.state else None)
     if name is None and not required:
         return None
-    name = name or next(iter(system.dihedrals), None)
+    return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
+
+
+def _one_phi(system) -> bool:
+    """Whether a bias on φ and ψ is all that a molecule needs, and its energy can move many walkers at once."""
+    phis = [name for name in system.dihedrals if name.startswith("phi")]
+    is_state = system.state is None or system.state.coordinate in phis
+    return len(phis) == 1 and is_state and system.energy_backend == "torch"
+
+
+def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[str]]:
+    """Names of the coordinates of each bias: every φ with the ψ at its Cα, else another; or ``dihedral`` alone."""
+    if given:
+        return [list(given)] if isinstance(given[0], str) else [list(each) for each in given]
+    if dihedral is not None:
+        return [[dihedral]]
+    if system.exact:
+        return [[system.state.coordinate if system.state else "x"]]
+    phis = [name for name in system.dihedrals if name.startswith("phi")]
+    psis = [name for name in system.dihedrals if name.startswith("psi")]
+    if not phis or (system.state and system.state.coordinate not in phis):
+        phis = [system.state.coordinate if system.state else next(iter(system.dihedrals), None)]
+
+    def beside(phi: str) -> list[str]:
+        axis = set(_atoms_of(system, phi)[1:3])
+        return sorted(psis, key=lambda psi: not axis & set(system.dihedrals[psi][1:3]))[:1]
+
+    return [[phi, *beside(phi)] for phi in phis]
+
+
+def _axes(system, bias_along: Sequence[Sequence[str]]) -> dict[str, list]:
+    """What `boltznce.data.fourier_bias.Axis` makes the coordinates of."""
+    if not system.exact:
+        return {"coordinates": [[_atoms_of(system, name) for name in one] for one in bias_along]}
+    axes = [[axis_of(system, name) for name in one] for one in bias_along]
+    return {"coordinates": [[a for a, _ in one] for one in axes], "limits": [[ends for _, ends in one] for one in axes]}
+
+
+def _name_of(system, atoms: Sequence[int] | None) -> str | None:
+    return next((name for name, four in system.dihedrals.items() if list(four) == list(atoms or ())), None)
+
+
+def _atoms_of(system, name: str | None) -> list[int]:
     if name not in system.dihedrals:
         choices = ", ".join(system.dihedrals) or "none here"
         raise UserError(
-            f"Umbrella sampling needs a dihedral: set dihedral to one of {choices}, or method to langevin or "
+            f"A bias needs a dihedral: set dihedral (or bias_along) to one of {choices}, or sampling to langevin or "
             "replica_exchange."
         )
-    return tuple(int(atom) for atom in system.dihedrals[name])
+    return [int(atom) for atom in system.dihedrals[name]]
 
 
 def _ring(options: dict, temperature: float, dihedral: np.ndarray) -> Ring:

@@ -11,11 +11,12 @@ import numpy as np
 import openmm
 from scipy.special import logsumexp
 
-from boltznce.data.engine import Job, Tick, dihedral_angle, frame_dtype, wrap
-from boltznce.data.walkers import Bias, make_walkers
+from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype, wrap
+from boltznce.data.result import SimulationResult
+from boltznce.data.walkers import Restraints, make_walkers
 from boltznce.states import in_interval
 
-__all__ = ["Ring", "UmbrellaResult", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "window_centres"]
+__all__ = ["Ring", "UmbrellaSampler", "analyse", "bias_energies", "largest_gap", "window_centres"]
 
 
 def window_centres(n_windows: int) -> np.ndarray:
@@ -32,7 +33,7 @@ WALL = 1e4  # kT, beyond the cut
 DRAG_TIME = 2.0  # ps in each window on the way around the circle
 
 
-class UmbrellaSampler:
+class UmbrellaSampler(Sampler):
     """A ring of windows. Options: ``n_windows`` (even), ``kappa`` (kJ/mol/rad²), ``exchange_interval`` (ps)."""
 
     def __init__(self, job: Job, system: openmm.System, start: np.ndarray):
@@ -41,7 +42,7 @@ class UmbrellaSampler:
         self.interval = job.options["exchange_interval"]
         self.centres = window_centres(self.n_windows)
         temperatures = np.full(self.n_windows, job.temperature)
-        self.walkers = make_walkers(job, system, temperatures, Bias(job.dihedral, self.kappa, self.centres))
+        self.walkers = make_walkers(job, system, temperatures, Restraints(job.dihedral, self.kappa, self.centres))
 
     def equilibrate(self, rng: np.random.Generator, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """Drag the dihedral around the circle, both ways, then run with exchange for the equilibration time."""
@@ -92,24 +93,6 @@ class UmbrellaSampler:
         left, right = left[swap], right[swap]
         for array in (positions, velocities):
             array[np.concatenate([left, right])] = array[np.concatenate([right, left])]
-
-
-@dataclasses.dataclass(frozen=True)
-class UmbrellaResult:
-    """Free energies (kT) along a dihedral (rad) from umbrella windows."""
-
-    delta_f: float  # -log(P(state) / P(rest))
-    delta_f_error: float
-    centres: np.ndarray  # (n_bins,)
-    profile: np.ndarray  # (n_bins,), minimum 0; NaN where nothing was seen
-    profile_error: np.ndarray  # (n_bins,), of the difference from the minimum
-    block_delta_f: np.ndarray  # (n_repeats, n_blocks): ΔF of each stretch of time of each repeat by itself
-
-    def summary(self) -> str:
-        """ΔF, and how far independent parts of the simulation agree."""
-        half = self.block_delta_f.shape[1] // 2
-        halves = ", ".join(f"{row[:half].mean():.2f} and {row[half:].mean():.2f}" for row in self.block_delta_f)
-        return f"ΔF = {self.delta_f:.3f} ± {self.delta_f_error:.3f} kT (blocks of each repeat's halves: {halves})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +169,7 @@ def analyse(
     n_blocks: int = 10,
     max_frames: int = 200_000,
     seed: int = 0,
-) -> UmbrellaResult:
+) -> SimulationResult:
     """ΔF and profile by MBAR from frames of the ``ring`` (arrays (n,)), with jackknife standard errors over blocks.
 
     A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries
@@ -217,15 +200,13 @@ def analyse(
     seen = np.isfinite(profile)
     with np.errstate(invalid="ignore"):  # bins that nobody saw
         shapes = np.array([shape - shape[lowest] for _, _, shape in left_out])
-    return UmbrellaResult(
+    return SimulationResult(
         delta_f=delta_f,
         delta_f_error=float(_jackknife_error(np.array([value for _, value, _ in left_out]))),
         centres=0.5 * (edges[1:] + edges[:-1]),
         profile=np.where(seen, profile - profile[lowest], np.nan),
         profile_error=np.where(seen, _jackknife_error(shapes), np.nan),
-        block_delta_f=np.array([estimate(np.flatnonzero(block == b), f)[1] for b in present]).reshape(
-            len(repeats), n_blocks
-        ),
+        parts=np.array([estimate(np.flatnonzero(block == b), f)[1] for b in present]).reshape(len(repeats), n_blocks),
     )
 
 

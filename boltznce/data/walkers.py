@@ -1,16 +1,20 @@
 """Walkers: what moves copies of a molecule on. Methods that exchange know no engine, and an engine no method."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import numpy as np
 import openmm
+import torch
 from openmm import unit
+from torch import Tensor
 
 from boltznce.data.engine import Job, Unstable, named
 from boltznce.errors import UserError
+from boltznce.systems.molecular import dihedral_angle
 
-__all__ = ["ENGINES", "Bias", "OpenMMWalkers", "Walkers", "heavy_hydrogens", "make_walkers"]
+__all__ = ["ENGINES", "Bias", "OpenMMWalkers", "Restraints", "Walkers", "heavy_hydrogens", "make_walkers"]
 
 ENGINES = {
     "openmm": "boltznce.data.walkers:OpenMMWalkers",
@@ -22,13 +26,42 @@ MINIMIZER_TOLERANCE = 10.0  # kJ/mol/nm
 MINIMIZER_ITERATIONS = 200
 
 
+class Bias(Protocol):
+    """A potential beside the molecule's own, of which each walker feels its share."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What `potential` depends on, as it is now."""
+
+    def potential(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """(K,) in kJ/mol of the walkers' positions (K, n_atoms, 3), all torch and without branches on values."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Bias:
+class Restraints:
     """Walker k feels kappa/2 (wrapped difference of its dihedral from centres[k])²; kJ/mol and rad."""
 
     atoms: tuple[int, int, int, int]
     kappa: float
     centres: np.ndarray
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (torch.from_numpy(self.centres),)
+
+    def potential(self, x: Tensor, centres: Tensor) -> Tensor:
+        difference = dihedral_angle(torch.stack([x[:, atom] for atom in self.atoms], dim=1)) - centres
+        turns = (difference / (2 * math.pi)).round()
+        return 0.5 * self.kappa * (difference - 2 * math.pi * turns).square()
+
+    def force(self) -> openmm.CustomTorsionForce:
+        """For OpenMM, around the context's parameter ``centre``."""
+        force = openmm.CustomTorsionForce("0.5*kappa*d^2; d=min(a, 6.283185307179586-a); a=abs(theta-centre)")
+        force.addGlobalParameter("kappa", self.kappa)
+        force.addGlobalParameter("centre", 0.0)
+        force.addTorsion(*self.atoms, [])
+        force.setForceGroup(BIAS_GROUP)
+        return force
 
 
 class Walkers(Protocol):
@@ -71,11 +104,11 @@ def heavy_hydrogens(system: openmm.System, mass: float | None) -> np.ndarray:
 class OpenMMWalkers:
     """One OpenMM context that is lent to walker after walker: set positions and velocities, run, take them back."""
 
-    def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Bias | None = None):
+    def __init__(self, job: Job, system: openmm.System, temperatures: np.ndarray, bias: Restraints | None = None):
         self.job, self.temperatures, self.bias = job, temperatures, bias
         self.masses = heavy_hydrogens(system, job.hydrogen_mass)
         if bias is not None:
-            system.addForce(bias_force(bias))
+            system.addForce(bias.force())
         self.integrator = openmm.LangevinMiddleIntegrator(job.temperature, job.friction, job.timestep)
         self.integrator.setIntegrationForceGroups({0, BIAS_GROUP})
         self.context = openmm.Context(system, self.integrator, *_platform(job.platform, system.getNumParticles()))
@@ -118,16 +151,6 @@ class OpenMMWalkers:
         state = self.context.getState(getPositions=True, getVelocities=True)
         x = state.getPositions(asNumpy=True)._value
         return x - x.mean(0), state.getVelocities(asNumpy=True)._value
-
-
-def bias_force(bias: Bias) -> openmm.CustomTorsionForce:
-    """The bias around the context's parameter ``centre``."""
-    force = openmm.CustomTorsionForce("0.5*kappa*d^2; d=min(a, 6.283185307179586-a); a=abs(theta-centre)")
-    force.addGlobalParameter("kappa", bias.kappa)
-    force.addGlobalParameter("centre", 0.0)
-    force.addTorsion(*bias.atoms, [])
-    force.setForceGroup(BIAS_GROUP)
-    return force
 
 
 def _platform(name: str, n_atoms: int) -> tuple:

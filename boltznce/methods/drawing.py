@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
+from boltznce.checkpoint import parameters_digest
 from boltznce.errors import UserError
 from boltznce.io import require_free_space
 from boltznce.systems.base import System
@@ -52,6 +53,10 @@ class Generator:
 
     def check(self, likelihood: str) -> None:
         """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""
+
+    def models(self, likelihood: str) -> Sequence[nn.Module]:
+        """What is trained of it, as far as draws with this likelihood depend on it; saved ones are tied to these."""
+        return ()
 
     def batch_size(self, likelihood: str) -> int:
         """How many to draw at once, unless told otherwise."""
@@ -126,12 +131,14 @@ def draw_to_folder(
 ) -> WeightedSamples:
     """Draw until ``n`` samples are kept, and save them to ``folder``.
 
-    A killed call goes on where it was, a finished one is loaded; UserError for a folder of other samples.
+    A killed call goes on where it was, a finished one is loaded; UserError for a folder of other samples, or of those
+    of other weights.
     """
     likelihood = choose_likelihood(models, likelihood)
     batch_size = batch_size or models.batch_size(likelihood)
     settings = {"system": models.system.name, "likelihood": likelihood, "n": n}
     settings |= {"batch_size": batch_size, "n_probes": n_probes} | (meta or {})
+    settings["weights"] = parameters_digest(models.models(likelihood))
     if not (folder / "meta.yaml").exists():
         n_bytes = n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24)
         require_free_space(folder, n_bytes)

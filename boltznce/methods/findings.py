@@ -73,6 +73,12 @@ class Data:
         return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
 
     @property
+    def has_trajectories(self) -> bool:
+        """Whether the frames of a walker follow each other as its moves do, under whatever bias."""
+        method = (self.frames.meta.get("settings") or {}).get("method")
+        return self.is_time_series or method == "metadynamics"
+
+    @property
     def walker(self) -> np.ndarray:
         """A number (frames,) for the trajectory of each frame: a window or replica of a repeat."""
         return self.frames.repeat.astype(np.int64) * (int(self.frames.window.max()) + 1) + self.frames.window

@@ -15,6 +15,7 @@ from boltznce.analysis.free_energy import (
 from boltznce.analysis.plotting import plot_profiles
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.data.matching import require_samples
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, hold
 from boltznce.io import atomic_file
@@ -41,7 +42,8 @@ def write_free_energy(
     """Write ``metrics.json``, ``report.md``, the profile and its figure to ``output``; return the table.
 
     ``coordinate`` (for molecules a dihedral) and ``state`` (radians) default to the system's. Raises UserError where
-    neither says which, for an output that holds anything else, and where another process writes it.
+    neither says which, for samples of another system, for an output that holds anything else, and where another
+    process writes it.
     """
     require("free_energy", coordinate=coordinate, state=state, n_bins=n_bins, n_bootstrap=n_bootstrap, seed=seed)
     own = system.state or (None, None)
@@ -53,8 +55,9 @@ def write_free_energy(
     state = State.of((coordinate, interval))
     limits = system.coordinate_range(coordinate)
     claim(output, FREE_ENERGY, "another output")
-    held = hold(output)
     samples = WeightedSamples.load(samples_folder)
+    require_samples(samples_folder, samples, system)
+    held = hold(output)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
     profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
     reference = system.reference() if state == own else None

@@ -3,7 +3,7 @@
 Draws at each of them, and sections on the ladder and on exact densities.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -121,10 +121,14 @@ def ladder(f: Findings) -> Part:
     """ESS of every flow at its own temperature, and weighted from the one before, with and without clipping."""
     if not f.flows:
         return Part()
-    rows = {f"flow of {t:.4g}, at its own temperature": ess_row(samples.log_weights) for t, samples in f.flows}
-    for step in f.steps:
-        row = {"ess": step["ess"], "pareto_k": step["pareto_k"], "n": step["n_draws"]}
-        rows[f"ladder, {step['drawn_at']:.4g} to {step['weighted_to']:.4g}"] = row
+    flows = _numbered([f"flow of {t:.4g}" for t, _ in f.flows])
+    rows = {
+        f"{name}, at its own temperature": ess_row(drawn.log_weights)
+        for name, (_, drawn) in zip(flows, f.flows, strict=True)
+    }
+    steps = _numbered([f"ladder, {step['drawn_at']:.4g} to {step['weighted_to']:.4g}" for step in f.steps])
+    for name, step in zip(steps, f.steps, strict=True):
+        rows[name] = {"ess": step["ess"], "pareto_k": step["pareto_k"], "n": step["n_draws"]}
     sets = {"trained flow, at its own temperature": [samples.ess for _, samples in f.flows] + [f.drawn.ess]}
     sets["draws from the step before, weighted"] = [np.nan, *(step["ess"] for step in f.steps)]
     if any(step["ess_clipped"] != step["ess"] for step in f.steps):
@@ -153,6 +157,16 @@ def _first_half(frames: Dataset) -> np.ndarray:
     if len(repeats) > 1:
         return np.isin(frames.repeat, repeats[: len(repeats) // 2])
     return frames.time <= np.median(frames.time)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Names with a number where one has come before: several flows of a ladder may have one temperature.
+
+    >>> _numbered(["flow of 1200", "flow of 1200", "flow of 300"])
+    ['flow of 1200', 'flow of 1200 (2)', 'flow of 300']
+    """
+    counts = [names[: k + 1].count(name) for k, name in enumerate(names)]
+    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
 
 
 def _short(system: System, temperature: float | None = None) -> str:

@@ -6,7 +6,7 @@ conformers of its structure (``scales: conformers``), which a molecule that was 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -226,6 +226,10 @@ class FlowGenerator(Generator):
                 "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py "
                 "resume=..., or choose exact."
             )
+
+    def models(self, likelihood: str) -> Sequence[nn.Module]:
+        """The flow and, for its likelihoods, the EBM."""
+        return (self.flow, self.ebm) if likelihood == "ebm" else (self.flow,)
 
     def batch_size(self, likelihood: str) -> int:
         """Exact likelihoods need far more memory a sample."""

@@ -18,6 +18,7 @@ from boltznce.data.simulate import jobs_of
 from boltznce.errors import UserError
 from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
+from boltznce.logger import open_logger
 from boltznce.methods.models import MODELS, load_trained, make
 from boltznce.methods.workspace import make_fabric
 from boltznce.precision import ordinary_tensors
@@ -40,6 +41,7 @@ __all__ = [
 def preflight(config: DictConfig) -> None:
     """Raise UserError for whatever would end a run with this config later on: of a system, a method, its settings."""
     check(config)
+    require_keywords(open_logger, config.logger, "logger")
     make_fabric(config.device, config.precision)
     method = locate(config.method._target_, ModuleType)
     system = build(config.system)

@@ -56,7 +56,7 @@ def reference_in_words(system: System) -> str:
     made_by = reference.get("made_by")
     if made_by is None:
         return "exact, on a grid"
-    return f"{made_by['method']}: {made_by['ns_per_window']:g} ns a window, {made_by['date']}; ships with the package"
+    return f"{made_by['method']}, {made_by['date']}; ships with the package"
 
 
 def _data(work: Workspace) -> str:

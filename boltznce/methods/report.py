@@ -22,8 +22,8 @@ LOSSES = {
     "ebm": {"score": "EBM, score loss", "nce": "EBM, NCE loss", "regression": "EBM, regression (kT²)"},
 }
 CAPTIONS = {
-    "tica": "Free energy over the slowest coordinates (TICA) of the simulation, whose frames come from replica "
-    "exchange at its lowest temperature: its time is not a physical one.",
+    "tica": "Free energy over the slowest coordinates (TICA) of the simulation, whose time is no physical one: its "
+    "frames come from replica exchange at its lowest temperature, or from walkers under a bias.",
     "ladder": "Effective sample size along the ladder: of each flow's draws at their own temperature, and at the next.",
     "temperatures": "Free energy of the flow at each temperature, not weighted; equal colours are equal densities.",
     "marginals": "Marginal probability densities of the torsions.",

@@ -3,12 +3,13 @@
 Loading trained ones, drawing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from boltznce.analysis.weights import guard
 from boltznce.errors import UserError
@@ -77,6 +78,10 @@ class SplineGenerator(Generator):
             "labelling of equivalent hydrogens): an NLL is comparable with those of such flows only."
         )
         return (text,) if self.system.bonds else ()
+
+    def models(self, likelihood: str) -> Sequence[nn.Module]:
+        """The flow."""
+        return (self.flow,)
 
     @ordinary_tensors()
     @torch.no_grad()

@@ -58,6 +58,7 @@ class PlaneSystem(System):
     n_atoms, dim = 1, 2
     translation_invariant = False
     exact = True
+    energy_backend, compile = "torch", "auto"
     temperature_unit = ""
 
     name: str
