@@ -49,6 +49,30 @@ def test_weights_are_repeats_and_groups_are_counted_once():
     assert naive.std_error < one.std_error
 
 
+def test_what_a_walker_says_of_both_sides_has_errors_in_common():
+    """A walker whose frames are alike on both sides tells of a constant, which cancels."""
+    angle, draws, _ = given(np.random.default_rng(6), n=2000)
+    shift = np.random.default_rng(7).normal(size=100)
+    walkers = np.tile(np.arange(100), 40)
+    alike = {"groups": walkers, "frames_log_ratio": shift[walkers] - 0.5}
+    other = alike | {"groups": walkers + 100 * (angle > 0)}
+    one, two = (
+        two_sided_free_energy_difference(angle, np.arange(4000), draws, angle, **frames) for frames in (alike, other)
+    )
+    assert one.value == two.value
+    assert one.std_error < 0.96 * two.std_error
+
+
+def test_energies_without_bounds():
+    angle, draws, frames = given(np.random.default_rng(8))
+    sound = two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames)
+    draws[::7], frames[::9] = 1e20, -np.inf
+    found = two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames)
+    assert found.value == pytest.approx(sound.value, abs=0.3)
+    draws[:] = 1e20
+    assert not two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames).reliable
+
+
 def test_what_the_flow_does_not_cover():
     """Frames without a density of the flow count: their part of the state is missing from its draws."""
     angle, draws, frames = given(np.random.default_rng(4), n=2000)

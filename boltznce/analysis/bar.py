@@ -110,13 +110,14 @@ def two_sided_free_energy_difference(
     for name, mine, ours in (("state", inside, frames_inside), ("rest", ~inside, ~frames_inside)):
         drawn, frames = mine[subset], ours & np.isfinite(log_weights)
         n = int(drawn.sum() + frames.sum())
-        side = _bennett(works[0][drawn], works[1][frames], log_weights[frames], groups[frames])
+        side = _bennett(works[0][drawn], works[1][frames], log_weights[frames], groups[frames], k)
         sides.append(side)
         known |= {f"n_{name}": n} | {f"{key}_{name}": side[key] for key in ("seen", "ess", "overlap", "missed")}
     with np.errstate(divide="ignore"):
         counts = np.array([inside.sum(), (~inside).sum()], dtype=np.float64)
         value = float(np.log(counts[1]) - np.log(counts[0]) + sides[0]["f"] - sides[1]["f"])
-        error = float(np.sqrt(sides[0]["variance"] + sides[1]["variance"] + (1 / counts).sum()))
+        of_draws, of_groups = sides[0]["variance"] + sides[1]["variance"], sides[0]["groups"] - sides[1]["groups"]
+        error = float(np.sqrt(of_draws + np.square(of_groups).sum() + (1 / counts).sum()))
     reasons = _reasons(known)
     if not np.isfinite(value):
         value, error = float("nan"), float("nan")
@@ -127,13 +128,18 @@ def two_sided_free_energy_difference(
     )
 
 
-def _bennett(draws: np.ndarray, frames: np.ndarray, log_weights: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """f of one side, its variance and diagnostics, from log ratios W (m,) of draws and (k,) of weighted frames."""
+def _bennett(
+    draws: np.ndarray, frames: np.ndarray, log_weights: np.ndarray, groups: np.ndarray, n_groups: int
+) -> dict[str, Any]:
+    """f of one side from log ratios W (m,) of draws and (k,) of weighted frames, and diagnostics.
+
+    Errors are the variance of f due to draws, and of each of ``n_groups`` groups of frames its part in the error of f.
+    """
     if not np.isfinite(draws).any() or not np.isfinite(frames).any():
-        unknown = dict.fromkeys(("f", "variance", "missed"), float("nan"))
+        unknown = dict.fromkeys(("f", "variance", "groups", "missed"), float("nan"))
         return unknown | dict.fromkeys(("seen", "ess", "overlap"), 0.0)
     n, weights = len(draws), normalized_weights(log_weights)
-    by_group = lambda values: np.bincount(groups, values, groups.max() + 1)  # noqa: E731
+    by_group = lambda values: np.bincount(groups, values, n_groups)  # noqa: E731
     n_frames = 1.0 / np.square(by_group(weights)).sum()
     m = np.log(n / n_frames)
 
@@ -146,15 +152,18 @@ def _bennett(draws: np.ndarray, frames: np.ndarray, log_weights: np.ndarray, gro
         of_draws, of_frames = map(logsumexp, logs(f))
         return of_draws - of_frames + m
 
-    finite = np.concatenate([each[np.isfinite(each)] for each in (draws, frames)]) + m
-    f = brentq(excess, finite.min() - 100.0, finite.max() + 100.0)
+    known = np.isfinite(frames)
+    nearest, heaviest = draws.min(), frames[known][weights[known].argmax()]
+    low = min(nearest, heaviest) + np.log(weights[known].max()) - 100.0  # where nothing of the draws counts, and above
+    f = brentq(excess, low + m, max(nearest, frames[known].max()) + 100.0 + m, maxiter=1000)  # nothing of the frames
     means = [logsumexp(each) for each in logs(f)]
     of_draws, of_frames = (np.exp(each - mean) for each, mean in zip(logs(f), means, strict=True))
     return {
         "f": f,
-        "variance": np.square(of_draws - 1.0 / n).sum() + np.square(by_group(of_frames - weights)).sum(),
-        "seen": min(n, n_frames),
-        "ess": 1.0 / max(np.square(of_draws).sum(), np.square(by_group(of_frames)).sum()),
+        "variance": float(np.square(of_draws - 1.0 / n).sum()),
+        "groups": by_group(of_frames - weights),
+        "seen": float(min(n, n_frames)),
+        "ess": float(1.0 / max(np.square(of_draws).sum(), np.square(by_group(of_frames)).sum())),
         "overlap": float(np.exp(means).sum()),
         "missed": float(weights[f - frames > np.log(_MISSED)].sum()),
     }

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data"]
 
-MANY_WALKERS, N_BLOCKS = 100, 20  # each independent; else so many blocks of each one's time
+MANY_WALKERS = 100  # that can be taken for independent visits to states
+N_GROUPS = 1000  # of frames that can be taken for independent surroundings, walkers or blocks of their time
 
 
 @dataclass(frozen=True)
@@ -159,18 +160,17 @@ class Findings:
 
     @cached_property
     def frame_groups(self) -> np.ndarray:
-        """A number (frames,) for what two-sided estimates take for independent: many walkers, or blocks of few's time.
+        """A number (frames,) for what two-sided estimates take for independent: blocks of every walker's time.
 
-        Frames need not have changed states, only what surrounds them in one: blocks may be short. Exact draws all are
-        independent.
+        About a thousand in all: frames need not have changed states, only what surrounds them in one, so blocks may be
+        short. Exact draws all are independent.
         """
         frames, walker = self.data.frames, self.data.walker
         if self.system.exact and not frames.meta.get("cpu_seconds"):
             return np.arange(len(frames))
-        if len(np.unique(walker)) >= MANY_WALKERS:
-            return walker
-        edges = np.linspace(frames.time[0], frames.time[-1], N_BLOCKS + 1)[1:-1]
-        return walker * N_BLOCKS + np.searchsorted(edges, frames.time)
+        n = max(1, round(N_GROUPS / len(self.data.walkers)))
+        edges = np.linspace(frames.time[0], frames.time[-1], n + 1)[1:-1]
+        return walker * n + np.searchsorted(edges, frames.time)
 
     @property
     def bootstrap(self) -> dict:

@@ -175,8 +175,9 @@ def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
 
 def _judged(rows: dict) -> dict | None:
     """Take the EBM's row for reliable only where exact likelihoods do; the EBM's bias, Δ_state - Δ_rest, by them."""
-    ebm, known = rows["ebm"], [rows[name] for name in ("two_sided", "corrected", "exact") if name in rows]
-    exact = next((row for row in known if row.reliable), known[0] if known else None)
+    ebm, known = rows["ebm"], [rows[name] for name in TOTAL if name in rows]
+    reliable = [row for row in known if row.reliable]
+    exact = min(reliable or known[:1], key=lambda row: ebm_bias(ebm, row)[1], default=None)
     rows["ebm"] = judged_by_exact(ebm, exact)
     return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
 
