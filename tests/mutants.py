@@ -289,8 +289,8 @@ MUTANTS = (
         15,
         "speed-up upside down",
         SECTIONS,
-        'result["md_seconds"] / spent',
-        'spent / result["md_seconds"]',
+        '"speed_up": md_seconds / spent',
+        '"speed_up": spent / md_seconds',
         REPORT,
     ),
 )
