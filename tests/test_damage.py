@@ -182,6 +182,7 @@ def read_weights(path: Path) -> dict:
 
 
 def verdict(tried: list[tuple[str, str, str]], least: int) -> None:
+    print(f"{len(tried)} mutations, {sum(each[2] != 'as before' for each in tried)} of them told")
     bad = [each for each in tried if "TRACEBACK" in each[2] or "SILENTLY" in each[2] or "->" in each[2]]
     assert not bad, "\n".join(" | ".join(each) for each in bad)
     assert len(tried) >= least

@@ -26,7 +26,7 @@ def run(folder, overrides):
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """The folder of a finished smoke run of BoltzNCE on eight Gaussians."""
-    few = ["samples={n_train: 512, n_validation: 128}", "evaluation={n_exact: 64, n_correction: 64}"]
+    few = ["samples={n_train: 512, n_validation: 128}", "evaluation={n_exact: 64, n_correction: 64, n_torus: 100}"]
     words = ["system=gaussians8", "budget=smoke", *few, f"data_dir={tmp_path_factory.mktemp('data')}"]
     return run(tmp_path_factory.mktemp("line"), words)
 
@@ -154,7 +154,8 @@ def test_the_line_ends_on_other_systems(tmp_path, system):
         "samples.n_validation=64",
         "evaluation.n_samples=256",
     ]
-    tiny += ["evaluation.n_exact=32", "evaluation.n_correction=32", "evaluation.n_bootstrap=20", f"data_dir={tmp_path}"]
+    tiny += ["evaluation={n_exact: 32, n_correction: 32, n_bootstrap: 20, n_torus: 50}", "flow.solver.steps=4"]
+    tiny += [f"data_dir={tmp_path}"]
     folder = run(tmp_path / "run", [f"system={system}", "budget=smoke", *tiny])
     assert (folder / "report.md").exists()
 
