@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data"]
 
-MANY_WALKERS = 100  # that can be taken for independent visits to states
+MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
 N_GROUPS = 1000  # of frames that can be taken for independent surroundings, walkers or blocks of their time
 
 
@@ -201,7 +201,7 @@ class Findings:
         if self.data.is_time_series:
             inside = self.system.state.contains(self.coordinate(self.data.frames.positions))
             return time_blocks(inside, self.data.walker)
-        return self.data.walker if len(self.data.walkers) >= MANY_WALKERS else None
+        return self.data.walker if self.data.has_trajectories and len(self.data.walkers) >= MANY_WALKERS else None
 
     @property
     def inside(self) -> np.ndarray:
