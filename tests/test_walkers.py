@@ -89,6 +89,21 @@ def test_bias_is_that_of_the_analysis_and_its_gradient_the_slope(aldp, thermal):
         torch.testing.assert_close(slope[:, atom, axis], difference, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_steps_recorded_on_a_gpu_are_the_steps(aldp, thermal):
+    """Without noise the same positions as step by step; with it other numbers at each replay."""
+    still, shaken = (
+        TorchWalkers(dataclasses.replace(JOB, friction=friction), aldp.openmm_system(), np.full(4, 300.0))
+        for friction in (0.0, 1.0)
+    )
+    x, v = (still.tensor(array) for array in thermal)
+    recorded = still.move(x, v, 0.2)[0]
+    with torch.no_grad():
+        one_by_one = still._steps(100, x, v)[0]
+    torch.testing.assert_close(recorded, one_by_one - one_by_one.mean(1, keepdim=True), rtol=0, atol=1e-3)
+    assert (shaken.move(x, v, 0.2)[0] != shaken.move(x, v, 0.2)[0]).any()
+
+
 SPRINGS = 1000.0, 300.0  # kJ/mol/nm²
 
 
