@@ -112,9 +112,20 @@ BOLTZNCE = [
     *("+ebm.fit.log_every=1", "evaluation.n_samples=256", "evaluation.batch_size=64", "evaluation.n_bootstrap=20"),
     *("evaluation.n_torus=50", "evaluation.n_exact=32", "evaluation.n_correction=32"),
 ]
-SIMULATION = [
-    *("system=aldp", "duration=2", "n_repeats=1", "+settings.n_windows=4", "+settings.equilibration=1"),
-    *("+settings.segment_length=1", "data_dir=data", "name=x"),
+SHORT = [
+    *(
+        "duration=2",
+        "n_repeats=1",
+        "+settings.equilibration=1",
+        "+settings.segment_length=1",
+        "data_dir=data",
+        "name=x",
+    ),
+]
+SIMULATION = ["system=aldp", "sampling=umbrella", "+settings.n_windows=4", *SHORT]
+METADYNAMICS = [
+    *("system=double_well", "sampling=metadynamics", "+settings.n_walkers=16", "+settings.bias_duration=2"),
+    *("+settings.compile=false", *SHORT),
 ]
 
 

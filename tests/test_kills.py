@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from forks import BOLTZNCE, SIMULATION, TABG, leftovers
+from forks import BOLTZNCE, METADYNAMICS, SIMULATION, TABG, leftovers
 from safetensors.torch import load_file
 
 KILLS = int(os.environ.get("KILLS", "100"))
@@ -20,7 +20,8 @@ AFTER = [("sample", ["run=run", "n_samples=300", "batch_size=50"]), ("free_energ
 CHAINS = {  # what is done one after another, and its share of the kills
     "tabg": ([("train", [*TABG, "hydra.run.dir=run"]), *AFTER], 0.45),
     "boltznce": ([("train", [*BOLTZNCE, "hydra.run.dir=run"]), *AFTER], 0.45),
-    "simulation": ([("simulate", SIMULATION)], 0.1),
+    "simulation": ([("simulate", SIMULATION)], 0.05),
+    "metadynamics": ([("simulate", METADYNAMICS)], 0.05),
 }
 
 
