@@ -337,6 +337,19 @@ def test_bias_is_on_every_phi_with_the_psi_beside_it():
     assert dataclasses.replace(one, repeat=1).total == one.equilibration + 120.0 + 100.0
 
 
+def test_auto_is_metadynamics_where_one_bias_is_enough_and_can_be_compiled(monkeypatch):
+    def chosen(system):
+        return jobs_of(system, "auto", n_repeats=1)[0].method
+
+    one, two = load_system("aldp"), load_system("ACE-AA-NME")
+    monkeypatch.setattr("boltznce.data.jobs.wants_compiling", lambda mode: str(mode).lower() == "true")
+    assert (chosen(one), chosen(two)) == ("metadynamics", "umbrella")
+    monkeypatch.setattr("boltznce.data.jobs.wants_compiling", lambda mode: False)
+    assert chosen(one) == "umbrella"
+    with pytest.raises(UserError, match="nothing to simulate in double_well.*sampling=metadynamics"):
+        jobs_of(load_system("double_well"))
+
+
 def test_groups_share_the_walkers():
     bias = FourierBias([Axis(PHI)], 3, 0.3, 1.0)
     assert (BiasGroups([bias], 8).n_groups, BiasGroups([bias], 8).size) == (1, 8)
