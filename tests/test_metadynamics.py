@@ -346,7 +346,7 @@ def test_auto_is_metadynamics_where_one_bias_is_enough_and_can_be_compiled(monke
     assert (chosen(one), chosen(two)) == ("metadynamics", "umbrella")
     monkeypatch.setattr("boltznce.data.jobs.wants_compiling", lambda mode: False)
     assert chosen(one) == "umbrella"
-    with pytest.raises(UserError, match="nothing to simulate in double_well.*sampling=metadynamics"):
+    with pytest.raises(UserError, match=r"nothing to simulate in double_well.*sampling=metadynamics"):
         jobs_of(load_system("double_well"))
 
 
