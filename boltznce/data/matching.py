@@ -134,7 +134,7 @@ def _energies_in_words(recorded: np.ndarray, here: np.ndarray, system: System, r
             return None
         ratio = here / recorded
     median = float(np.median(off))
-    words = f"recorded energies are off by {median:.3g} kT (median of {len(off)} frames)"
+    words = f"recorded energies are off by {median:.3g} kT (median of {len(off)} frames, at most {off.max():.3g})"
     if not np.isfinite(here).all() or median > ASTRONOMIC:
         return f"{words}, as if positions were not in nm or atoms in another order"
     if np.ptp(here - recorded) < TOLERANCE + relative * median:
