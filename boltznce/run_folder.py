@@ -380,7 +380,7 @@ def _content(path: Path) -> str:
     if path.suffix == ".safetensors":
         return weights_digest(path)
     if path.is_dir():
-        digests = read_yaml(path / "meta.yaml", AGAIN).get("digests", {})
+        digests = read_yaml(path / "meta.yaml", AGAIN.replace("it", "its folder", 1)).get("digests", {})
         return ",".join(f"{name}:{str(digest)[:16]}" for name, digest in digests.items() if name.endswith(".npy"))
     return file_digest(path)
 

@@ -88,6 +88,7 @@ class Place:
 
     def __init__(self, folder: Path):
         self.folder, self.whole = folder, folder.with_name(f"{folder.name} whole")
+        shutil.rmtree(self.whole, ignore_errors=True)  # that of another test
         shutil.copytree(folder, self.whole)
 
     def restore(self) -> None:

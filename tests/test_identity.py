@@ -60,8 +60,9 @@ def reordered(folder):
 
 def write_data(folder, system, *, scale=1.0, energies=lambda u: u, meta=None, n=40):
     """A dataset of frames about the system's minimum, its energies true but for what is asked for."""
-    noise = torch.randn(n, system.n_atoms, system.dim, generator=torch.Generator().manual_seed(0))
-    x = system.sample(n) if system.exact else system.positions + 0.005 * noise
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(n, system.n_atoms, system.dim, generator=generator)
+    x = system.sample(n, generator) if system.exact else system.positions + 0.005 * noise
     u = energies(system.energy(x.double()).numpy())
     meta = {"system": system.identity} if meta is None else meta
     return Dataset.write(folder, scale * x.float().numpy(), u, meta=meta)

@@ -17,7 +17,7 @@ from boltznce.units import GAS_CONSTANT
 
 __all__ = ["changed_settings", "in_words", "made_here", "require_samples", "require_settings", "require_system"]
 
-N_FRAMES = 16  # whose energies are computed anew, spread over the dataset
+N_FRAMES = 32  # whose energies are computed anew, spread over the dataset
 # Energies of float32 positions, by torch in float32, OpenMM or xTB, agree far better: to 0.005 kT and 1e-6.
 TOLERANCE, RELATIVE = 0.02, 1e-5  # kT; of the energy
 RELATIVE_OF_DRAWS = 1e-3  # some of a flow's draws clash
@@ -134,7 +134,7 @@ def _energies_in_words(recorded: np.ndarray, here: np.ndarray, system: System, r
             return None
         ratio = here / recorded
     median = float(np.median(off))
-    words = f"recorded energies are off by {median:.3g} kT (median of {len(off)} frames)"
+    words = f"recorded energies are off by {median:.3g} kT (median of {len(off)} frames, at most {off.max():.3g})"
     if not np.isfinite(here).all() or median > ASTRONOMIC:
         return f"{words}, as if positions were not in nm or atoms in another order"
     if np.ptp(here - recorded) < TOLERANCE + relative * median:
