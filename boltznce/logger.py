@@ -104,13 +104,14 @@ class WandbLogger:
 
 
 def open_logger(
-    kind: Literal["csv", "wandb"],
     folder: Path,
-    config: Mapping | None = None,
+    config: Mapping | None,
+    /,
+    kind: Literal["csv", "wandb"],
     project: str = "boltznce",
     mode: str | None = None,
 ) -> WandbLogger | None:
-    """The logger that the ``logger`` part of a config asks for, ``open_logger(**config.logger, folder=...)``.
+    """The logger that the ``logger`` part of a config asks for, ``open_logger(folder, config, **config.logger)``.
 
     None for ``csv``: `boltznce.training.fit` writes those files in any case. Raises UserError for an unknown kind.
     """

@@ -78,7 +78,7 @@ def _train(folder: RunFolder) -> str:
     if not folder.checked:
         preflight(config)
     method = locate(config.method._target_, ModuleType)
-    logger = open_logger(**config.logger, folder=folder.path, config=OmegaConf.to_container(config))
+    logger = open_logger(folder.path, OmegaConf.to_container(config), **config.logger)
     work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
     folder.record_identity(work.system)
     *_, last = method.STAGES

@@ -368,7 +368,8 @@ def require(section: str = "", /, **values: Any) -> None:
 
 def require_keywords(call: Callable, given: Iterable[str], what: str) -> None:
     """Raise UserError where ``call`` has no keyword of one of these names: settings of ``what`` that do not exist."""
-    known = inspect.signature(call).parameters
+    parameters = inspect.signature(call).parameters
+    known = {name: each for name, each in parameters.items() if each.kind is not each.POSITIONAL_ONLY}
     if unknown := [name for name in given if name not in known]:
         names = ", ".join(name for name, each in known.items() if each.kind is not each.VAR_KEYWORD)
         raise UserError(f"There is no setting {unknown[0]} of {what}: choose of {names}.")

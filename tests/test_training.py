@@ -381,11 +381,11 @@ def test_step_generators_differ_by_seed_name_and_step_alone():
 
 
 def test_loggers(tmp_path, monkeypatch):
-    assert open_logger("csv", tmp_path) is None
+    assert open_logger(tmp_path, None, "csv") is None
     with pytest.raises(UserError, match="csv or wandb"):
-        open_logger("tensorboard", tmp_path)
+        open_logger(tmp_path, None, "tensorboard")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NETRC", raising=False)
     with pytest.raises(UserError, match="wandb login"):
-        open_logger("wandb", tmp_path, mode="online")
+        open_logger(tmp_path, None, "wandb", mode="online")
