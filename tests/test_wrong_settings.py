@@ -93,6 +93,7 @@ WRONG = {
         *("+system.lr=1", "+data.split.lr=0.1", "+flow.solver.lr=1", "+flow.balance.width=1", "+flow.fit.width=3"),
         "+logger.seed=3",
         "+logger.folder=x",
+        "+logger.folder=x",
     ],
     MOLECULE: [
         *("system.state=[phi,[0,115]]", "system.state=[phi,[-180,0]]", "system.state=[phi,[2.0,0.0]]"),
