@@ -91,9 +91,7 @@ WRONG = {
         *("+lr=0.1", "+flow.lr=0.1", "++flow.steps=5", "+data.n_bins=3", "+ebm.duration=3", "+samples.width=4"),
         *("+evaluation.batch_sizes=[1]", "+method.seed=3", "+flow.model.temperature=300", "+flow.network.lr=1"),
         *("+system.lr=1", "+data.split.lr=0.1", "+flow.solver.lr=1", "+flow.balance.width=1", "+flow.fit.width=3"),
-        "+logger.seed=3",
-        "+logger.folder=x",
-        "+logger.folder=x",
+        *("+logger.seed=3", "+logger.folder=x"),
     ],
     MOLECULE: [
         *("system.state=[phi,[0,115]]", "system.state=[phi,[-180,0]]", "system.state=[phi,[2.0,0.0]]"),
