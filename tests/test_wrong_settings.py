@@ -163,7 +163,15 @@ OTHER_WRONG = {
     "simulate": [
         *("duration=0", "duration=long", "n_repeats=0", "n_processes=-1", "n_processes=0", "engine=none", "seed=-1"),
         *("sampling=metropolis", "+settings.timestep=0.5", "+settings.hydrogen_mass=0", "+settings.n_windows=7"),
-        *("+settings.kappa=-1", "+settings.foo=1", "+settings.exchange_interval=0.3", "reference=maybe", "settings=5"),
+        *(
+            "+settings.kappa=-1",
+            "+settings.foo=1",
+            "+settings.hill_interval=0.03",
+            "+settings.bias_factor=1",
+            "+settings.bias_along=[phi,psi,omega1]",
+            "reference=maybe",
+            "settings=5",
+        ),
         *("system.state=[phi,[0,115]]", "duration=2.5 +settings.segment_length=1"),
         *("+lr=1", "+settings.lr=1"),
     ],
