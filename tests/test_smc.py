@@ -347,6 +347,11 @@ def test_what_is_not_finite_is_refused_and_weighs_nothing():
     assert np.isneginf(annealed.log_weights[~np.isfinite(annealed.energy)]).all()
     assert np.isneginf(annealed.log_weights[outside]).all()
     assert annealed.log_normalizer[0] == pytest.approx(norm.logcdf(1) + math.log(2 * math.pi), abs=0.03)
+    dead = Path(normal(2), walled).point(torch.full((5, 2), 50.0))
+    assert all(torch.isneginf(dead.log_prob(beta)).all() for beta in (0.0, 0.5, 1.0))
+    stay, probability = HMC().move(Path(normal(2), walled), dead, 0.5, 0.1, generator())
+    assert float(probability.max()) == 0
+    assert torch.equal(stay.positions, dead.positions)
     with pytest.raises(UserError, match="None of 50 walkers has a finite weight"):
         anneal(torch.full((50, 2), 5.0), normal(2), walled)
 
@@ -366,6 +371,11 @@ def test_the_next_beta_has_its_conditional_ess():
         v = ((beta - 0.1) * (-point.u - point.log_base)).exp()
         assert float((w @ v) ** 2 / (w @ v**2)) == pytest.approx(least, abs=1e-6)
     assert next_beta(point, log_weights, 0.999, 0.5)[0] == 1.0
+    settings = AnnealSettings(first_cess=0.3, cess=0.8)
+    steps = anneal(point.positions, path.base, path.target, settings=settings).history
+    assert [steps[0].cess, *(step.cess for step in steps[1:-1])] == pytest.approx([0.3, *[0.8] * (len(steps) - 2)])
+    assert len(steps) > 2
+    assert steps[-1].cess >= 0.8
     # the state that suffers most tells
     groups = right(point.positions)
     beta, _ = next_beta(point, log_weights, 0.1, 0.9, groups)
@@ -386,6 +396,7 @@ def test_systematic_resampling_is_unbiased():
     assert ((counts - 5 * weights).abs() < 1).all()
     assert (counts[:, 2] == 0).all()
     assert (counts.sum(1) == 5).all()
+    assert systematic(torch.tensor([0.0, 1.0, 0.0]), 0.0).tolist() == [1, 1, 1]
 
 
 def test_states_keep_their_walkers_and_their_totals():
@@ -455,6 +466,7 @@ def test_lineages_are_counted():
     annealed, _, _ = squeezed(60, 400, 0, labels=None)
     assert annealed.history[-1].ancestors == len(np.unique(annealed.ancestors)) < 300
     assert annealed.lineages(np.zeros(400))[0].ancestors == annealed.history[-1].ancestors
+    assert annealed.log_normalizer == log_normalizer(annealed.log_weights, annealed.ancestors, 400)  # the dead count
 
 
 def test_populations_share_nothing():
@@ -517,6 +529,7 @@ def test_a_killed_annealing_goes_on_to_the_bit(tmp_path):
     for name in ("positions", "energy", "log_weights", "ancestors"):
         assert np.array_equal(getattr(found, name), getattr(whole, name)), name
     assert found.history == whole.history
+    assert found.counts == whole.counts
     assert [path.name for path in tmp_path.iterdir()] == ["annealing.npz"]
     left[0] = 0
     assert np.array_equal(run(tmp_path).positions, whole.positions)  # at its end nothing is asked any more

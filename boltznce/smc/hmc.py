@@ -51,8 +51,7 @@ class HMC:
         """The points and velocities after ``n_leapfrog`` steps, each of ``step`` (n, 1, ...); reversible (-v)."""
         for i in range(self.n_leapfrog):
             v = v + (0.5 if i == 0 else 1.0) * step * self._acceleration(point, beta)
-            x = point.positions + step * v
-            point = path.point(x - x.mean(-2, keepdim=True) if self.centred else x, beta)
+            point = path.point(point.positions + step * v, beta)
         return point, v + 0.5 * step * self._acceleration(point, beta)
 
     def move(
