@@ -10,7 +10,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from boltznce import load_system
-from boltznce.analysis.free_energy import choose_subset, free_energy_difference
+from boltznce.analysis.free_energy import choose_subset
 from boltznce.errors import UserError
 from boltznce.smc import (
     HMC,
@@ -59,8 +59,7 @@ def right(x, at=0.0):
 
 def difference(annealed, at=0.0):
     """ΔF of the state beyond ``at``."""
-    angle = np.where(annealed.positions[:, 0] > at, 1.0, -1.0)
-    return free_energy_difference(angle, annealed.log_weights, walkers=annealed.units)
+    return annealed.free_energy_difference(np.where(annealed.positions[:, 0] > at, 1.0, -1.0))
 
 
 EXACT = {"first_cess": 0.9, "step_size": 0.3}  # of a base that may be moved in
@@ -467,6 +466,27 @@ def test_lineages_are_counted():
     assert annealed.history[-1].ancestors == len(np.unique(annealed.ancestors)) < 300
     assert annealed.lineages(np.zeros(400))[0].ancestors == annealed.history[-1].ancestors
     assert annealed.log_normalizer == log_normalizer(annealed.log_weights, annealed.ancestors, 400)  # the dead count
+
+
+def test_few_ancestors_are_not_reliable():
+    """Moves that are too few for their step in β leave few ancestors, and errors that are too small."""
+    std = torch.tensor([1.0] + [0.25] * 19)
+    start = torch.randn(1000, 20, generator=generator(1))
+    found = {
+        moves: anneal(
+            start,
+            normal(20),
+            energy(normal(20, 0.0, std)),
+            kernel=HMC(n_leapfrog=3 * moves),
+            settings=AnnealSettings(n_moves=moves, final_moves=0, **EXACT),
+            labels=right,
+        )
+        for moves in (1, 2)
+    }
+    assert not difference(found[1]).reliable
+    assert "effective ancestors in the" in difference(found[1]).message
+    assert difference(found[2]).reliable, difference(found[2])
+    assert not difference(found[2], at=9.0).reliable  # nobody there
 
 
 def test_populations_share_nothing():
