@@ -13,7 +13,8 @@ The parts, in the order of the computation (``help(boltznce.systems)`` and so on
 
 - `boltznce.systems`: energies. `boltznce.data`: simulation and datasets.
 - `boltznce.flows`: generators. `boltznce.networks`: the networks in them. `boltznce.ebm`: their learned likelihood.
-- `boltznce.annealing`: from high temperature to low without data.
+- `boltznce.annealing`: from high temperature to low without data. `boltznce.smc`: from a density to the target, walker
+  by walker.
 - `boltznce.analysis`: weights, free energies, metrics, figures, reports.
 - `boltznce.training`: the loop that trains them all. `boltznce.methods`: the published methods, each a list of stages.
   `boltznce.run`: a run in its folder. `boltznce.config`: names to settings to objects.

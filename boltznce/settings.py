@@ -306,6 +306,17 @@ RULES: dict[str, Rule] = {
     "exact_batch_size": COUNT,
     "tica_lag": COUNT | NULL,
     "grid": _whole(2),
+    # ---- refinement
+    "cess": INSIDE,
+    "first_cess": INSIDE,
+    "resample_below": PART,
+    "n_moves": COUNT,
+    "final_moves": WHOLE,
+    "n_leapfrog": COUNT,
+    "step_size": POSITIVE,
+    "acceptance": INSIDE,
+    "n_populations": COUNT,
+    "smc.chunk": COUNT | NULL,
     # ---- benchmarks
     "what": _one_of("energy", "network", "spline"),
     "min_seconds": POSITIVE,
