@@ -39,8 +39,15 @@ def test_without_a_reference_the_data_have_their_row(found):
     assert rows["data (data), error not estimated"] == {"value": pytest.approx(expected)}
     assert np.isnan(sections.free_energies(found).results["error"])
     known = replace(found, reference=found.system.reference())
-    rows = sections.free_energies(known).results["free_energy"]
-    assert {"reference", "exact", "data (data), error not estimated"} <= set(rows)
+    results = sections.free_energies(known).results
+    assert results["state"] == "x > 0"
+    assert {"reference", "exact", "data (data), error not estimated"} <= set(results["free_energy"])
+    meta = {"cpu_seconds": 1.0, "settings": {"method": "metadynamics"}}
+    walkers = replace(known.data.whole, window=np.arange(300) % 30, meta=meta)
+    moved = replace(known, data=replace(known.data, whole=walkers, frames=walkers))
+    row = sections.free_energies(moved).results["free_energy"]["data (data)"]
+    assert row.value == pytest.approx(expected)
+    assert 0.05 < row.std_error < 0.3
 
 
 def test_without_data_or_a_state_sections_are_shorter(found):

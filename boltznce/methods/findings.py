@@ -26,7 +26,7 @@ from boltznce.systems.base import System
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data"]
+__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data", "walker_of"]
 
 MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
 N_GROUPS = 1000  # of frames that can be taken for independent surroundings, walkers or blocks of their time
@@ -48,6 +48,11 @@ class ExactSubset:
         if len(np.unique(index)) != len(log_prob):
             raise damaged(folder / "subset.npy", "it is not of the samples beside it", AGAIN)
         return cls(index, log_prob[np.searchsorted(np.unique(index), index)])
+
+
+def walker_of(frames: Dataset) -> np.ndarray:
+    """A number (n,) for the trajectory of each frame: a window, walker or replica of a repeat."""
+    return frames.repeat.astype(np.int64) * (int(frames.window.max()) + 1) + frames.window
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Data:
 
     @property
     def walker(self) -> np.ndarray:
-        """A number (frames,) for the trajectory of each frame: a window or replica of a repeat."""
-        return self.frames.repeat.astype(np.int64) * (int(self.frames.window.max()) + 1) + self.frames.window
+        """A number (frames,) for the trajectory of each frame (see `walker_of`)."""
+        return walker_of(self.frames)
 
     @property
     def walkers(self) -> list[np.ndarray]:

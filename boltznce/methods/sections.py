@@ -23,7 +23,7 @@ from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agre
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
-from boltznce.methods.findings import Findings
+from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.isomers import TURNED
 from boltznce.methods.views import View, symbol_of
@@ -117,10 +117,11 @@ def free_energies(f: Findings) -> Part:
     bias = _judged(rows) if f.likelihood == "ebm" else None
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
-        # its error would be that of slow motions, which so short a simulation does not show
-        whole = f.data.whole
-        of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2)
-        rows[f"data ({f.data_name}), error not estimated"] = {"value": of_data.value}
+        whole, title = f.data.whole, f"data ({f.data_name})"
+        known = md is not None and not f.data.is_time_series  # else slow motions, which so short a simulation hides
+        walkers = walker_of(whole) if known else None
+        of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, walkers=walkers)
+        rows |= {title: of_data} if known else {f"{title}, error not estimated": {"value": of_data.value}}
     headline, notes = choose_headline({name: rows[name] for name in TOTAL if name in rows}), []
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
