@@ -28,8 +28,10 @@ def _of_living_children() -> float:
     seconds = 0.0
     for listed in Path("/proc/self/task").glob("*/children"):
         try:
-            for child in listed.read_text().split():
-                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            for child in listed.read_text(encoding="ascii").split():
+                fields = (
+                    Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                )
                 seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with its own children
         except OSError:  # it has just ended: a parent that waits for it has its time
             continue

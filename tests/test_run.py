@@ -161,7 +161,7 @@ def test_data_that_are_all_other_isomers_are_compared_with_none(tiny_run, monkey
     work = bz.load_run(tiny_run)._work
     everything = lambda system, x: {"cis peptide bond": np.ones(len(x), dtype=bool)}  # noqa: E731
     monkeypatch.setattr(findings, "excluded_conformers", everything)
-    data, notes = findings._data(work, work.system, work.system)
+    data, notes = findings.held_out_data(work, work.system, work.system)
     assert (data, notes) == (None, ())
     assert "other isomers" in caplog.text
 
