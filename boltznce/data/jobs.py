@@ -61,7 +61,7 @@ def jobs_of(
     hill_width: float = 0.25,
     bias_factor: float = 16.0,
     n_terms: int = 12,
-    start_temperature: float = 800.0,
+    start_temperature: float = 600.0,
 ) -> list[Job]:
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
@@ -89,7 +89,7 @@ def jobs_of(
         hill_height, hill_width, bias_factor: metadynamics: kT, of all walkers' hills of a round together; rad; see
             `boltznce.data.metadynamics.MetadynamicsSampler`.
         n_terms: metadynamics: of the bias's Fourier series, a coordinate.
-        start_temperature: metadynamics: K during the equilibration.
+        start_temperature: metadynamics: K during the equilibration; at 800 one peptide bond in 500 turns in 50 ps.
 
     Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """

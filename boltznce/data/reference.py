@@ -45,16 +45,28 @@ def result_of(dataset: Dataset, system, **options) -> SimulationResult:
     columns = (dataset.window, dataset.time, dataset.repeat)
     require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
     if settings["method"] == "metadynamics":
+        dataset, others = _of_own_isomer(dataset, system)
+        columns = (dataset.window, dataset.time, dataset.repeat)
         pairs = settings["options"]["bias_along"]
         names = {state.coordinate, *itertools.chain(*pairs)}
         coordinates = {name: system.coordinate(np.asarray(dataset.positions), name) for name in sorted(names)}
         options["limits"] = {name: ends for name in names if (ends := system.coordinate_range(name)) is not None}
         result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
-        change = max(dataset.meta["bias_change"])
-        return dataclasses.replace(result, checks={**result.checks, "late change of the bias (kT)": change})
+        more = {"late change of the bias (kT)": max(dataset.meta["bias_change"]), "share of other isomers": others}
+        return dataclasses.replace(result, checks={**result.checks, **more})
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = ring_of(settings["options"], settings["temperature"], angle)
     return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
+
+
+def _of_own_isomer(dataset: Dataset, system) -> tuple[Dataset, float]:
+    """The frames of the structure's own cis and trans peptide bonds and stereocentres, and the share of the others.
+
+    Where the walkers are hot at first one may turn, and never turns back.
+    """
+    x = np.array(dataset.positions)
+    kept = ~((system.isomers(x) < 0).any(1) | (system.chirality(x) < 0).any(1))
+    return dataset.take(kept), float(1 - kept.mean())
 
 
 def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
