@@ -32,7 +32,7 @@ def mutant(number: int, what: str, file: str, old: str, new: str, tests: str) ->
 
 STAGES, MODELS, EVALUATION = "methods/stages.py", "methods/models.py", "methods/evaluation.py"
 FINDINGS, SECTIONS, TABG = "methods/findings.py", "methods/sections.py", "methods/tabg.py"
-FREE_ENERGY, SIMULATE, ISOMERS = "analysis/free_energy.py", "data/simulate.py", "methods/isomers.py"
+FREE_ENERGY, SIMULATE, ISOMERS = "analysis/free_energy.py", "data/simulate.py", "systems/isomers.py"
 REPORT = "report or free_energies or disk"
 
 MUTANTS = (
@@ -182,7 +182,7 @@ MUTANTS = (
     mutant(
         9,
         "cis conformers not recognized",
-        "methods/isomers.py",
+        "systems/isomers.py",
         "if system.omegas:",
         "if False:",
         "never_visit or report",

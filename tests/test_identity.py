@@ -248,6 +248,7 @@ def test_a_reference_is_of_the_dihedral_that_was_simulated():
     stateless.state = None
     for system, sampling, dihedral, words in (
         (aldp(), "langevin", None, "set sampling to umbrella or metadynamics"),
+        (bz.load_system("double_well"), "metadynamics", None, "has an exact reference"),
         (aldp(), "umbrella", "psi", "state is one of phi, and the simulation along psi"),
         (stateless, "umbrella", "phi", "aldp has none: set system.state"),
     ):

@@ -8,9 +8,9 @@ from openmm import app
 
 from boltznce import UserError, load_system, train_run
 from boltznce.data.simulate import _pdb
-from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.views import views_of
 from boltznce.systems.conformers import random_conformers
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 pytestmark = pytest.mark.slow
 CHARMM = ("charmm36.xml", "charmm36_2024.xml")

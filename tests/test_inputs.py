@@ -18,12 +18,12 @@ from boltznce.data.dataset import Dataset, mode_balanced_indices
 from boltznce.data.simulate import _pdb
 from boltznce.methods import ladder, sections
 from boltznce.methods.findings import Data, Findings
-from boltznce.methods.isomers import TURNED, allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.models import make
 from boltznce.methods.spline_models import make_coordinates, make_spline_flow
 from boltznce.methods.stages import _check_isomers
 from boltznce.methods.views import views_of
 from boltznce.states import State
+from boltznce.systems.isomers import TURNED, allowed_conformers, excluded_conformers, require_some_left
 from boltznce.systems.molecular import not_canonical
 from boltznce.systems.peptides import build_peptide
 from boltznce.systems.torsions import backbone_dihedrals, turning_dihedrals

@@ -47,13 +47,13 @@ from boltznce.data.reference import result_of
 from boltznce.ebm import EnergyBasedModel
 from boltznce.methods import boltznce, ladder, report, spline_models, stages, tabg
 from boltznce.methods.evaluation import evaluate
-from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained, solver_settings, weights_path
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import load_run, train
 from boltznce.run_folder import RunFolder
 from boltznce.states import State
 from boltznce.systems.bond_graph import BondGraph, GraphCheck
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 
 def workspace(folder, words, system=None, models=None):

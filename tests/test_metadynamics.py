@@ -7,6 +7,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from interrupted import interrupt
 
 from boltznce.config import load_system
 from boltznce.data import metadynamics, plane
@@ -178,10 +179,6 @@ def test_weights_give_back_a_known_distribution(tmp_path, n_torsions, n_walkers)
             assert abs(p - exactly) < 4 * error + 1e-3
 
 
-class Interrupted(Exception):
-    """A kill, by what is called often."""
-
-
 @pytest.mark.parametrize("n_torsions", [1, 2])
 def test_a_killed_run_goes_on_exactly(tmp_path, n_torsions):
     """In the equilibration, while the bias grows, and while frames are taken."""
@@ -192,14 +189,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, n_torsions):
         job.save(tmp_path / name, system, zigzag(n_torsions + 3))
     run_job(tmp_path / "whole")
     for after in (2, 7, 13, 7):
-        left = iter(range(after))
-
-        def alive(left=left):
-            if next(left, None) is None:
-                raise Interrupted
-
-        with pytest.raises(Interrupted):
-            run_job(tmp_path / "killed", alive)
+        interrupt(tmp_path / "killed", after)
     run_job(tmp_path / "killed")
     whole, killed = (np.array(read_frames(tmp_path / name)) for name in ("whole", "killed"))
     assert len(whole) == 10 * 6

@@ -13,6 +13,7 @@ import openmm
 import pytest
 import torch
 from filelock import FileLock
+from interrupted import interrupt
 from openmm import app, unit
 
 from boltznce.config import load_system
@@ -61,10 +62,6 @@ def make_job(system, folder, method, duration, engine="openmm", **lengths):
     return job
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("method", "interruptions"), [("umbrella", (3, 33, 20)), ("replica_exchange", (3, 33, 20)), ("langevin", (2, 9, 8))]
 )
@@ -83,14 +80,7 @@ def check_resume(aldp, tmp_path, method, interruptions, duration, **settings):
     run_job(tmp_path / "whole")
     make_job(aldp, tmp_path / "pieces", method, duration, **settings)
     for calls in interruptions:
-        left = iter(range(calls))
-
-        def alive(left=left):
-            if next(left, None) is None:
-                raise Interrupted
-
-        with pytest.raises(Interrupted):
-            run_job(tmp_path / "pieces", alive)
+        interrupt(tmp_path / "pieces", calls)
         with open(tmp_path / "pieces" / "frames.bin", "ab") as handle:
             handle.write(b"half a frame")
     run_job(tmp_path / "pieces")

@@ -630,7 +630,6 @@ def test_a_molecule():
     assert 5e-4 < last.step_size < 4e-3  # ps
     assert np.abs(annealed.positions.mean(1)).max() < 1e-6
     typical = float(system.energy(minimum[None])) + (3 * 22 - 6) / 2
-    print(annealed, last, typical)
     assert abs(last.mean_u - typical) < 10
 
 

@@ -20,13 +20,13 @@ from boltznce.errors import UserError
 from boltznce.flows.internal import InternalCoordinates
 from boltznce.methods import density, tabg
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.models import load_trained
 from boltznce.methods.spline_models import SplineGenerator, make_coordinates, make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 from boltznce.training import FitSettings
 
 FIT = {"steps": 20, "lr": 1e-2, "log_every": 10, "validate_every": 0, "checkpoint_every": 10}

@@ -41,7 +41,7 @@ __all__ = [
     "named",
     "picoseconds_done",
     "read_frames",
-    "read_memory",
+    "read_state",
     "run_job",
     "seconds_spent",
     "wrap",
@@ -110,8 +110,10 @@ class Job:
 
     def save(self, folder: Path, system: openmm.System | PlaneSystem, positions: np.ndarray) -> None:
         """Write the job to ``folder``; another simulation there is refused, a shorter run of this one extended."""
-        in_plane = isinstance(system, PlaneSystem)
-        file, text = ("plane.json", definition(system)) if in_plane else ("system.xml", _serialized(system))
+        if isinstance(system, PlaneSystem):
+            file, text = "plane.json", definition(system)
+        else:
+            file, text = "system.xml", openmm.XmlSerializer.serialize(system)
         if (folder / "job.json").exists():
             old = Job.load(folder)
             names = [field.name for field in dataclasses.fields(self) if field.name != "duration"]
@@ -145,10 +147,6 @@ class Job:
             return cls(**description)
         except (KeyError, TypeError) as error:
             raise damaged(folder / "job.json", "it has other entries than a job", _remedy(folder)) from error
-
-
-def _serialized(system: openmm.System) -> str:
-    return openmm.XmlSerializer.serialize(system)
 
 
 def _same_energy(path: Path, text: str) -> bool:
@@ -233,7 +231,7 @@ def read_frames(folder: Path) -> np.ndarray:
 def check_frames(folder: Path) -> None:
     """Raise UserError where the frames of a folder are fewer than its state says, or not what was written."""
     folder = Path(folder)
-    state = _read_state(folder, {"n_frames?": (), "crc?": ()})
+    state = read_state(folder, {"n_frames?": (), "crc?": ()})
     if "n_frames" not in state:
         return
     path, n_bytes = folder / "frames.bin", int(state["n_frames"]) * frame_dtype(_start(folder).shape[0]).itemsize
@@ -279,7 +277,7 @@ def _run_segments(folder: Path, job: Job, sampler: Sampler, dtype: np.dtype, ali
         if crc < 0:  # begun by an older version
             crc = _crc(folder / "frames.bin", n_frames * dtype.itemsize)
         if sampler.memory:
-            sampler.memory = read_memory(folder, {name: array.shape for name, array in sampler.memory.items()})
+            sampler.memory = read_state(folder, {name: array.shape for name, array in sampler.memory.items()})
     else:
         positions, velocities = sampler.equilibrate(job.rng(-1), _clock(folder, 0.0, alive))
         done, n_frames, crc = 0, 0, 0
@@ -340,12 +338,7 @@ def _only_process(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
 
 def seconds_spent(folder: Path) -> float:
     """CPU time of a job so far, from the end of the equilibration on; none in jobs older than this record."""
-    return float(_read_state(folder, {"seconds?": ()}).get("seconds", 0.0))
-
-
-def read_memory(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """What the sampler of a job had in its memory at the last segment's end: arrays of these names and shapes."""
-    return _read_state(folder, shapes)
+    return float(read_state(folder, {"seconds?": ()}).get("seconds", 0.0))
 
 
 def _remedy(folder: Path) -> str:
@@ -360,11 +353,11 @@ def _load_state(folder: Path) -> dict[str, np.ndarray] | None:
     """What `_save_state` wrote last; None before anything."""
     walkers = (None, _start(folder).shape[0], 3)
     shapes = {"positions": walkers, "velocities": walkers, "segment": (), "n_frames": (), "seconds?": (), "crc?": ()}
-    return _read_state(folder, shapes) or None
+    return read_state(folder, shapes) or None
 
 
-def _read_state(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """Some of it; what is marked "?" older versions did not write."""
+def read_state(folder: Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Arrays of these names and shapes that were kept at the last segment's end; "?": older versions had none."""
     path = folder / "state.npz"
     return read_archive(path, _remedy(folder), shapes) if path.exists() else {}
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltznce.systems.molecular import dihedral_angle
+from boltznce.systems.dihedral import dihedral_angle
 
-__all__ = ["Axis", "FourierBias"]
+__all__ = ["Axis", "BiasGroups", "FourierBias", "number_of_groups"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,11 @@ class FourierBias:
         return functions[0], functions[1] if len(functions) > 1 else torch.ones_like(functions[0][:, :1])
 
 
+def number_of_groups(n_biases: int) -> int:
+    """One for a single bias; else one for each, and one without."""
+    return n_biases + (n_biases > 1)
+
+
 class BiasGroups:
     """Walkers in groups of one size, in order: each of the first groups under a bias of its own, the last under none.
 
@@ -105,7 +110,7 @@ class BiasGroups:
 
     def __init__(self, biases: Sequence[FourierBias], n_walkers: int):
         self.biases = tuple(biases)
-        self.n_groups = 1 if len(self.biases) == 1 else len(self.biases) + 1
+        self.n_groups = number_of_groups(len(self.biases))
         self.size = n_walkers // self.n_groups
 
     @property

@@ -9,6 +9,7 @@ import torch
 
 from boltznce.compiling import wants_compiling
 from boltznce.data.engine import SAMPLERS, Job
+from boltznce.data.fourier_bias import number_of_groups
 from boltznce.data.plane import axis_of
 from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
@@ -153,7 +154,7 @@ def _more_options(system, method: str, given: dict[str, Any]) -> dict[str, Any]:
     biases = _biases(system, given["dihedral"], given["bias_along"])
     if len({len(one) for one in biases}) > 1:
         raise UserError(f"Every bias of bias_along={biases} must have as many coordinates: one, or two.")
-    n_groups = len(biases) + (len(biases) > 1)
+    n_groups = number_of_groups(len(biases))
     n_walkers = given["n_walkers"] or (256 if n_groups == 1 else 128 * n_groups)
     if n_walkers % n_groups:
         raise UserError(f"n_walkers={n_walkers} must be a multiple of {n_groups}: the biases, and a group without.")
@@ -198,9 +199,8 @@ def force_evaluations(meta: dict) -> int:
         return 0
     options = settings["options"]
     n_walkers = next((options[key] for key in ("n_windows", "n_replicas", "n_walkers") if key in options), 1)
-    steps = (meta["ps_per_walker"] + options.get("bias_duration", 0.0) + settings["equilibration"]) / settings[
-        "timestep"
-    ]
+    ps = meta["ps_per_walker"] + options.get("bias_duration", 0.0) + settings["equilibration"]
+    steps = ps / settings["timestep"]
     return settings["n_repeats"] * n_walkers * options.get("n_ladders", 1) * round(steps)
 
 

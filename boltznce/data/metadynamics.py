@@ -6,7 +6,6 @@ Frames under the fixed bias V (in kT) have the exact weights exp(V), whether or 
 is that walkers go round, not that V is right. Those of several groups are joined by MBAR.
 """
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from boltznce.data.engine import Job, Sampler, Tick, frame_dtype, read_memory
+from boltznce.data import mbar
+from boltznce.data.engine import Job, Sampler, Tick, frame_dtype, read_state
 from boltznce.data.fourier_bias import Axis, BiasGroups, FourierBias
 from boltznce.data.torch_walkers import TorchWalkers
 from boltznce.data.walkers import OpenMMWalkers
@@ -25,7 +25,6 @@ __all__ = ["MetadynamicsSampler", "groups_of", "n_building_segments", "weigh"]
 
 FULL_HEIGHT = 0.25  # of the rounds, after which hills shrink with the number of the round
 LATE = 0.75  # of the rounds, at which the bias is kept to see how far it still changes
-MBAR_MAX_FRAMES = 40_000
 
 
 def n_building_segments(job: Job) -> int:
@@ -137,7 +136,7 @@ class MetadynamicsSampler(Sampler):
         if number == round(LATE * self.n_rounds):
             self.late = [bias.coefficients.clone() for bias in self.groups.biases]
 
-    def _exchange(self, x: Tensor, v: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _exchange(self, x: Tensor, v: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Pairs at random exchange their places in the groups by Metropolis' rule on the biases."""
         bias, group = self.groups.energies(x).cpu().numpy(), np.arange(self.n_walkers) // self.groups.size
         a, b = rng.permutation(self.n_walkers)[: self.n_walkers // 2 * 2].reshape(2, -1)
@@ -157,7 +156,7 @@ def weigh(job: Job, folder: Path, frames: np.ndarray) -> tuple[np.ndarray, float
     """
     groups = groups_of(job)
     stacked = (len(groups.biases), *groups.parameters[0].shape)
-    memory = read_memory(folder, {"bias": stacked, "late_bias": stacked})
+    memory = read_state(folder, {"bias": stacked, "late_bias": stacked})
     energies = {}
     for name in ("late_bias", "bias"):
         for bias, coefficients in zip(groups.biases, torch.from_numpy(memory[name]), strict=True):
@@ -172,10 +171,7 @@ def weigh(job: Job, folder: Path, frames: np.ndarray) -> tuple[np.ndarray, float
 
 
 def _free_energies(bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Of the groups (G,) in kT by MBAR (Shirts and Chodera 2008), from biases (n, G) of frames, as many of each."""
-    logging.getLogger("pymbar").setLevel(logging.ERROR)  # or importing it prints advice on JAX
-    from pymbar import MBAR
-
-    some = rng.permutation(len(bias))[:MBAR_MAX_FRAMES]
+    """Of the groups (G,) in kT by MBAR, from biases (n, G) of frames, as many of each."""
+    some = rng.permutation(len(bias))[: mbar.MBAR_MAX_FRAMES]
     some = some[: len(some) // bias.shape[1] * bias.shape[1]]
-    return MBAR(bias[some].T, np.full(bias.shape[1], len(some) // bias.shape[1])).f_k
+    return mbar.free_energies(bias[some].T, np.full(bias.shape[1], len(some) // bias.shape[1]))

@@ -16,6 +16,7 @@ from boltznce.data.umbrella import ring_of
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 from boltznce.systems.reference import REFERENCE_FOLDER, checked_reference, load_reference
 
 __all__ = [
@@ -42,35 +43,31 @@ def result_of(dataset: Dataset, system, **options) -> SimulationResult:
     data, and for umbrella windows along another dihedral than the state's.
     """
     settings, state = dataset.meta["settings"], system.state
-    columns = (dataset.window, dataset.time, dataset.repeat)
-    require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
+    if not system.exact:
+        require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
     if settings["method"] == "metadynamics":
-        dataset, others = _of_own_isomer(dataset, system)
-        columns = (dataset.window, dataset.time, dataset.repeat)
+        # where walkers were hot a peptide bond may have turned, which never turns back
+        own = allowed_conformers(excluded_conformers(system, dataset.positions), len(dataset))
+        dataset = dataset.take(own)
         pairs = settings["options"]["bias_along"]
         names = {state.coordinate, *itertools.chain(*pairs)}
         coordinates = {name: system.coordinate(np.asarray(dataset.positions), name) for name in sorted(names)}
         options["limits"] = {name: ends for name in names if (ends := system.coordinate_range(name)) is not None}
+        columns = (dataset.window, dataset.time, dataset.repeat)
         result = of_walkers(coordinates, dataset.log_weights, *columns, state=state, pairs=pairs, **options)
-        more = {"late change of the bias (kT)": max(dataset.meta["bias_change"]), "share of other isomers": others}
+        change, others = max(dataset.meta["bias_change"]), float(1 - own.mean())
+        more = {"late change of the bias (kT)": change, "share of other isomers": others}
         return dataclasses.replace(result, checks={**result.checks, **more})
     angle = dihedral_angle(dataset.positions, settings["dihedral"])
     ring = ring_of(settings["options"], settings["temperature"], angle)
+    columns = (dataset.window, dataset.time, dataset.repeat)
     return umbrella.analyse(angle, *columns, ring=ring, state=state.interval, **options)
-
-
-def _of_own_isomer(dataset: Dataset, system) -> tuple[Dataset, float]:
-    """The frames of the structure's own cis and trans peptide bonds and stereocentres, and the share of the others.
-
-    Where the walkers are hot at first one may turn, and never turns back.
-    """
-    x = np.array(dataset.positions)
-    kept = ~((system.isomers(x) < 0).any(1) | (system.chirality(x) < 0).any(1))
-    return dataset.take(kept), float(1 - kept.mean())
 
 
 def require_reference(system, sampling: str, dihedral: str | None = None) -> None:
     """Raise UserError where sampling along ``dihedral`` (None: the state's) gives no reference of a state."""
+    if system.exact:
+        raise UserError(f"{system.name} has an exact reference, on a grid: leave out reference=true.")
     if sampling not in ("umbrella", "metadynamics", "auto"):
         raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
     if system.state is None:

@@ -28,6 +28,7 @@ from boltznce.data.engine import (
 )
 from boltznce.data.jobs import jobs_of
 from boltznce.data.matching import made_here, require_settings, require_system
+from boltznce.data.mbar import MBAR_MAX_FRAMES
 from boltznce.data.replica_exchange import temperature_ladder
 from boltznce.data.umbrella import ring_of
 from boltznce.errors import UserError
@@ -47,7 +48,6 @@ __all__ = [
 ]
 
 UNFINISHED = Kind("an unfinished simulation", names=r"repeat_\d+", whole=True)
-MBAR_MAX_FRAMES = 40_000
 RECORDED = {  # the option that says how many frames are kept at a time
     "umbrella": "n_windows",
     "replica_exchange": "n_ladders",

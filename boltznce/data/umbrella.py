@@ -5,12 +5,12 @@ Phys. 129, 124105 (2008)).
 """
 
 import dataclasses
-import logging
 
 import numpy as np
 import openmm
 from scipy.special import logsumexp
 
+from boltznce.data import mbar
 from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype, wrap
 from boltznce.data.result import SimulationResult
 from boltznce.data.walkers import Restraints, make_walkers
@@ -129,16 +129,13 @@ class Ring:
 
     def free_energies(self, dihedral: np.ndarray, window: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
         """Reduced free energies (2 n_windows,) by MBAR from frames (n,); NaN where there are no frames."""
-        logging.getLogger("pymbar").setLevel(logging.ERROR)  # or importing it prints advice on JAX
-        from pymbar import MBAR
-
         state = self.state(dihedral, window)
         counts = np.bincount(state, minlength=2 * self.n_windows)
         sampled = counts > 0
         order = np.argsort(state, kind="stable")  # MBAR wants the frames of one state together
         start = None if guess is None else np.nan_to_num(guess[sampled])
         f = np.full(len(counts), np.nan)
-        f[sampled] = MBAR(self.bias(dihedral[order])[sampled], counts[sampled], initial_f_k=start).f_k
+        f[sampled] = mbar.free_energies(self.bias(dihedral[order])[sampled], counts[sampled], start)
         return f
 
     def log_weights(self, dihedral: np.ndarray, window: np.ndarray, f: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from boltznce.data.engine import Job, Unstable, named
 from boltznce.errors import UserError
-from boltznce.systems.molecular import dihedral_angle
+from boltznce.systems.dihedral import dihedral_angle
 
 __all__ = ["ENGINES", "Bias", "OpenMMWalkers", "Restraints", "Walkers", "heavy_hydrogens", "make_walkers"]
 

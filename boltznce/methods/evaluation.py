@@ -17,9 +17,9 @@ from boltznce.clock import clock_of
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
 from boltznce.methods.findings import held_out_data
-from boltznce.methods.isomers import allowed_conformers, excluded_conformers, require_some_left
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers, require_some_left
 
 __all__ = ["evaluate", "exact_likelihoods"]
 

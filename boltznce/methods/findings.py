@@ -17,12 +17,12 @@ from boltznce.analysis.metrics import energy_cut
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.data.dataset import Dataset, boltzmann_indices
 from boltznce.errors import UserError
-from boltznce.methods.isomers import allowed_conformers, excluded_conformers
 from boltznce.methods.views import View, views_of
 from boltznce.methods.workspace import Workspace
 from boltznce.records import damaged, read_array
 from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
+from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 log = logging.getLogger(__name__)
 

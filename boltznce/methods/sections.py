@@ -25,9 +25,9 @@ from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
-from boltznce.methods.isomers import TURNED
 from boltznce.methods.views import View, symbol_of
 from boltznce.systems.base import System
+from boltznce.systems.isomers import TURNED
 
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
@@ -120,7 +120,9 @@ def free_energies(f: Findings) -> Part:
         whole, title = f.data.whole, f"data ({f.data_name})"
         known = md is not None and not f.data.is_time_series  # else slow motions, which so short a simulation hides
         walkers = walker_of(whole) if known else None
-        of_data = free_energy_difference(f.coordinate(whole.positions), whole.log_weights, interval, walkers=walkers)
+        of_data = free_energy_difference(
+            f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2, walkers=walkers
+        )
         rows |= {title: of_data} if known else {f"{title}, error not estimated": {"value": of_data.value}}
     headline, notes = choose_headline({name: rows[name] for name in TOTAL if name in rows}), []
     results = {

@@ -17,10 +17,10 @@ from boltznce.data import members
 from boltznce.data.batching import Batches
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.methods.drawing import draw_to_folder
-from boltznce.methods.isomers import excluded_conformers, require_some_left
 from boltznce.methods.models import load_trained, make, weights_path
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
+from boltznce.systems.isomers import excluded_conformers, require_some_left
 from boltznce.systems.symmetry import rotate_methyls
 from boltznce.training import Loss
 

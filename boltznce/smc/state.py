@@ -26,7 +26,7 @@ class AnnealSettings:
     Attributes:
         cess: conditional ESS of a step in β.
         first_cess: that of the first, which reweights the draws without a move before: an EBM is a base that should not
-            be moved in (DESIGN.md, section 6).
+            be moved in.
         resample_below: relative ESS of a state's walkers under which they are resampled.
         n_moves: Hamiltonian moves at every β; ``final_moves`` more at β = 1.
         step_size: of the leapfrog, in ps for molecules; a first guess.

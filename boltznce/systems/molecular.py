@@ -18,6 +18,7 @@ from boltznce.precision import ordinary_tensors
 from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.base import System, as_tensor, check_name
+from boltznce.systems.dihedral import dihedral_angle
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
 from boltznce.systems.force_field_files import shipped_file
@@ -377,13 +378,6 @@ def find_stereocentres(topology: mdtraj.Topology) -> list[Four]:
         for atom in topology.atoms
         if atom.element.symbol == "C" and len({colours[other.index] for other in bonded[atom.index]}) == 4
     ]
-
-
-def dihedral_angle(points: Tensor) -> Tensor:
-    """Dihedral of four points (..., 4, dim=3), (...,) in (-π, π], IUPAC sign."""
-    b1, b2, b3 = points.diff(dim=-2).unbind(-2)
-    m, n = torch.linalg.cross(b1, b2), torch.linalg.cross(b2, b3)
-    return torch.atan2((b1 * n).sum(-1) * b2.norm(dim=-1), (m * n).sum(-1))
 
 
 def handedness(x: Tensor, centres: Tensor) -> Tensor:
