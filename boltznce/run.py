@@ -14,6 +14,7 @@ from boltznce.config import compose, locate
 from boltznce.folders import only_process
 from boltznce.io import require_writable
 from boltznce.logger import open_logger
+from boltznce.methods import refinement
 from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.preflight import preflight
 from boltznce.methods.workspace import Workspace, make_fabric
@@ -23,7 +24,7 @@ from boltznce.settings import require
 from boltznce.signals import Stopped
 from boltznce.systems.base import System
 
-__all__ = ["Run", "RunFolder", "load_run", "start_folder", "train", "train_run"]
+__all__ = ["Run", "RunFolder", "load_run", "refined_folder", "start_folder", "train", "train_run"]
 
 
 def train_run(path: Path | str, *overrides: str) -> "Run":
@@ -138,10 +139,15 @@ class Run:
         seed: int = 0,
         batch_size: int | None = None,
         n_probes: int = 1,
+        refine: bool = False,
         folder: Path | str | None = None,
         format: str = "npy",
     ) -> WeightedSamples:
         """``n`` fresh samples with weights -u - log q; ``meta["counts"]`` tells how many were drawn for them.
+
+        With ``refine`` they are annealed from their likelihood to the target, by the run's ``evaluation.refine``:
+        weights that carry, minutes for thousands (see `boltznce.smc`; an EBM's error stays in ΔF). Samples with a
+        common number in ``ancestors`` are not independent.
 
         Args:
             likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased
@@ -151,7 +157,7 @@ class Run:
                 sequence ("KS") or as `load_system` makes it.
             seed: the same seed gives the same samples.
             folder: where to save them on the way, batch by batch: n is then bounded by the disk, and a killed call can
-                be repeated.
+                be repeated. Refined ones are saved beside the draws, in `refined_folder`.
             format: npy, dcd or xtc (see `WeightedSamples.save`).
 
         Raises UserError where the run has no generator, no likelihood of that kind, or not yet, for a system that it is
@@ -164,6 +170,12 @@ class Run:
         check_trajectory_format(format, generator.system.dim)
         likelihood = choose_likelihood(generator, likelihood)
         settings = {"batch_size": min(batch_size or generator.batch_size(likelihood), n), "n_probes": n_probes}
+        if refine:
+            refinement.require_base(generator, likelihood)
+            beside = None if folder is None else refined_folder(folder)
+            draws = self.sample(n, system=system, seed=seed, batch_size=batch_size, folder=folder)
+            how = {"seed": seed, "folder": beside, "format": format}
+            return refinement.refine(generator, draws, refinement.settings_of(self.config), **how)
 
         def numbers(k: int) -> torch.Generator:
             return self._work.generator(f"user {seed}", index=k)
@@ -182,6 +194,12 @@ class Run:
             counts.update(batch.counts)
         meta = {"likelihood": likelihood, "seed": seed, "counts": dict(counts)}
         return WeightedSamples(*(a.cpu().numpy() for a in arrays), topology=generator.system.topology, meta=meta)
+
+
+def refined_folder(folder: Path | str) -> Path:
+    """Where `Run.sample` saves what it refines of draws in ``folder``: ``<folder>-refined``."""
+    folder = Path(folder).absolute()
+    return folder.with_name(f"{folder.name}-refined")
 
 
 def load_run(path: Path | str, device: str = "auto", trust: bool = False) -> Run:

@@ -304,6 +304,7 @@ RULES: dict[str, Rule] = {
     "n_reference": COUNT | NULL,
     "n_torus": COUNT,
     "exact_batch_size": COUNT,
+    "divergence_every": COUNT,
     "tica_lag": COUNT | NULL,
     "grid": _whole(2),
     # ---- refinement
@@ -315,6 +316,10 @@ RULES: dict[str, Rule] = {
     "n_leapfrog": COUNT,
     "step_size": POSITIVE,
     "acceptance": INSIDE,
+    "max_steps": COUNT,
+    "refine.n_walkers": COUNT,
+    "evaluation.refine": SECTION | NULL,
+    "sample.refine": BOOLEAN,
     "n_populations": COUNT,
     "smc.chunk": COUNT | NULL,
     # ---- benchmarks

@@ -72,11 +72,8 @@ def _turned(x, bond, angle):
 
 def nearest(x):
     """Number (n,) of the conformer that each of x (n, atoms, 3) is about."""
-    return (
-        torch.cdist(torch.tensor(np.asarray(x), dtype=torch.float64).flatten(1), conformers().flatten(1))
-        .argmin(1)
-        .numpy()
-    )
+    x = torch.as_tensor(x).detach().double()
+    return torch.cdist(x.flatten(1), conformers().flatten(1)).argmin(1).numpy()
 
 
 def log_mixture(x, shares, centres=None):

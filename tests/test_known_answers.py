@@ -84,7 +84,7 @@ ROUND_WORDS = [
     "budget=smoke",
     "samples={n_train: 360, n_validation: 180, batch_size: 200, likelihood: exact}",
     "evaluation={n_samples: 900, batch_size: 200, exact_batch_size: 64, n_exact: 100, n_correction: 100, n_frames: 80}",
-    "evaluation={n_bootstrap: 400, n_torus: 50}",
+    "evaluation={n_bootstrap: 400, n_torus: 50, refine: null}",
 ]
 PER_BATCH, KEPT = 200, 900  # draws at once; kept in all, of 1,000
 EXACT_WEIGHTS = TARGET / DRAWN  # of a sample of each conformer
@@ -244,7 +244,7 @@ def test_free_energies_of_the_report(metrics):
     assert rows["corrected"]["correction_rest"] == pytest.approx(EBM_ERROR[REST] + EBM_CONSTANT, abs=1e-3)
     assert rows["unweighted"]["value"] == pytest.approx(math.log(500 / 200), abs=1e-6)
     bias = pytest.approx(EBM_ERROR[STATE] - EBM_ERROR[REST], abs=1e-3)
-    assert metrics["ebm_bias"] == {"value": bias, "std_error": pytest.approx(0, abs=1e-3)}
+    assert metrics["ebm_bias"] == {"ebm": {"value": bias, "std_error": pytest.approx(0, abs=1e-3)}}
     assert rows["corrected"]["reliable"]
     assert not rows["ebm"]["reliable"]
     # likelihoods are right but for the EBM's constants: what is left is the noise of the counts

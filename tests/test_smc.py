@@ -15,11 +15,12 @@ from boltznce.errors import UserError
 from boltznce.smc import (
     HMC,
     AnnealSettings,
+    Kin,
     Path,
     Point,
     anneal,
-    base_bias,
     conditional_ess,
+    corrected_by_ancestors,
     lineages,
     log_normalizer,
     next_beta,
@@ -62,7 +63,7 @@ def difference(annealed, at=0.0):
     return annealed.free_energy_difference(np.where(annealed.positions[:, 0] > at, 1.0, -1.0))
 
 
-EXACT = {"first_cess": 0.9, "step_size": 0.3}  # of a base that may be moved in
+EXACT = {"cess": 0.9, "first_cess": 0.9, "n_moves": 1, "step_size": 0.3}  # of a base that may be moved in
 
 
 # ---- known answers --------------------------------------------------------------------------------------------------
@@ -163,57 +164,66 @@ def test_an_exact_base_gives_constant_weights():
     assert annealed.ess == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("drawn_by", ["all", "weights", "fresh"])
-def test_a_base_that_lies_by_state_is_found_out(drawn_by):
-    """Walkers are drawn from q, the base says that of them and 1.3 kT more in the state."""
-    lie, n = 1.3, 4000
-
-    def two_wells(x, std, lie=0.0, share=0.5):
-        logs = [math.log(s) - (x - c).square().sum(-1) / (2 * std**2) for s, c in ((share, 3.0), (1 - share, -3.0))]
-        return torch.logsumexp(torch.stack(logs), 0) + lie * right(x)
-
-    side = torch.where(torch.rand(n, generator=generator(2)) < 0.5, 3.0, -3.0)
-    start = side[:, None] + torch.randn(n, 2, generator=generator(3))
-    base, target = with_gradient(lambda x: two_wells(x, 1.0, lie)), lambda x: -two_wells(x, 0.7, share=0.2)
-    annealed = anneal(start, base, with_gradient(target), settings=AnnealSettings(**EXACT), labels=right)
-    found, truth = difference(annealed), math.log(0.8 / 0.2)
-    assert abs(found.value - lie - truth) < 3 * found.std_error < 0.15
-
-    d = (base(start)[0] - two_wells(start, 1.0)).double().numpy()  # log q̃ - log q of every ancestor
-    inside = annealed.positions[:, 0] > 0
-    if drawn_by == "all":
-        bias = base_bias(d[annealed.ancestors], inside, annealed.log_weights, annealed.ancestors)
-    elif drawn_by == "weights":
-        subset = choose_subset(
-            np.where(inside, 1.0, -1.0), annealed.log_weights, 200, np.random.default_rng(0), drawn_by="weights"
-        )
-        ancestors = annealed.ancestors[subset]
-        bias = base_bias(d[ancestors], inside[subset], units=ancestors)
-    else:
-        first = annealed.history[0].beta
-        bias = base_bias(d, side.numpy() > 0, first * (-target(start) - base(start)[0]).numpy())
-    assert bias.value == pytest.approx(lie, abs=0.01)  # a few cross the barrier
-    assert abs(found.value - bias.value - truth) < 3 * found.std_error
+def two_wells(x, std, lie=0.0, share=0.5):
+    logs = [math.log(s) - (x - c).square().sum(-1) / (2 * std**2) for s, c in ((share, 3.0), (1 - share, -3.0))]
+    return torch.logsumexp(torch.stack(logs), 0) + lie * right(x)
 
 
-def test_the_bias_of_a_base_that_errs_at_random():
-    """D_s of d ~ N(μ_s, σ²) is μ_s + σ²/2, with an error of √((e^{σ²} - 1)/m) on each side."""
-    rng, sigma, m = np.random.default_rng(0), 0.8, 500
-    inside = np.arange(2 * m) < m
-    found = [base_bias(rng.normal(np.where(inside, 0.6, -0.2), sigma), inside) for _ in range(300)]
-    assert np.mean([each.state for each in found]) == pytest.approx(0.6 + sigma**2 / 2, abs=0.01)
+def lied_to(n, m, seed, noise=0.0):
+    """Walkers are drawn from q; of them the base says that, and 1.3 kT more in the state, and more or less about there.
+
+    Refined and corrected ΔF, by ``m`` likelihoods; the lie and the truth.
+    """
+    lie, direction = 1.3, torch.tensor([0.6, 0.8])
+
+    def wrong(x):  # its exponential average is the same in both wells
+        return noise * ((x - torch.where(right(x)[:, None] > 0, 3.0, -3.0)) @ direction)
+
+    side = torch.where(torch.rand(n, generator=generator(seed)) < 0.5, 3.0, -3.0)
+    start = side[:, None] + torch.randn(n, 2, generator=generator(seed + 1))
+    base = with_gradient(lambda x: two_wells(x, 1.0, lie) + wrong(x))
+    target = with_gradient(lambda x: -two_wells(x, 0.7, share=0.2))
+    annealed = anneal(start, base, target, settings=AnnealSettings(**EXACT), labels=right, seed=seed)
+    angle = np.where(annealed.positions[:, 0] > 0, 1.0, -1.0)
+    drawn = {"generator": np.random.default_rng(seed), "drawn_by": "weights"}
+    subset = choose_subset(angle, annealed.log_weights, m, **drawn)
+    places = start[torch.from_numpy(annealed.ancestors[subset])]
+    both = base(places)[0].double().numpy(), two_wells(places, 1.0).double().numpy()
+    corrected = corrected_by_ancestors(angle, annealed.log_weights, annealed.ancestors, subset, *both)
+    return annealed, corrected, lie, math.log(0.8 / 0.2)
+
+
+def test_a_base_that_lies_by_state_is_found_out():
+    annealed, corrected, lie, truth = lied_to(4000, 200, 2)
+    refined = difference(annealed)
+    assert abs(refined.value - lie - truth) < 3 * refined.std_error < 0.15
+    assert corrected.correction_state - corrected.correction_rest == pytest.approx(lie, abs=0.01)  # a few cross
+    assert abs(corrected.value - truth) < 3 * corrected.std_error < 0.15
+    assert corrected.reliable, corrected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.4, 0.8])
+def test_corrected_intervals_cover(noise):
+    found = [lied_to(1500, 300, 10 * k, noise)[1] for k in range(200)]
+    truth, held = math.log(4.0), [each.interval[0] < math.log(4.0) < each.interval[1] for each in found]
+    assert 0.9 <= np.mean(held) <= 0.99
+    assert np.mean([each.value for each in found]) == pytest.approx(truth, abs=0.03)
     spread = np.std([each.value for each in found])
-    assert spread == pytest.approx(math.sqrt(2 * math.expm1(sigma**2) / m), rel=0.15)
-    assert np.sqrt(np.mean([each.std_error**2 for each in found])) == pytest.approx(spread, rel=0.15)
-    assert np.mean([each.spread for each in found]) == pytest.approx(sigma, rel=0.02)
-    # four walkers of each ancestor tell no more than one
-    d = rng.normal(size=2 * m)
-    once, often = base_bias(d, inside), base_bias(np.tile(d, 4), np.tile(inside, 4), units=np.tile(np.arange(2 * m), 4))
+    assert spread / 1.25 < np.mean([each.std_error for each in found]) < 1.6 * spread  # ancestors' is an upper bound
+
+
+def test_walkers_of_one_ancestor_count_once():
+    rng = np.random.default_rng(0)
+    angle, d = np.repeat([1.0, -1.0], 300), rng.normal(0.0, 0.5, 600)
+    once = corrected_by_ancestors(angle, np.zeros(600), np.arange(600), np.arange(600), d, np.zeros(600))
+    four = [np.tile(each, 4) for each in (angle, np.zeros(600), np.arange(600))]
+    often = corrected_by_ancestors(*four, np.arange(600), d, np.zeros(600))
     assert (often.value, often.std_error) == pytest.approx((once.value, once.std_error))
-    with pytest.raises(UserError, match="finite differences"):
-        base_bias([0.0, np.nan], [True, False])
-    with pytest.raises(UserError, match="in the state and in the rest"):
-        base_bias([0.0, 0.0], [True, True])
+    kin = Kin.among([5, 5, 5, 2], np.array([0.0, 0.0, 1.0, -np.inf]), [True, True, False, False])
+    np.testing.assert_allclose(kin.log_weights, [-np.inf, 1.0, math.log(2)])
+    assert kin.of.tolist() == [2, 2, 1, 0]
+    assert kin.first.tolist() == [3, 2, 0]
 
 
 # ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -384,7 +394,8 @@ def test_the_next_beta_has_its_conditional_ess():
     # walkers that no step would keep
     u = torch.where(torch.arange(3000) < 1000, 1e12, point.u)
     lost = Point(point.positions, point.log_base, u, point.base_gradient, point.u_gradient)
-    assert next_beta(lost, log_weights, 0.1, 0.9)[0] == pytest.approx(0.1001)
+    assert next_beta(lost, log_weights, 0.1, 0.9)[0] == pytest.approx(0.101)
+    assert next_beta(lost, log_weights, 0.1, 0.9, smallest_step=0.2)[0] == pytest.approx(0.3)
 
 
 def test_systematic_resampling_is_unbiased():
@@ -478,7 +489,7 @@ def test_few_ancestors_are_not_reliable():
             normal(20),
             energy(normal(20, 0.0, std)),
             kernel=HMC(n_leapfrog=3 * moves),
-            settings=AnnealSettings(n_moves=moves, final_moves=0, **EXACT),
+            settings=AnnealSettings(**EXACT | {"n_moves": moves, "final_moves": 0}),
             labels=right,
         )
         for moves in (1, 2)
@@ -553,7 +564,7 @@ def test_a_killed_annealing_goes_on_to_the_bit(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["annealing.npz"]
     left[0] = 0
     assert np.array_equal(run(tmp_path).positions, whole.positions)  # at its end nothing is asked any more
-    for other in ({"seed": 4}, {"settings": AnnealSettings()}, {"kernel": HMC(2.0)}):
+    for other in ({"seed": 4}, {"settings": AnnealSettings()}, {"kernel": HMC(2.0)}, {"about": "another base"}):
         with pytest.raises(UserError, match="other walkers or settings"):
             run(tmp_path, **other)
     data = (tmp_path / "annealing.npz").read_bytes()

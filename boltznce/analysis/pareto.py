@@ -60,7 +60,7 @@ def _excess(log_weights: np.ndarray) -> np.ndarray | None:
     log_weights = np.asarray(log_weights, dtype=np.float64)
     n = len(log_weights)
     n_tail = int(np.ceil(min(0.2 * n, 3.0 * np.sqrt(n))))
-    if n_tail < _FEWEST_TAIL_POINTS:
+    if n_tail < _FEWEST_TAIL_POINTS or not np.isfinite(log_weights).any():
         return None
     largest = np.sort(np.partition(log_weights, n - n_tail - 1)[n - n_tail - 1 :])
     tail = largest[largest > largest[0]]

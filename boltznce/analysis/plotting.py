@@ -23,6 +23,7 @@ __all__ = [
     "plot_plane",
     "plot_profiles",
     "plot_ramachandran",
+    "plot_refinement",
     "plot_weights",
 ]
 
@@ -338,6 +339,29 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
         ax.set(ylim=(0.5 * np.nanmin(everything), 1.0), yscale="log")
     ax.set_xticks(steps, [f"{t:.0f}" if t >= 100 else f"{t:.3g}" for t in temperatures], rotation=45)
     _legend_above(ax, columns=1)
+    return figure
+
+
+@_styled
+def plot_refinement(steps: Sequence[Mapping], n_walkers: int) -> Figure:
+    """What happened on the way of ``n_walkers`` along β; ``steps``: those of `boltznce.smc.Annealed.history`."""
+    beta = np.array([step["beta"] for step in steps])
+    column = lambda key: np.array([step[key] for step in steps], dtype=float)  # noqa: E731
+    figure, axes = _panels(1, 2, 4.0, 2.8)
+    left, right = axes.flat
+    shares = {
+        "ESS of the weights": column("ess"),
+        "ancestors left": column("ancestors") / n_walkers,
+        "acceptance": column("acceptance"),
+    }
+    for colour, marker, (label, values) in zip(_COLOURS, "osD", shares.items(), strict=False):
+        left.plot(beta, values, marker=marker, markersize=3, color=colour, label=label)
+    for at in beta[column("resampled") > 0]:
+        left.axvline(at, color=_REFERENCE_COLOUR, linewidth=0.6, linestyle=":", zorder=0)
+    left.set(xlabel="β", ylabel="share", xlim=(0, 1.02), ylim=(0, 1.05))
+    _legend_above(left, columns=3)
+    right.plot(beta, column("mean_u"), marker="o", markersize=3, color=_COLOURS[0])
+    right.set(xlabel="β", ylabel="⟨u⟩ by weight (kT)", xlim=(0, 1.02))
     return figure
 
 

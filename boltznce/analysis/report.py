@@ -13,16 +13,18 @@ made         {right_graph, kept, mirrored, reordered, turned}: shares of the dra
              chirality too, mended by a mirror, mended by renaming atoms; and of what was kept the share with a peptide
              bond turned
 state        the state of the free energies in words, such as "0 < φ < 2 rad"
-free_energy  {"reference" | "ebm" | "two_sided" | "corrected" | "exact" | "unweighted": {value, std_error, interval,
-             ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
+free_energy  {"reference" | "ebm" | "refined" | "two_sided" | "corrected" | "exact" | "unweighted": {value, std_error,
+             interval, ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
              CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
              ``reliable=False`` (default True) hides the interval
 headline     {row, apart}: the key of ``free_energy`` that comes first, or the two that disagree, see `choose_headline`
+total        the keys of rows whose errors are total
 weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
 mean_energy  {whose: {value, std_error}} of the reduced energy, kT; no error (NaN) where it cannot be relied on
-ebm_bias     {value, std_error} of ΔF by the EBM's weights less that by exact ones, kT
+ebm_bias     {"ebm" | "refined": {value, std_error}} of that ΔF less the one by exact likelihoods, kT
+refinement   {steps: fields of `boltznce.smc.Step`, lineages: {state: {walkers, ancestors, effective}}}
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
-distances    {name: {unweighted, weighted, floor}}, numbers or SampledDistances; "missing": why one is NaN
+distances    {name: {unweighted, weighted, refined, floor}}, numbers or SampledDistances; "missing": why one is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
 excluded     {conformers left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
 energy_cut   {"cut": kT, "shares": {whose energies: share above the cut}}
@@ -34,7 +36,7 @@ md           {error, md_seconds, flow_seconds, training_seconds, speed_up, speed
              that knows ΔF to ``error``, over that of the result, without and with the training
 members      {name: all of this, of one molecule}
 average      means over members: {right_graph, kept, ess, abs_error, speed_up, speed_up_trained,
-             "<distance>, unweighted" and "weighted"}
+             "<distance>, unweighted" and "weighted", or "refined"}
 notes        [sentence, ...]
 ===========  =========================================================================================================
 """
@@ -54,18 +56,20 @@ from boltznce.io import atomic_file
 __all__ = ["markdown_table", "summary_table", "write_report"]
 
 MOST_MODES = 12  # of a table of their populations
+MOST_STEPS = 12  # in β, of a table of them
 _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
+    "refined": "refined",
     "two_sided": "two-sided estimate (BAR) by exact likelihoods of draws and data",
-    "corrected": "EBM weights, corrected by exact likelihoods of a subset",
+    "corrected": "corrected by exact likelihoods of a subset",
     "exact": "exact weights",
     "unweighted": "flow, unweighted",
 }
 _GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
 _NO_TOTAL = "of the rows below none has a total error and is reliable"
 _SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
-_SIDES = ("unweighted", "weighted", "floor")
+_SIDES = ("unweighted", "weighted", "refined", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
 headline | The result
@@ -73,20 +77,28 @@ headline | The result
 members | Molecules never trained on: free-energy difference{of_state}
 Shares of the draws with the right bonds, and with the right chirality too, after mending. ΔF in kT, of the weighted
 samples and of the simulation, with its 95% interval by bootstrap. E-W2 (kT) and T-W2 (rad): Wasserstein-2 distances to
-the simulation, without weights → with them (floor: two halves of the simulation). EBM − exact: standard deviation of
-the difference of the log-likelihoods (kT). Above a Pareto-k of 0.7 no weighted figure of a row can be trusted.
+the simulation, without weights → with them, or refined where samples were (floor: two halves of the simulation). EBM −
+exact: standard deviation of the difference of the log-likelihoods (kT). Above a Pareto-k of 0.7 no weighted figure of a
+row can be trusted.
 
 free_energy | Free-energy difference{of_state}
 ΔF = −log P(state)/P(rest), in kT. The result is the row of the smallest error among those that are reliable and whose
 error is total, if no other of these is more than three joint standard errors away. *Sampling* intervals (95%) hold the
 noise of the samples; the *total* ones also the error of the EBM, measured on exact likelihoods of a subset (exact
-weights, and two-sided estimates, have no other).
+weights, and two-sided estimates, have no other). The correction is of refined samples where there are any, else of EBM
+weights.
 
 warnings | Why a figure cannot be relied on, or is missing
 
 ess | Weights
 ESS is the effective share of the samples. Above a Pareto-k of 0.7 averages over the weights, ESS among them, cannot be
 trusted.
+
+refinement | Refinement
+Samples annealed from the generator's likelihood (β = 0) to the target (β = 1). Walkers of one ancestor are not
+independent: effective ancestors are (Σ W)² / Σ W² over the ancestors' sums of weights. Of many steps some are shown.
+
+lineages | Ancestors of the refined samples
 
 made | What the flow made
 Shares of the draws with the right bonds, and with the right chirality too; of those that were mended by a mirror, or by
@@ -95,7 +107,7 @@ renaming equal atoms; and of what was kept the share with a peptide bond turned 
 distances | Distances to the reference data
 Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where
 given, is KL(data ‖ flow) in nats. The floor is the value between two halves of the reference data; the last column is
-(weighted − floor) / (unweighted − floor).
+(weighted − floor) / (unweighted − floor), of refined samples where there are any.
 
 held_out | Likelihood of held-out data
 Mean negative log-likelihood over the data inside the flow's domain, in nats (positions in nm). Outside it there is no
@@ -147,6 +159,7 @@ _CAPTIONS = {
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",
+    "refinement": "The refinement along β; dotted lines: some state was resampled.",
     "density": "The true density and the learned one, on one colour scale.",
 }
 
@@ -293,7 +306,7 @@ def _member_rows(results: Results) -> Rows:
     rows = []
     for name, member in members.items():
         free_energy = member.get("free_energy") or {}
-        distances = (_cells((member.get("distances") or {}).get(kind), dict.fromkeys(_SIDES, ".2f")) for kind in kinds)
+        distances = (_distance_cell((member.get("distances") or {}).get(kind) or {}) for kind in kinds)
         rows.append(
             [
                 name,
@@ -301,18 +314,26 @@ def _member_rows(results: Results) -> Rows:
                 *_cells(next(iter((member.get("ess") or {}).values()), None), {"ess": ".2%", "pareto_k": ".2f"}),
                 *(_free_energy_cell(free_energy.get(key) or {}) for key in (member.get("weighted"), "reference")),
                 _number(member.get("error"), "+.2f"),
-                *(f"{unweighted} → {weighted} ({floor})" for unweighted, weighted, floor in distances),
+                *distances,
                 *_cells(member.get("likelihood"), {"std": ".2f"}),
                 *_cells(member.get("md"), _SPEED_UPS),
             ]
         )
     if rows and average:
         error = _number(average.get("abs_error"), ".2f")
-        moved = (_cells(average, {f"{kind}, unweighted": ".2f", f"{kind}, weighted": ".2f"}) for kind in kinds)
+        best = "refined" if any(key.endswith(", refined") for key in average) else "weighted"
+        moved = (_cells(average, {f"{kind}, unweighted": ".2f", f"{kind}, {best}": ".2f"}) for kind in kinds)
         row = ["average", *_cells(average, shares | {"ess": ".2%"}), "", "", ""]
         row += ["–" if error == "–" else f"{error} in size", *map(" → ".join, moved), ""]
         rows.append([*row, *_cells(average, _SPEED_UPS)])
     return _headed(header, rows)
+
+
+def _distance_cell(row: Results) -> str:
+    """Without weights → with them, or refined (floor)."""
+    best = "refined" if row.get("refined") is not None else "weighted"
+    before, after, floor = _cells(row, {"unweighted": ".2f", best: ".2f", "floor": ".2f"})
+    return f"{before} → {after} ({floor})"
 
 
 def _free_energy_cell(row: Results) -> str:
@@ -333,7 +354,7 @@ def _free_energy_rows(results: Results) -> Rows:
         if not (row := table[key]):
             continue
         value, interval = row.get("value"), _interval(row)
-        kind = "" if interval == "–" else "total" if key in ("two_sided", "corrected", "exact") else "sampling"
+        kind = "" if interval == "–" else "total" if key in results.get("total", ()) else "sampling"
         no_difference = key == "reference" or reference is None
         off = "" if no_difference else _number(None if value is None else value - reference, "+.2f")
         seen = f"{row['n_state']} / {row['n_rest']}" if "n_state" in row else ""
@@ -353,13 +374,32 @@ def _made_rows(results: Results) -> Rows:
 
 
 def _distance_rows(results: Results) -> Rows:
-    rows = []
+    rows, refined = [], any("refined" in row for _, row in _items(results, "distances"))
+    sides = [side for side in _SIDES if side != "refined" or refined]
     for name, row in _items(results, "distances"):
-        unweighted, weighted, floor = (_mean(row.get(side)) for side in _SIDES)
+        best = "refined" if "refined" in row else "weighted"
+        unweighted, weighted, floor = (_mean(row.get(side)) for side in ("unweighted", best, "floor"))
         known = None not in (unweighted, weighted, floor) and unweighted > floor
         ratio = (weighted - floor) / (unweighted - floor) if known else None
-        rows.append([name, *(_mean_and_std(row.get(side)) for side in _SIDES), _number(ratio, ".2f")])
-    return _headed(["distance", *_SIDES, "excess ratio"], rows)
+        rows.append([name, *(_mean_and_std(row.get(side)) for side in sides), _number(ratio, ".2f")])
+    return _headed(["distance", *sides, "excess ratio"], rows)
+
+
+def _refinement_rows(results: Results) -> Rows:
+    steps = (results.get("refinement") or {}).get("steps") or []
+    some = sorted({round(k) for k in np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS))})
+    forms = {"beta": ".4f", "cess": ".2f", "ess": ".2f", "acceptance": ".2f", "step_size": ".2g"}
+    forms |= {"ancestors": "d", "mean_u": ".2f"}
+    header = ["step", "β", "conditional ESS", "ESS", "acceptance", "step size", "ancestors", "⟨u⟩ (kT)"]
+    return _headed(header, [[f"{k + 1} of {len(steps)}", *_cells(steps[k], forms)] for k in some])
+
+
+def _lineage_rows(results: Results) -> Rows:
+    table = (results.get("refinement") or {}).get("lineages") or {}
+    forms = {"walkers": "d", "ancestors": "d", "effective": ".1f"}
+    return _headed(
+        ["samples in", "walkers", "ancestors", "effective"], [[k, *_cells(v, forms)] for k, v in table.items()]
+    )
 
 
 def _held_out_rows(results: Results) -> Rows:
@@ -406,9 +446,9 @@ def _likelihood_rows(results: Results) -> Rows:
     spread = " ± ".join(_cells(table, {"std": ".2f", "std_error": ".2f"}))
     first = ["all", *_cells(table, {"n": "d"}), spread, *_cells(table, {"pearson_r": ".3f", "slope": ".2f"})]
     states = [[name, *_cells(row, {"n": "d", "std": ".2f"}), "", ""] for name, row in _items(table, "per_state")]
-    if bias := results.get("ebm_bias"):
+    for key, bias in _items(results, "ebm_bias"):
         off = " ± ".join(_cells(bias, {"value": "+.2f", "std_error": ".2f"}))
-        states.append(["state − rest, by weight: Δ of ΔF", "", off, "", ""])
+        states.append([f"state − rest: ΔF of the {_FREE_ENERGY_ROWS[key]} is off by", "", off, "", ""])
     return [["samples in", "n", "std of (EBM − exact) (kT)", "Pearson r", "slope"], first, *states]
 
 
@@ -416,6 +456,8 @@ def _timing_rows(results: Results) -> Rows:
     table = results.get("timing") or {}
     likelihoods = {"EBM": table.get("ebm_per_sample"), "exact": table.get("exact_per_sample")}
     rows = [[f"{name} likelihood, per sample", _seconds(s)] for name, s in likelihoods.items() if s is not None]
+    if (refine := table.get("refine_per_sample")) is not None:
+        rows.append(["refinement, per sample", _seconds(refine)])
     if all(likelihoods.values()):
         rows.append(["exact / EBM likelihood", f"{likelihoods['exact'] / likelihoods['EBM']:.0f} times"])
     if md := results.get("md"):
@@ -430,6 +472,8 @@ _ROWS = {
     "members": _member_rows,
     "free_energy": _free_energy_rows,
     "ess": _table("ess", ["weights", "ESS", "Pareto-k", "samples"], {"ess": ".3%", "pareto_k": ".2f", "n": "d"}),
+    "refinement": _refinement_rows,
+    "lineages": _lineage_rows,
     "made": _made_rows,
     "distances": _distance_rows,
     "held_out": _held_out_rows,

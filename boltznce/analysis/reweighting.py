@@ -32,7 +32,8 @@ class WeightedSamples:
     """Positions (n, atoms, dim) in nm with reduced energies u, log q and log weights, each (n,) float64.
 
     ``log_weights`` default to -u - log q. ``log_prob`` may be known up to a constant (EBM), or be all NaN (not
-    computed: equal weights). Operations return new objects and leave this one as it is.
+    computed: equal weights). Refined samples have ``ancestors`` (n,), the draws that they come from: those with one in
+    common are not independent. Operations return new objects and leave this one as it is.
 
     >>> samples = WeightedSamples(np.zeros((4, 1, 3)), energy=[0.0, 0.0, 0.0, np.inf], log_prob=np.zeros(4))
     >>> samples
@@ -49,15 +50,17 @@ class WeightedSamples:
     log_weights: np.ndarray | None = None
     topology: mdtraj.Topology | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    ancestors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.energy = np.asarray(self.energy, dtype=np.float64)
         self.log_prob = np.asarray(self.log_prob, dtype=np.float64)
-        shape, shapes = np.shape(self.positions), [self.energy.shape, self.log_prob.shape, np.shape(self.log_weights)]
+        shape, shapes = np.shape(self.positions), [self.energy.shape, self.log_prob.shape]
+        shapes += [np.shape(each) for each in (self.log_weights, self.ancestors) if each is not None]
         n = len(self.positions)
-        if len(shape) != 3 or shapes[:2] != [(n,)] * 2 or shapes[2] not in ((), (n,)):
+        if len(shape) != 3 or any(each != (n,) for each in shapes):
             raise UserError(
-                f"Weighted samples need positions (n, atoms, dim) and three arrays (n,): got {shape} and {shapes}."
+                f"Weighted samples need positions (n, atoms, dim) and arrays (n,): got {shape} and {shapes}."
             )
         if self.log_weights is None:
             self.log_weights = log_importance_weights(self.energy, self.log_prob)
@@ -83,8 +86,8 @@ class WeightedSamples:
 
     def __getitem__(self, index: slice | np.ndarray) -> "WeightedSamples":
         """The samples of a slice, a mask or an array of indices."""
-        names = ("positions", "energy", "log_prob", "log_weights")
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+        arrays = {name: getattr(self, name) for name in ("positions", "energy", "log_prob", "log_weights", "ancestors")}
+        return replace(self, **{name: each[index] for name, each in arrays.items() if each is not None})
 
     @property
     def weights(self) -> np.ndarray:
@@ -131,7 +134,7 @@ class WeightedSamples:
         writer = WeightedSamplesWriter(folder, self.topology, self.meta, resume=False)
         for start in range(0, len(self), _CHUNK):
             part = self[start : start + _CHUNK]
-            writer.append(part.positions, part.energy, part.log_prob, part.log_weights)
+            writer.append(part.positions, part.energy, part.log_prob, part.log_weights, part.ancestors)
         return writer.finish(format)
 
     @classmethod

@@ -28,7 +28,8 @@ from boltznce.topologies import from_json, pdb_text, to_json
 __all__ = ["SAMPLES", "WeightedSamplesWriter", "check_trajectory_format", "read_samples"]
 
 _REMEDY = "restore it from a copy, or delete the folder and draw the samples again"
-_DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8"}
+_DTYPES = {"positions": "<f4", "energy": "<f8", "log_prob": "<f8", "log_weights": "<f8", "ancestors": "<i8"}
+_OPTIONAL = "ancestors"
 _EXTRAS = ("topology.pdb", "topology.json", "trajectory.dcd", "trajectory.xtc")
 _CHUNK = 8192  # samples held in memory while a trajectory is written
 # the writer of each format, and how many of its units make a nm
@@ -119,15 +120,19 @@ class WeightedSamplesWriter:
         energy: np.ndarray,
         log_prob: np.ndarray,
         log_weights: np.ndarray | None = None,
+        ancestors: np.ndarray | None = None,
         counts: dict[str, int] | None = None,
     ) -> None:
-        """Add a chunk: positions (m, atoms, dim) in nm, three arrays (m,), and ``counts`` to be summed up.
+        """Add a chunk: positions (m, atoms, dim) in nm, arrays (m,), and ``counts`` to be summed up.
 
-        ``log_weights`` default to `log_importance_weights`. The chunk is safe once this has returned.
+        ``log_weights`` default to `log_importance_weights`; every chunk has ancestors, or none has. The chunk is safe
+        once this has returned.
         """
         log_weights = log_importance_weights(energy, log_prob) if log_weights is None else log_weights
-        chunk = zip(_DTYPES.items(), (positions, energy, log_prob, log_weights), strict=True)
-        arrays = {name: np.ascontiguousarray(values, dtype=dtype) for (name, dtype), values in chunk}
+        chunk = zip(_DTYPES.items(), (positions, energy, log_prob, log_weights, ancestors), strict=True)
+        arrays = {
+            name: np.ascontiguousarray(values, dtype=dtype) for (name, dtype), values in chunk if values is not None
+        }
         (n, *shape), *others = shapes = [values.shape for values in arrays.values()]
         if shape != (self._progress["shape"] or shape) or any(other != (n,) for other in others):
             raise UserError(f"Samples of one shape are needed in {self.folder}: got {shapes} after {self._progress}.")
@@ -148,7 +153,7 @@ class WeightedSamplesWriter:
         check_trajectory_format(format, self._progress["shape"][-1])
         with disk_errors_told(self.folder):
             positions = np.load(self._partial / "positions.npy", mmap_mode="r")
-            names = [f"{name}.npy" for name in _DTYPES]
+            names = [f"{name}.npy" for name in _DTYPES if name in self._progress["crc"]]
             if self.topology is not None:
                 (self._partial / "topology.pdb").write_text(pdb_text(self.topology, positions[0]), encoding="utf-8")
                 (self._partial / "topology.json").write_text(to_json(self.topology), encoding="utf-8")
@@ -185,10 +190,11 @@ def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
     contents = read_yaml(folder / "meta.yaml", _REMEDY)
     check_format(contents.get("format"), DATA_FORMAT, folder)
     n, shape, digests, meta = (contents.get(key) for key in ("n_samples", "shape", "digests", "meta"))
-    names = [f"{name}.npy" for name in _DTYPES]
+    names = [f"{name}.npy" for name in _DTYPES if name != _OPTIONAL]
     fits = isinstance(n, int) and isinstance(shape, list) and isinstance(digests, dict) and isinstance(meta, dict)
     if not fits or not set(names) <= set(digests):
         raise damaged(folder / "meta.yaml", "it lacks an entry", _REMEDY)
+    names += [name for name in (f"{_OPTIONAL}.npy",) if name in digests]
     result: dict[str, Any] = {"meta": meta, "topology": None}
     for name in [*names, *(name for name in _EXTRAS if name in digests)]:
         path = folder / name

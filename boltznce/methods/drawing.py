@@ -43,6 +43,9 @@ class Generator:
         likelihoods: those of `LIKELIHOODS` that it has.
         default_likelihood: the one that ``likelihood=auto`` stands for.
         notes: sentences for a report on how its samples are made.
+        base_log_prob: log-density of its draws up to a constant, positions (n, atoms, dim) -> (n,), where its gradient
+            is cheap: what refinement begins with.
+        device: where it computes.
     """
 
     config: DictConfig
@@ -50,6 +53,8 @@ class Generator:
     likelihoods: Sequence[str] = ("exact", "none")
     default_likelihood: str = "exact"
     notes: tuple[str, ...] = ()
+    base_log_prob: Callable[[Tensor], Tensor] | None = None
+    device: torch.device
 
     def check(self, likelihood: str) -> None:
         """Raise UserError where one of ``likelihoods`` cannot be had from this run yet."""

@@ -17,22 +17,22 @@ from boltznce.clock import clock_of
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
 from boltznce.methods.findings import held_out_data
+from boltznce.methods.refinement import refine, settings_of
 from boltznce.methods.workspace import Workspace
+from boltznce.smc import Kin
 from boltznce.systems.base import System
 from boltznce.systems.isomers import allowed_conformers, excluded_conformers, require_some_left
 
 __all__ = ["evaluate", "exact_likelihoods"]
 
-SUBSETS = {"uniform": "n_exact", "weights": "n_correction"}  # how they are drawn, and the setting that says how many
-
 
 def evaluate(work: Workspace) -> dict:
-    """Draw weighted samples of every member to test; give exact likelihoods to some of them, and to some of the data.
+    """Draw weighted samples of every member to test; refine some; give exact likelihoods to some, and some of the data.
 
     Where weights are an EBM's, to two subsets of the draws: that drawn uniformly (as many in the state as in the rest)
     measures how far EBM and exact likelihood are apart, and is the flow's side of the two-sided free energy; that drawn
-    by weight, with repeats, corrects the free energy. Frames of the data (drawn by weight, as many in the state) are
-    the other side.
+    by weight, with repeats, corrects the free energy. The latter are, where there are refined walkers, the ancestors of
+    those. Frames of the data (drawn by weight, as many in the state) are the other side.
     """
     tests = work.system.members("test")
     return {
@@ -51,11 +51,19 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
     seconds = {"draw": _seconds_per_draw(generator, likelihood, work.generator("timing", member))}
     conformers = samples[allowed_conformers(excluded, len(samples))]
+    refined = _refined(work, member, conformers) if section.refine and member.differentiable else None
+    if refined is not None:
+        seconds["refine"] = refined.meta["refinement"]["seconds"] / len(refined)
     if likelihood == "ebm":
         rng = work.numpy_generator("exact subset", member)
-        for drawn_by, count in SUBSETS.items():
-            subset = _subset(member, conformers, section[count], rng, drawn_by)
-            seconds |= _exact(work, member, f"exact_{drawn_by}", conformers, subset)
+        subset = _subset(member, conformers, section.n_exact, rng, "uniform")
+        seconds |= _exact(work, member, "exact_uniform", conformers, subset)
+        subset = _subset(member, conformers if refined is None else refined, section.n_correction, rng, "weights")
+        if refined is None:
+            seconds |= _exact(work, member, "exact_weights", conformers, subset)
+        elif len(subset):
+            subset = _kin(member, refined, subset)
+            seconds |= _exact(work, member, "exact_weights", conformers[refined.ancestors], subset)
         x = torch.from_numpy(np.array(conformers.positions[:4096])).to(work.device)
         generator.ebm.log_prob_in_batches(x[:8])
         seconds["ebm"] = _timed(lambda: generator.ebm.log_prob_in_batches(x), work.device)[1] / len(x)
@@ -63,6 +71,21 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
         frames, subset = _frames(work, member, generator.system)
         seconds |= _exact(work, member, "exact_frames", frames, subset)
     return seconds
+
+
+def _refined(work: Workspace, member: System, conformers: WeightedSamples) -> WeightedSamples:
+    """Leave some of the draws, refined, in ``samples/refined``."""
+    draws = conformers[: work.config.evaluation.refine.n_walkers]
+    folder = work.folder.leave(work.samples("refined", member))
+    seed = int(work.numpy_generator("refinement", member).integers(2**31))
+    return refine(work.models.of(member), draws, settings_of(work.config), seed=seed, folder=folder)
+
+
+def _kin(system: System, refined: WeightedSamples, subset: np.ndarray) -> np.ndarray:
+    """For each walker of the subset the first of its kin: of their ancestor one likelihood is enough."""
+    values = system.coordinate(np.array(refined.positions), system.state.coordinate)
+    kin = Kin.among(refined.ancestors, refined.log_weights, system.state.contains(values))
+    return kin.first[kin.of[subset]]
 
 
 def _frames(work: Workspace, member: System, system: System) -> tuple[WeightedSamples | None, np.ndarray]:

@@ -101,13 +101,15 @@ class Findings:
     Attributes:
         drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
         values: of the state's coordinate, (samples,); None without a state.
-        subsets: exact likelihoods of samples drawn uniformly, and by weight, and of the data's frames by theirs.
+        subsets: exact likelihoods of samples drawn uniformly, and by weight, and of the data's frames by theirs. Where
+            there are refined walkers it is these that are drawn by weight, and the likelihoods are their ancestors'.
         seconds: a sample, of each kind of work.
         settings: the config's section ``evaluation``; ``seed``: of bootstraps and subsets.
         notes: sentences on how the samples were made.
         flows: (temperature, draws) at other temperatures; ``steps``: records of the annealing between them.
         frames_log_prob: exact log q of the data's frames, where it costs little.
         training_seconds: spent before the evaluation, the simulation of the data that were trained on among them.
+        refined: some of the samples, annealed to the target, their ancestors among the samples; None where none were.
     """
 
     system: System
@@ -127,6 +129,7 @@ class Findings:
     steps: tuple[Mapping, ...] = ()
     frames_log_prob: np.ndarray | None = None
     training_seconds: float = 0.0
+    refined: WeightedSamples | None = None
 
     @property
     def likelihood(self) -> str:
@@ -182,12 +185,6 @@ class Findings:
         return {"n_bootstrap": self.settings.n_bootstrap, "seed": self.seed}
 
     @cached_property
-    def weighted_difference(self) -> FreeEnergyDifference:
-        """ΔF of the system's state by the weights."""
-        state = self.system.state.interval
-        return free_energy_difference(self.values, self.samples.log_weights, state, **self.bootstrap)
-
-    @cached_property
     def md_difference(self) -> FreeEnergyDifference | None:
         """ΔF of a simulation, its error by what is independent in it; None of data whose errors are not known."""
         if self.md_units is None:
@@ -227,13 +224,22 @@ class Findings:
         """The state's coordinate of positions."""
         return self.system.coordinate(np.asarray(positions), self.system.state.coordinate)
 
+    @cached_property
+    def refined_values(self) -> np.ndarray | None:
+        """Of the state's coordinate, (refined,); None without a state, or refined walkers."""
+        known = self.refined is not None and self.system.state is not None
+        return self.coordinate(self.refined.positions) if known else None
+
     def panels(self, of: Callable[[np.ndarray], Any], frames: Dataset | None = None) -> dict[str, tuple[Any, Any]]:
-        """What ``of`` makes of positions, and log weights: data (resampled, or ``frames``), flow, weighted flow."""
+        """What ``of`` makes of positions, and log weights: data (resampled, or ``frames``), flow, weighted, refined."""
         ours, data = of(self.samples.positions), {}
         if self.data is not None:
             chosen = (self.data.resampled, None) if frames is None else (frames, frames.log_weights)
             data = {self.data_name: (of(chosen[0].positions), chosen[1])}
-        return data | {"flow": (ours, None), "flow, weighted": (ours, self.samples.log_weights)}
+        found = data | {"flow": (ours, None), "flow, weighted": (ours, self.samples.log_weights)}
+        if self.refined is not None:
+            found["refined"] = (of(self.refined.positions), self.refined.log_weights)
+        return found
 
 
 def gather(work: Workspace, member: System) -> Findings:
@@ -247,6 +253,8 @@ def gather(work: Workspace, member: System) -> Findings:
     if system.state is not None:
         values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
     data, missing = held_out_data(work, member, system)
+    place = work.samples("refined", member)
+    refined = WeightedSamples.load(place) if (place / "meta.yaml").exists() else None
     kinds = ("uniform", "weights", "frames")
     subsets = {kind: ExactSubset.load(work.samples(f"exact_{kind}", member)) for kind in kinds}
     return Findings(
@@ -264,6 +272,7 @@ def gather(work: Workspace, member: System) -> Findings:
         work.config.seed,
         (*generator.notes, *missing),
         training_seconds=_training_seconds(work),
+        refined=refined,
     )
 
 

@@ -209,6 +209,16 @@ class FlowGenerator(Generator):
         return "exact" if self.ebm is None else "ebm"
 
     @property
+    def base_log_prob(self) -> Callable[[Tensor], Tensor] | None:
+        """The EBM's log-likelihood: a gradient of the flow's own costs as much as all of its Jacobian."""
+        return None if self.ebm is None else self.ebm.log_prob
+
+    @property
+    def device(self) -> torch.device:
+        """That of the flow."""
+        return self.flow.basis.device
+
+    @property
     def mirrors(self) -> bool:
         """Whether the flow makes mirror images of a molecule as often as it: its density is then that of both."""
         return bool(self.system.stereocentres) and self.flow.parity_equivariant
@@ -261,7 +271,7 @@ class FlowGenerator(Generator):
         """Exact log q (n,), float64, of given positions (n, atoms, dim) in nm, mirror images included."""
         section = self.config.evaluation
         options = {"solver": solver_settings(section.solver), "batch_size": section.exact_batch_size}
-        return self._folded(self.flow.log_prob(positions.to(self.flow.basis.device), **options))
+        return self._folded(self.flow.log_prob(positions.to(self.device), **options))
 
     def _folded(self, log_prob: Tensor) -> Tensor:
         """Of a molecule that was drawn as itself or as its mirror image: the two densities add up."""

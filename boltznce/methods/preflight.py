@@ -20,9 +20,11 @@ from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
 from boltznce.logger import open_logger
 from boltznce.methods.models import MODELS, load_trained, make
+from boltznce.methods.refinement import settings_of
 from boltznce.methods.workspace import make_fabric
 from boltznce.precision import ordinary_tensors
 from boltznce.settings import check, require_keywords
+from boltznce.smc import AnnealSettings
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, check_fit
 
@@ -32,6 +34,7 @@ __all__ = [
     "check_evaluation",
     "check_fit_of",
     "check_flow",
+    "check_refinement",
     "check_training_data",
     "preflight",
 ]
@@ -90,6 +93,7 @@ def check_comparison(config: DictConfig, system: System) -> None:
     if section.split is not None:
         require_keywords(check_shares, section.split, "data.split")
         check_shares(**section.split)
+    check_refinement(config)
 
 
 def _missing(config: DictConfig, system: System) -> list[str]:
@@ -157,8 +161,27 @@ def check_fit_of(section: DictConfig, name: str, validates: bool) -> None:
 
 def check_evaluation(config: DictConfig, system: System) -> None:
     """What the report needs."""
+    check_refinement(config)
     if config.evaluation.get("tica_lag") and importlib.util.find_spec("deeptime") is None:
         raise UserError('TICA needs deeptime: pip install "boltznce[tica]", or set evaluation.tica_lag=null.')
+
+
+def check_refinement(config: DictConfig) -> None:
+    """How draws are annealed to the target, and from what."""
+    if not config.evaluation.refine:
+        return
+    given = dict.fromkeys(config.evaluation.refine)
+    if "n_walkers" not in given:
+        raise UserError(
+            "evaluation.refine.n_walkers is missing: set how many draws to refine, or evaluation.refine=null."
+        )
+    require_keywords(AnnealSettings, set(given) - {"n_walkers"}, "evaluation.refine")
+    settings_of(config)
+    if not ("ebm" in config or "generator" in config):
+        raise UserError(
+            f"A flow of method={config.method.name} has no likelihood with a cheap gradient for a refinement to begin "
+            "with: set evaluation.refine=null, or method=boltznce."
+        )
 
 
 def _check_model(config: DictConfig, system: System, name: str) -> None:

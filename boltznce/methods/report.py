@@ -146,7 +146,8 @@ def _average(rows: Sequence[Mapping]) -> dict[str, float]:
         return float(np.mean(values))
 
     made, distances = {name: mean("made", name) for name in ("right_graph", "kept")}, rows[0].get("distances", {})
-    moved = {f"{d}, {kind}": mean("distances", d, kind) for d in distances for kind in ("unweighted", "weighted")}
+    best = "refined" if all("refined" in row for row in distances.values()) and distances else "weighted"
+    moved = {f"{d}, {kind}": mean("distances", d, kind) for d in distances for kind in ("unweighted", best)}
     return made | {
         "ess": float(np.mean([next(iter(row["ess"].values()))["ess"] for row in rows])),
         "abs_error": float(np.mean([abs(row.get("error", np.nan)) for row in rows])),

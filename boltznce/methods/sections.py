@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from boltznce.analysis import plotting
 from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
 from boltznce.analysis.free_energy import (
+    FreeEnergyDifference,
     corrected_free_energy_difference,
     ebm_bias,
     free_energy_difference,
@@ -26,13 +27,14 @@ from boltznce.analysis.weights import effective_sample_size, log_importance_weig
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.views import View, symbol_of
+from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
 from boltznce.systems.isomers import TURNED
 
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
-TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total
+TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total, and "refined" from an exact likelihood
 FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
@@ -52,6 +54,15 @@ SPEED_UP = (
     "and the same with the training, and the data for it, counted. As well: the larger of the result's total error and "
     "its distance to the reference, joined with the error of the reference. Only results and simulations that are "
     "reliable have one."
+)
+REFINED_EXACT = (
+    "Refined: draws of the flow annealed from its exact likelihood to the target, which is consistent. Errors count "
+    "walkers of one draw once."
+)
+REFINED_EBM = (
+    "Refined: draws of the flow annealed from the EBM's likelihood to the target. Where that is not the flow's, draws "
+    "begin with wrong weights, and ΔF is off by what the row of exact likelihoods takes off: it corrects refined "
+    "walkers by their ancestors. No row knows of a mode of which nothing was drawn."
 )
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
@@ -104,17 +115,26 @@ def free_energies(f: Findings) -> Part:
     (name, interval), log_weights, md = f.system.state, f.samples.log_weights, f.md_difference
     reference = md if f.reference is None else reference_difference(f.reference)
     rows = {"reference": reference} if reference is not None else {}
-    rows[f.likelihood] = f.weighted_difference
+    rows[f.likelihood] = free_energy_difference(f.values, log_weights, interval, **f.bootstrap)
+    total = TOTAL
+    if f.refined is not None:
+        by_ancestors = f.refined_values, f.refined.log_weights, f.refined.ancestors
+        rows["refined"] = refined_free_energy_difference(*by_ancestors, interval)
+        total = TOTAL if f.likelihood == "ebm" else (*TOTAL, "refined")
     if f.correction is not None:
         index = f.correction.index
-        both = f.samples.log_prob[index], f.correction.log_prob
-        rows["corrected"] = corrected_free_energy_difference(f.values, log_weights, index, *both, interval)
+        if f.refined is None:
+            both = f.samples.log_prob[index], f.correction.log_prob
+            rows["corrected"] = corrected_free_energy_difference(f.values, log_weights, index, *both, interval)
+        else:
+            both = f.samples.log_prob[f.refined.ancestors[index]], f.correction.log_prob
+            rows["corrected"] = corrected_by_ancestors(*by_ancestors, index, *both, interval)
     if f.exact is not None:
         exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
         rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
     if f.sides is not None:
         rows["two_sided"] = _two_sided(f)
-    bias = _judged(rows) if f.likelihood == "ebm" else None
+    bias = {name: _judged(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         whole, title = f.data.whole, f"data ({f.data_name})"
@@ -124,14 +144,19 @@ def free_energies(f: Findings) -> Part:
             f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2, walkers=walkers
         )
         rows |= {title: of_data} if known else {f"{title}, error not estimated": {"value": of_data.value}}
-    headline, notes = choose_headline({name: rows[name] for name in TOTAL if name in rows}), []
+    rows_of_total = {name: rows[name] for name in total if name in rows}
+    headline, notes = choose_headline(rows_of_total), []
+    best = f.likelihood
+    if f.refined is not None:
+        best = next((name for name in ("corrected", "refined") if name in rows_of_total), best)
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
         "ebm_bias": bias,
         "free_energy": rows,
         "headline": headline,
-        "weighted": f.likelihood,
-        "error": _error(f, reference),
+        "total": list(rows_of_total),
+        "weighted": best,
+        "error": _error(rows[best], reference),
     }
     if "two_sided" in rows:
         notes.append(MISSED.format(f.data_name, rows["two_sided"].missed_state, rows["two_sided"].missed_rest))
@@ -149,9 +174,11 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
     off = abs(rows[row].value - _value(reference, "value"))
     error = float(np.hypot(max(off, rows[row].std_error), _value(reference, "std_error")))
     simulated, share = f.data.whole.meta["cpu_seconds"], len(f.data.log_weights) / len(f.data.whole)
-    likelihoods = {"two_sided": ("uniform", "frames"), "corrected": ("weights",), "exact": ("uniform",)}[row]
+    likelihoods = {"two_sided": ("uniform", "frames"), "corrected": ("weights",), "exact": ("uniform",)}.get(row, ())
     n = sum(len(np.unique(f.subsets[kind].index)) for kind in likelihoods if kind in f.subsets)
     spent, training = f.seconds["draw"] * len(f.drawn) + f.seconds.get("exact", 0.0) * n, f.training_seconds
+    if row in ("refined", "corrected") and f.refined is not None:
+        spent += f.seconds["refine"] * len(f.refined) - f.seconds["draw"] * (len(f.drawn) - len(f.refined))
     if row == "two_sided":  # uses the data
         spent += f.seconds["draw"] * len(f.frames_log_prob if f.frames_log_prob is not None else ())
         spent, training = spent + simulated, training - (simulated if share < 1 else 0.0)
@@ -176,12 +203,12 @@ def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
     )
 
 
-def _judged(rows: dict) -> dict | None:
-    """Take the EBM's row for reliable only where exact likelihoods do; the EBM's bias, Δ_state - Δ_rest, by them."""
-    ebm, known = rows["ebm"], [rows[name] for name in TOTAL if name in rows]
+def _judged(rows: dict, name: str) -> dict | None:
+    """Take a row that an EBM's likelihood made for reliable only where exact ones do; its bias, by them."""
+    ebm, known = rows[name], [rows[name] for name in TOTAL if name in rows]
     reliable = [row for row in known if row.reliable]
     exact = min(reliable or known[:1], key=lambda row: ebm_bias(ebm, row)[1], default=None)
-    rows["ebm"] = judged_by_exact(ebm, exact)
+    rows[name] = judged_by_exact(ebm, exact)
     return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
 
 
@@ -189,10 +216,10 @@ def _value(row, key: str) -> float:
     return row[key] if isinstance(row, dict) else getattr(row, key)
 
 
-def _error(f: Findings, reference) -> float:
-    """Of the weighted samples against the reference; NaN where one is unknown, or infinite: a side not visited."""
+def _error(row: FreeEnergyDifference, reference) -> float:
+    """Of a row against the reference; NaN where one is unknown, or infinite: a side not visited."""
     known = np.nan if reference is None else _value(reference, "value")
-    return f.weighted_difference.value - known if np.isfinite([f.weighted_difference.value, known]).all() else np.nan
+    return row.value - known if np.isfinite([row.value, known]).all() else np.nan
 
 
 def _profile(f: Findings) -> Figure:
@@ -203,8 +230,12 @@ def _profile(f: Findings) -> Figure:
     if reference is None and f.md_difference is not None:
         values, log_weights = f.coordinate(f.data.frames.positions), f.data.frames.log_weights
         reference, whose = free_energy_profile(values, log_weights, N_BINS, walkers=f.md_units), f.data_name
+    profiles = {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()}
+    if f.refined is not None:
+        given = f.refined_values, f.refined.log_weights, N_BINS
+        profiles["refined"] = free_energy_profile(*given, walkers=f.refined.ancestors, limits=limits)
     return plotting.plot_profiles(
-        {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()},
+        profiles,
         reference,
         interval,
         angle_name=symbol_of(name),
@@ -229,6 +260,28 @@ def likelihood_of_ebm(f: Findings) -> Part:
     return Part(results, {"likelihood": plotting.plot_likelihood_agreement(ebm, exact, inside)})
 
 
+# ---- refinement -----------------------------------------------------------------------------------------------------
+
+
+def refinement(f: Findings) -> Part:
+    """The way from the generator's likelihood to the target, and how many ancestors each state has left."""
+    if f.refined is None:
+        return Part()
+    done, ancestors, log_weights = f.refined.meta["refinement"], f.refined.ancestors, f.refined.log_weights
+    inside = np.zeros(len(ancestors), bool) if f.system.state is None else f.system.state.contains(f.refined_values)
+    names = {0: "all"} if f.system.state is None else {1: "state", 0: "rest"}
+    lines = lineages(ancestors, log_weights, inside)
+    results = {
+        "refinement": {
+            "steps": done["steps"],
+            "lineages": {names[k]: line._asdict() for k, line in sorted(lines.items())[::-1]},
+        },
+        "counts": {f"refinement, gradients of the {what}": n for what, n in done["gradients"].items()},
+    }
+    note = REFINED_EXACT if f.likelihood == "exact" else REFINED_EBM
+    return Part(results, {"refinement": plotting.plot_refinement(done["steps"], len(ancestors))}, (note,))
+
+
 # ---- against data ---------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +290,7 @@ def surfaces(f: Findings) -> Part:
     figures = {view.figure: view.draw(_with_reference(f, view, f.panels(view.points))) for view in f.views}
     if f.data is not None:
         energies = [f.data.resampled.energies, f.samples.energy, f.samples.energy]
+        energies += [f.refined.energy] if f.refined is not None else []
         panels = zip(f.panels(len).items(), energies, strict=True)
         figures["energy_histograms"] = plotting.plot_energy_histograms(
             {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
@@ -262,6 +316,8 @@ def _with_reference(f: Findings, view: View, panels: dict) -> dict:
 def mean_energies(f: Findings) -> Part:
     """⟨u⟩ of the weighted samples and of the data, with its standard errors: of samples and of walkers, or blocks."""
     rows = {"weighted samples": _mean(f.samples.energy, f.samples.log_weights, np.arange(len(f.samples)))}
+    if f.refined is not None:
+        rows["refined"] = _mean(f.refined.energy, f.refined.log_weights, f.refined.ancestors)
     if f.data is not None:
         rows[f.data_name] = _mean(f.data.frames.energies, f.data.frames.log_weights, f.frame_groups)
     return Part({"mean_energy": rows})
@@ -290,6 +346,9 @@ def distances(f: Findings) -> Part:
             "weighted": view.w2(ours, theirs, f.samples.weights, **subsets),
             "floor": between_halves(view.w2, theirs, **subsets),
         }
+        if f.refined is not None:
+            refined = view.points(f.refined.positions)
+            found[view.distance]["refined"] = view.w2(refined, theirs, f.refined.weights, **subsets)
     shares = {
         f.data_name: share_above(energies, f.cut),
         "flow": share_above(f.samples.energy, f.cut),
@@ -301,15 +360,18 @@ def distances(f: Findings) -> Part:
 def _energy_distances(f: Findings) -> dict:
     """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
     energy, data, cut, found, empty = f.samples.energy, f.data.resampled.energies, f.cut, {}, []
-    for kind, shares in (("unweighted", None), ("weighted", f.samples.weights)):
-        if share_above(energy, cut, shares) < 1:
-            found[kind] = energy_w2(energy, data, shares, cut=cut)
+    sets = {"unweighted": (energy, None), "weighted": (energy, f.samples.weights)}
+    if f.refined is not None:
+        sets["refined"] = (f.refined.energy, f.refined.weights)
+    for kind, (values, shares) in sets.items():
+        if share_above(values, cut, shares) < 1:
+            found[kind] = energy_w2(values, data, shares, cut=cut)
         else:
             found[kind] = np.nan
             empty.append(kind)
     found["floor"] = between_halves(energy_w2, data, cut=cut)
     if empty:
-        lowest = energy.min() if "unweighted" in empty else energy[f.samples.weights > 0].min()
+        lowest = min(values[() if shares is None else shares > 0].min() for values, shares in map(sets.get, empty))
         found["missing"] = (
             f"no {' and no '.join(empty)} sample below the cut at {cut:.0f} kT, above which energies are left out "
             f"(the lowest is at {lowest:.0f} kT)"
@@ -382,6 +444,7 @@ def costs(f: Findings) -> Part:
 COMMON = (
     free_energies,
     mean_energies,
+    refinement,
     weights,
     likelihood_of_ebm,
     distances,

@@ -3,7 +3,7 @@
 Loading trained ones, drawing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,16 @@ class SplineGenerator(Generator):
         )
         return (text,) if self.system.bonds else ()
 
+    @property
+    def base_log_prob(self) -> Callable[[Tensor], Tensor]:
+        """The flow's exact log-likelihood."""
+        return self.flow.log_prob
+
+    @property
+    def device(self) -> torch.device:
+        """That of the flow."""
+        return next(self.flow.parameters()).device
+
     def models(self, likelihood: str) -> Sequence[nn.Module]:
         """The flow."""
         return (self.flow,)
@@ -97,9 +107,8 @@ class SplineGenerator(Generator):
     @torch.no_grad()
     def log_prob(self, positions: Tensor) -> Tensor:
         """log q (n,), float64, of given positions (n, atoms, dim) in nm, in batches; -inf outside the flow's domain."""
-        device = next(self.flow.parameters()).device
         parts = positions.split(self.config.evaluation.batch_size)
-        return torch.cat([self.flow.log_prob(part.to(device)) for part in parts])
+        return torch.cat([self.flow.log_prob(part.to(self.device)) for part in parts])
 
 
 @dataclass

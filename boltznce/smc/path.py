@@ -15,7 +15,6 @@ __all__ = ["Counts", "Path", "Point", "ValueAndGradient", "conditional_ess", "ne
 
 ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (n, ...) -> values (n,), gradients (n, ...)
 
-SMALLEST_STEP = 1e-4  # of β: walkers that would weigh nothing after any step weigh nothing after this one
 BISECTIONS = 50
 
 
@@ -124,9 +123,17 @@ def conditional_ess(log_weights: Tensor, increments: Tensor, groups: Tensor | No
 
 
 def next_beta(
-    point: Point, log_weights: Tensor, beta: float, least: float, groups: Tensor | None = None
+    point: Point,
+    log_weights: Tensor,
+    beta: float,
+    least: float,
+    groups: Tensor | None = None,
+    smallest_step: float = 1e-3,
 ) -> tuple[float, float]:
     """The β up to which the conditional ESS of the step stays at ``least``, at most 1, by bisection; and that ESS.
+
+    It is further than ``beta`` by ``smallest_step`` at least: walkers that would weigh nothing after any step do after
+    this one.
 
     Increments are (β' - β) (-u - log q̃) at the walkers' places. Adapting β to the walkers adds a bias of the order of
     one over their number (Beskos, Jasra, Kantas & Thiery 2016).
@@ -136,7 +143,7 @@ def next_beta(
     def ess(to: float) -> float:
         return conditional_ess(log_weights, (to - beta) * slope, groups)
 
-    low, high = min(1.0, beta + SMALLEST_STEP), 1.0
+    low, high = min(1.0, beta + smallest_step), 1.0
     if (at_high := ess(high)) >= least or low == high:
         return high, at_high
     if (at_low := ess(low)) <= least:

@@ -5,16 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
+from boltznce.analysis.free_energy import FreeEnergyDifference
 from boltznce.analysis.weights import effective_sample_size
-from boltznce.smc.lineage import Lineage, lineages, log_normalizer
+from boltznce.smc.lineage import Lineage, lineages, log_normalizer, refined_free_energy_difference
 from boltznce.smc.path import Counts
 from boltznce.smc.state import Step
-from boltznce.states import in_interval
 
 __all__ = ["Annealed"]
-
-FEWEST_ANCESTORS = 30.0  # effective ones on a side: with 20 of them 88% of the intervals of 95% held the truth
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -71,17 +68,6 @@ class Annealed:
     def free_energy_difference(
         self, angle: np.ndarray, state: tuple[float, float] = (0.0, 2.0), confidence: float = 0.95
     ) -> FreeEnergyDifference:
-        """ΔF in kT of the final walkers, by their coordinate (n,) (`boltznce.analysis.free_energy`).
-
-        Its error is that of `units`. It is ``reliable`` only where either side has 30 effective ancestors, too: fewer
-        are what moves that are too few for their step in β leave, and there errors are too small.
-        """
-        found = free_energy_difference(angle, self.log_weights, state, walkers=self.units, confidence=confidence)
-        lines, reasons = self.lineages(in_interval(angle, state)), [found.message] if found.message else []
-        for label, side in ((1, "state"), (0, "rest")):
-            number = lines[label].effective if label in lines else 0.0
-            if number < FEWEST_ANCESTORS:
-                reasons.append(
-                    f"{number:.1f} effective ancestors in the {side} (at least {FEWEST_ANCESTORS:.0f} are needed)"
-                )
-        return dataclasses.replace(found, reliable=not reasons, message="; ".join(reasons))
+        """ΔF in kT of the final walkers, by their coordinate (n,), with the error of `units`."""
+        given = angle, self.log_weights, self.ancestors, state, confidence
+        return refined_free_energy_difference(*given, units=self.units)

@@ -42,6 +42,7 @@ def anneal(
     labels: Labels | None = None,
     seed: int = 0,
     folder: FilePath | str | None = None,
+    about: str = "",
     chunk: int | None = None,
 ) -> Annealed:
     """Bring ``positions`` (n, ...), draws of the base, to the target along log π_β = (1-β) log q̃ - β u.
@@ -49,7 +50,8 @@ def anneal(
     At each step log w += (β' - β) (-u - log q̃) at the current places (Neal 2001), β' by the conditional ESS; states
     whose weights have degenerated are resampled, each within itself and its population; then Hamiltonian moves leave
     π_β' invariant (Del Moral, Doucet & Jasra 2006; Dai, Heng, Jacob & Whiteley 2022). The weights are right for any
-    such moves if the base is what the walkers were drawn from (else see `boltznce.smc.lineage.base_bias`).
+    such moves if the base is what the walkers were drawn from (else see
+    `corrected_by_ancestors`).
 
     Args:
         positions: on the device where all is to be computed; float32 is enough, weights are float64.
@@ -62,6 +64,7 @@ def anneal(
         seed: step k takes random numbers that depend on (seed, k) alone.
         folder: keeps the state after every β: a killed call, made again, goes on to the same result, on a CPU to the
             bit.
+        about: what base, target and labels are, for a call that goes on: one with another text is refused.
         chunk: most walkers that densities are asked for at a time; None: all.
 
     Raises UserError where no walker has a weight, and for a folder of another annealing.
@@ -90,7 +93,8 @@ def anneal(
     if folder is None:
         return _result(run.to_the_end(begun()), settings)
     with only_process(folder):
-        store = Store(FilePath(folder) / "annealing.npz", fingerprint(positions, log_weights, kernel, settings, seed))
+        mark = fingerprint(positions, log_weights, kernel, settings, seed, about)
+        store = Store(FilePath(folder) / "annealing.npz", mark)
         return _result(run.to_the_end(store.load(positions) or begun(), store.save), settings)
 
 
@@ -119,7 +123,8 @@ class _Run:
         generator = step_generator(self.seed, "annealing", k, point.u.device)
         states = self._states(point.positions)
         _require_weight(log_weights, point)
-        beta, cess = next_beta(point, log_weights, state.beta, settings.cess if k else settings.first_cess, states)
+        least = settings.cess if k else settings.first_cess
+        beta, cess = next_beta(point, log_weights, state.beta, least, states, 1.0 / settings.max_steps)
         log_weights = log_weights + (beta - state.beta) * (-point.u - point.log_base)
         _require_weight(log_weights, point)
         ess = effective_sample_size(log_weights.cpu().numpy())

@@ -31,16 +31,18 @@ class AnnealSettings:
         n_moves: Hamiltonian moves at every β; ``final_moves`` more at β = 1.
         step_size: of the leapfrog, in ps for molecules; a first guess.
         acceptance: to which the step size is adapted.
+        max_steps: in β; none is shorter than one over it, whatever its conditional ESS.
         n_populations: independent ones, of every so-manieth walker, which share nothing but β and the step size.
     """
 
-    cess: float = 0.9
+    cess: float = 0.95
     first_cess: float = 0.5
     resample_below: float = 0.5
-    n_moves: int = 1
+    n_moves: int = 3
     final_moves: int = 5
     step_size: float = 0.001
     acceptance: float = 0.85
+    max_steps: int = 500
     n_populations: int = 1
 
     def __post_init__(self) -> None:
@@ -124,10 +126,12 @@ def _step(row: list[float]) -> Step:
     return step._replace(resampled=int(step.resampled), ancestors=int(step.ancestors))
 
 
-def fingerprint(positions: Tensor, log_weights: Tensor, kernel: HMC, settings: AnnealSettings, seed: int) -> int:
-    """A number that another start, kernel or setting would change; densities and labels are not looked into."""
+def fingerprint(
+    positions: Tensor, log_weights: Tensor, kernel: HMC, settings: AnnealSettings, seed: int, about: str
+) -> int:
+    """A number that another start, kernel or setting would change, and what is said ``about`` densities and labels."""
     masses = torch.as_tensor(kernel.masses, dtype=torch.float64).cpu().numpy()
-    said = repr((seed, settings, kernel.kT, kernel.n_leapfrog, kernel.centred, masses.shape)).encode()
+    said = repr((about, seed, settings, kernel.kT, kernel.n_leapfrog, kernel.centred, masses.shape)).encode()
     crc = 0
     for part in (said, masses.tobytes(), positions.cpu().numpy().tobytes(), log_weights.cpu().numpy().tobytes()):
         crc = zlib.crc32(part, crc)

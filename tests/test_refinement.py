@@ -1,0 +1,225 @@
+"""Refinement of draws: known answers for generators whose density is known, and what runs and reports make of it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from known import EBM_CONSTANT, EBM_ERROR, REST, STATE, TARGET, RoundModels, aldp, nearest, simulated, springs
+from omegaconf import OmegaConf
+from test_known_answers import ROUND_WORDS, arrays, workspace
+
+from boltznce import load_system
+from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.errors import UserError
+from boltznce.methods import boltznce
+from boltznce.methods.drawing import Generator
+from boltznce.methods.refinement import kernel_of, refine, require_base, settings_of
+from boltznce.run import load_run, refined_folder, train_run
+from boltznce.smc import AnnealSettings, refined_free_energy_difference
+from boltznce.units import GAS_CONSTANT
+
+WIDTH = 0.4  # of the Gaussians that a `TwoWells` draws, in the plane
+
+
+class TwoWells(Generator):
+    """A quarter of its draws are of the right well, with the density that it has."""
+
+    default_likelihood = "exact"
+    device = torch.device("cpu")
+
+    def __init__(self, system=None):
+        self.system = system or load_system("double_well")
+        self.lost = 1.0  # share of the energies that are asked for before all is lost
+
+    def models(self, likelihood):
+        return ()
+
+    def draws(self, n, seed=0):
+        rng = np.random.default_rng(seed)
+        centres = np.where(rng.random(n) < 0.25, 1.0, -1.0)[:, None] * np.array([1.0, 0.0])
+        x = (centres + WIDTH * rng.normal(size=(n, 2)))[:, None].astype("f4")
+        u = self.system.energy(torch.from_numpy(x)).double().numpy()
+        return WeightedSamples(x, u, self.base_log_prob(torch.from_numpy(x)).numpy())
+
+    def base_log_prob(self, x):
+        logs = [
+            math.log(share) - (x[:, 0] - torch.tensor([at, 0.0])).square().sum(-1) / (2 * WIDTH**2)
+            for share, at in ((0.25, 1.0), (0.75, -1.0))
+        ]
+        return torch.logsumexp(torch.stack(logs), 0).double() - math.log(2 * math.pi * WIDTH**2)
+
+
+SETTINGS = AnnealSettings(first_cess=0.95)
+
+
+def test_draws_become_those_of_the_target():
+    generator, draws = TwoWells(), TwoWells().draws(4000)
+    refined = refine(generator, draws, SETTINGS, seed=0)
+    values = generator.system.coordinate(refined.positions, generator.system.state.coordinate)
+    interval, reference = generator.system.state.interval, generator.system.reference()["delta_f"]["value"]
+    found = refined_free_energy_difference(values, refined.log_weights, refined.ancestors, interval)
+    assert found.reliable, found
+    assert abs(found.value - reference) < 3 * found.std_error < 0.3
+    exact = generator.system.energy(generator.system.sample(20000, torch.Generator().manual_seed(0))).mean()
+    assert refined.weights @ refined.energy == pytest.approx(float(exact), abs=0.1)
+    np.testing.assert_allclose(
+        refined.energy, generator.system.energy(torch.from_numpy(refined.positions)).numpy(), rtol=1e-5, atol=1e-5
+    )
+    assert np.isnan(refined.log_prob).all()
+    assert refined.meta["refinement"]["steps"][-1]["beta"] == 1.0
+    assert set(refined.meta["refinement"]["gradients"]) == {"base", "target"}
+    again = refine(generator, draws, SETTINGS, seed=0)
+    np.testing.assert_array_equal(again.positions, refined.positions)
+    assert (refine(generator, draws, SETTINGS, seed=1).positions != refined.positions).any()
+
+
+def test_a_killed_refinement_goes_on(tmp_path):
+    generator, draws = TwoWells(), TwoWells().draws(300)
+    whole, energy, asked = refine(generator, draws, SETTINGS, seed=3), generator.system.energy, [0]
+
+    def failing(x):
+        asked[0] += 1
+        if asked[0] == 150:
+            raise KeyboardInterrupt
+        return energy(x)
+
+    generator.system.energy = failing
+    with pytest.raises(KeyboardInterrupt):
+        refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
+    assert [path.name for path in tmp_path.iterdir()] == [".refined.annealing"]
+    n_asked = asked[0]
+    refined = refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
+    assert [path.name for path in tmp_path.iterdir()] == ["refined"]
+    found = WeightedSamples.load(tmp_path / "refined")
+    for name in ("positions", "energy", "log_weights", "ancestors"):
+        np.testing.assert_array_equal(getattr(refined, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert asked[0] - n_asked < 150 + n_asked
+    n_asked = asked[0]
+    refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
+    assert asked[0] == n_asked  # what is finished is loaded
+    for other in ({"seed": 4}, {"settings": AnnealSettings()}, {"draws": draws[:200]}):
+        given = {"draws": draws, "settings": SETTINGS, "seed": 3} | other
+        with pytest.raises(UserError, match="holds other samples"):
+            refine(generator, folder=tmp_path / "refined", **given)
+
+
+def test_ancestors_go_with_their_samples(tmp_path):
+    x = np.zeros((4, 2, 3))
+    samples = WeightedSamples(x, np.zeros(4), np.full(4, np.nan), np.zeros(4), ancestors=np.array([0, 0, 2, 3]))
+    assert samples[1:].ancestors.tolist() == [0, 2, 3]
+    assert len(samples.resample(9, np.random.default_rng(0)).ancestors) == 9
+    assert WeightedSamples.load(samples.save(tmp_path / "some")).ancestors.tolist() == [0, 0, 2, 3]
+    assert WeightedSamples(x, np.zeros(4), np.zeros(4)).ancestors is None
+    with pytest.raises(UserError, match="arrays"):
+        WeightedSamples(x, np.zeros(4), np.zeros(4), ancestors=np.zeros(3, int))
+
+
+def test_what_cannot_be_refined_is_told():
+    config = OmegaConf.create({"evaluation": {"batch_size": 8}})
+    with pytest.raises(UserError, match="has no gradient"):
+        require_base(TwoWells(load_system("checkerboard")))
+    with pytest.raises(UserError, match="method=boltznce or tabg"):
+        require_base(RoundModels(config, with_ebm=False).of(springs()))
+    require_base(RoundModels(config).of(springs()))
+    with pytest.raises(UserError, match="begins with likelihood=ebm"):
+        require_base(RoundModels(config).of(springs()), "exact")
+    assert settings_of(config) == AnnealSettings()
+    config.evaluation.refine = {"n_walkers": 10, "cess": 0.8}
+    assert settings_of(config) == AnnealSettings(cess=0.8)
+
+
+def test_moves_of_a_molecule_are_in_its_units():
+    kernel = kernel_of(aldp())
+    masses = {atom.element.symbol: float(kernel.masses[atom.index]) for atom in aldp().topology.atoms}
+    assert masses == pytest.approx({"H": 4.0, "C": 12.011, "N": 14.007, "O": 15.999}, abs=1e-3)
+    assert (kernel.kT, kernel.centred) == (GAS_CONSTANT * 300.0, True)
+    assert not kernel_of(load_system("double_well")).centred
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
+
+WORDS = [*ROUND_WORDS, "evaluation.n_frames=0", "evaluation.n_correction=200"]
+WORDS += ["evaluation.refine={n_walkers: 500, max_steps: 10, n_moves: 1, final_moves: 1, step_size: 0.0003}"]
+
+
+@pytest.fixture(scope="module")
+def refined_run(tmp_path_factory):
+    """Evaluation and report of a run whose EBM errs by the conformer."""
+    folder = tmp_path_factory.mktemp("refined")
+    work = workspace(folder, WORDS, springs(), RoundModels)
+    simulated(folder / "aldp-smoke", springs(), 4000)
+    for name in ("flow", "samples", "ebm"):
+        work.folder.mark_done(name, {"steps": 1})
+    for name in ("evaluation", "report"):
+        with work.folder.stage(name) as info:
+            info.update(boltznce.STAGES[name](work))
+    return work, json.loads((work.folder.path / "metrics.json").read_text())
+
+
+def test_walkers_and_the_likelihoods_of_their_ancestors_are_on_disk(refined_run):
+    work, _ = refined_run
+    drawn = arrays(work.samples("weighted", work.system)).positions
+    allowed = drawn[np.isin(nearest(drawn), [STATE, REST])]
+    refined, exact = arrays(work.samples("refined", work.system)), arrays(work.samples("exact_weights", work.system))
+    assert len(refined.positions) == 500
+    np.testing.assert_array_equal(nearest(refined.positions), nearest(allowed[refined.ancestors]))  # nobody crossed
+    index = np.unique(exact.subset)
+    assert len(exact.subset) == 200
+    np.testing.assert_array_equal(exact.positions, allowed[refined.ancestors[index]])
+    np.testing.assert_array_equal(np.bincount(nearest(refined.positions[exact.subset])), [100, 100])
+    assert len(np.unique(refined.ancestors[index])) == len(index)
+
+
+def test_the_report_corrects_refined_walkers_by_their_ancestors(refined_run):
+    work, metrics = refined_run
+    rows, exact = metrics["free_energy"], math.log(TARGET[REST] / TARGET[STATE])
+    refined = arrays(work.samples("refined", work.system))
+    first = nearest(arrays(work.samples("weighted", work.system)).positions)
+    first = first[np.isin(first, [STATE, REST])][:500]
+    counts = np.bincount(first)  # of the draws that were refined: the noise that is in all rows of theirs
+    off = math.log(counts[REST] / counts[STATE]) - math.log(500 / 200)
+    lie = EBM_ERROR[STATE] - EBM_ERROR[REST]
+    assert rows["refined"]["value"] == pytest.approx(exact + off + lie, abs=2e-3)
+    assert rows["corrected"]["value"] == pytest.approx(exact + off, abs=2e-3)
+    assert rows["corrected"]["correction_state"] == pytest.approx(EBM_ERROR[STATE] + EBM_CONSTANT, abs=1e-3)
+    error = math.sqrt((1 / counts[[STATE, REST]]).sum())
+    assert rows["refined"]["std_error"] == pytest.approx(error, rel=0.1)
+    assert rows["corrected"]["std_error"] == pytest.approx(error, rel=0.1)
+    assert not rows["refined"]["reliable"]
+    assert "the EBM is off by 1.0" in rows["refined"]["message"]
+    assert rows["corrected"]["reliable"]
+    assert metrics["ebm_bias"]["refined"]["value"] == pytest.approx(lie, abs=2e-3)
+    assert metrics["total"] == ["corrected", "exact"]
+    assert metrics["weighted"] == "corrected"
+    lines = metrics["refinement"]["lineages"]
+    assert {name: line["walkers"] for name, line in lines.items()} == {"state": counts[STATE], "rest": counts[REST]}
+    assert {name: line["ancestors"] for name, line in lines.items()} == {
+        name: len(np.unique(refined.ancestors[nearest(refined.positions) == which]))
+        for name, which in (("state", STATE), ("rest", REST))
+    }
+    assert set(metrics["distances"]["E-W2 (kT)"]) == {"unweighted", "weighted", "refined", "floor"}
+    assert metrics["mean_energy"]["refined"]["value"] == pytest.approx(refined.energy.mean(), abs=1.0)
+    report = (work.folder.path / "report.md").read_text()
+    for words in ("## Refinement", "## Ancestors of the refined samples", "figures/refinement.png", "| refined |"):
+        assert words in report
+
+
+def test_a_run_draws_refined_samples(tmp_path):
+    few = ["hot.fit.steps=2", "annealing.n_steps=1", "annealing.fit.steps=2", "annealing.n_draws=100"]
+    few += ["evaluation={n_samples: 200, n_ladder: 100, n_reference: 200, n_bootstrap: 20, n_torus: 50}"]
+    run = train_run(tmp_path / "run", "system=double_well", "method=tabg", "budget=smoke", *few)
+    assert "refined" in run.metrics["free_energy"]
+    assert "refined" in run.metrics["total"]  # its likelihood is exact
+    refined = run.sample(50, refine=True, folder=tmp_path / "mine")
+    assert len(refined) == 50
+    assert refined.ancestors is not None
+    places = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("mine"))
+    assert places == ["mine", "mine-refined"]
+    assert refined_folder(tmp_path / "mine") == tmp_path / "mine-refined"
+    np.testing.assert_array_equal(run.sample(50, refine=True).positions, refined.positions)
+    np.testing.assert_array_equal(load_run(tmp_path / "run").sample(50).positions, run.sample(50).positions)
+    with pytest.raises(UserError, match="leave one of likelihood and refine out"):
+        run.sample(50, "none", refine=True)
