@@ -319,6 +319,8 @@ RULES: dict[str, Rule] = {
     "max_steps": COUNT,
     "refine.n_walkers": COUNT,
     "evaluation.refine": SECTION | NULL,
+    "refine.from_proxy": SECTION | NULL,
+    "n_refined": _whole(2),
     "sample.refine": BOOLEAN,
     "n_populations": COUNT,
     "smc.chunk": COUNT | NULL,

@@ -18,6 +18,7 @@ from boltznce.data.reference import (
     save_reference,
 )
 from boltznce.folders import inside
+from boltznce.methods.refinement import FROM_PROXY, refine_frames
 
 
 def main(config: DictConfig) -> None:
@@ -34,8 +35,13 @@ def main(config: DictConfig) -> None:
         biased = dataset.meta["settings"]["method"] == "metadynamics" and member.state is not None
         if not (biased or config.reference):
             continue
-        result = result_of(dataset, member)
+        result = result_of(dataset, member.cheap)
         print(result.summary())
+        if config.reference and member.proxy is not None:
+            place = folder.with_name(f"{folder.name}-refined") / system.label(member)
+            dataset = refine_frames(member, dataset, config.n_refined, FROM_PROXY, seed=config.seed, folder=place)
+            result = result_of(dataset, member)
+            print(f"{len(dataset)} frames of its proxy, annealed to {member.name}, in {place}\n{result.summary()}")
         if config.reference:
             command = shlex.join(["python", "scripts/simulate.py", *sys.argv[1:]])
             save_reference(make_reference(member, dataset.meta, result, command), output)

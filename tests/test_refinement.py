@@ -1,5 +1,7 @@
 """Refinement of draws: known answers for generators whose density is known, and what runs and reports make of it."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -11,13 +13,19 @@ from omegaconf import OmegaConf
 from test_known_answers import ROUND_WORDS, arrays, workspace
 
 from boltznce import load_system
+from boltznce.analysis.free_energy import free_energy_difference
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.config import compose
+from boltznce.data.dataset import Dataset
+from boltznce.data.members import draw_dataset, load_data
 from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
-from boltznce.methods.refinement import kernel_of, refine, require_base, settings_of
+from boltznce.methods.preflight import check_refinement
+from boltznce.methods.refinement import FROM_PROXY, kernel_of, refine, refine_frames, require_base, settings_of
 from boltznce.run import load_run, refined_folder, train_run
 from boltznce.smc import AnnealSettings, refined_free_energy_difference
+from boltznce.systems.toy import GaussianMixture
 from boltznce.units import GAS_CONSTANT
 
 WIDTH = 0.4  # of the Gaussians that a `TwoWells` draws, in the plane
@@ -40,7 +48,7 @@ class TwoWells(Generator):
         rng = np.random.default_rng(seed)
         centres = np.where(rng.random(n) < 0.25, 1.0, -1.0)[:, None] * np.array([1.0, 0.0])
         x = (centres + WIDTH * rng.normal(size=(n, 2)))[:, None].astype("f4")
-        u = self.system.energy(torch.from_numpy(x)).double().numpy()
+        u = self.system.cheap.energy(torch.from_numpy(x)).double().numpy()
         return WeightedSamples(x, u, self.base_log_prob(torch.from_numpy(x)).numpy())
 
     def base_log_prob(self, x):
@@ -51,7 +59,7 @@ class TwoWells(Generator):
         return torch.logsumexp(torch.stack(logs), 0).double() - math.log(2 * math.pi * WIDTH**2)
 
 
-SETTINGS = AnnealSettings(first_cess=0.95)
+SETTINGS = (AnnealSettings(first_cess=0.95), AnnealSettings(cess=0.9, first_cess=0.9, n_moves=1))
 
 
 def test_draws_become_those_of_the_target():
@@ -69,7 +77,7 @@ def test_draws_become_those_of_the_target():
     )
     assert np.isnan(refined.log_prob).all()
     assert refined.meta["refinement"]["steps"][-1]["beta"] == 1.0
-    assert set(refined.meta["refinement"]["gradients"]) == {"base", "target"}
+    assert set(refined.meta["refinement"]["gradients"]) == {"base", "system"}
     again = refine(generator, draws, SETTINGS, seed=0)
     np.testing.assert_array_equal(again.positions, refined.positions)
     assert (refine(generator, draws, SETTINGS, seed=1).positions != refined.positions).any()
@@ -100,7 +108,7 @@ def test_a_killed_refinement_goes_on(tmp_path):
     n_asked = asked[0]
     refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
     assert asked[0] == n_asked  # what is finished is loaded
-    for other in ({"seed": 4}, {"settings": AnnealSettings()}, {"draws": draws[:200]}):
+    for other in ({"seed": 4}, {"settings": [AnnealSettings()]}, {"draws": draws[:200]}):
         given = {"draws": draws, "settings": SETTINGS, "seed": 3} | other
         with pytest.raises(UserError, match="holds other samples"):
             refine(generator, folder=tmp_path / "refined", **given)
@@ -126,9 +134,9 @@ def test_what_cannot_be_refined_is_told():
     require_base(RoundModels(config).of(springs()))
     with pytest.raises(UserError, match="begins with likelihood=ebm"):
         require_base(RoundModels(config).of(springs()), "exact")
-    assert settings_of(config) == AnnealSettings()
-    config.evaluation.refine = {"n_walkers": 10, "cess": 0.8}
-    assert settings_of(config) == AnnealSettings(cess=0.8)
+    assert settings_of(config) == (AnnealSettings(), FROM_PROXY)
+    config.evaluation.refine = {"n_walkers": 10, "cess": 0.8, "from_proxy": {"n_moves": 7}}
+    assert settings_of(config) == (AnnealSettings(cess=0.8), dataclasses.replace(FROM_PROXY, n_moves=7))
 
 
 def test_moves_of_a_molecule_are_in_its_units():
@@ -137,6 +145,133 @@ def test_moves_of_a_molecule_are_in_its_units():
     assert masses == pytest.approx({"H": 4.0, "C": 12.011, "N": 14.007, "O": 15.999}, abs=1e-3)
     assert (kernel.kT, kernel.centred) == (GAS_CONSTANT * 300.0, True)
     assert not kernel_of(load_system("double_well")).centred
+
+
+# ---- by way of a proxy ----------------------------------------------------------------------------------------------
+
+
+def dear():
+    """Two narrow Gaussians, a tenth of it in the state, and a proxy that has them elsewhere, wider and as 2 to 3."""
+    shape = {"name": "dear", "box": [[-3.0, 3.0], [-3.0, 3.0]], "state": ("x", (0.0, math.inf))}
+    system = GaussianMixture(means=[[1.0, 0.2], [-1.2, 0.0]], std=0.2, weights=[0.1, 0.9], **shape)
+    system.proxy = GaussianMixture(means=[[1.0, 0.0], [-1.0, 0.0]], std=0.3, weights=[0.4, 0.6], **shape)
+    return system
+
+
+EXACT = math.log(9.0)  # ΔF of `dear`
+
+
+def asked(system, fail_at=None):
+    """Numbers of points whose energies the system is asked for, one a call; all is lost at the ``fail_at``-th."""
+    energy, calls = system.energy, []
+
+    def counting(x):
+        calls.append(len(x))
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        return energy(x)
+
+    system.energy = counting
+    return calls
+
+
+def test_two_legs_lead_by_way_of_the_proxy():
+    generator = TwoWells(dear())
+    draws = generator.draws(4000)
+    np.testing.assert_allclose(draws.energy, generator.system.proxy.energy(draws.positions), rtol=1e-5)
+    of_proxy, of_system = asked(generator.system.proxy), asked(generator.system)
+    refined = refine(generator, draws, SETTINGS, seed=0)
+    found = refined_free_energy_difference(
+        refined.positions[:, 0, 0], refined.log_weights, refined.ancestors, (0.0, math.inf)
+    )
+    assert found.reliable, found
+    assert abs(found.value - EXACT) < 3 * found.std_error < 0.3
+    np.testing.assert_allclose(refined.energy, dear().energy(refined.positions), rtol=1e-4, atol=1e-4)
+    assert refined.weights @ refined.positions[:, 0, 1] == pytest.approx(0.02, abs=0.02)
+    done = refined.meta["refinement"]
+    legs = [step["leg"] for step in done["steps"]]
+    assert legs == sorted(legs)
+    assert set(legs) == {"base", "proxy"}
+    assert [step["beta"] for step in done["steps"]].count(1.0) == 2
+    assert done["gradients"]["system"] == sum(of_system)
+    assert done["gradients"]["proxy"] == sum(of_proxy)
+    assert sum(of_system) < sum(of_proxy)
+
+
+def test_a_refinement_that_was_killed_in_its_second_leg_goes_on(tmp_path):
+    draws, generator = TwoWells(dear()).draws(300), TwoWells(dear())
+    whole = refine(generator, draws, SETTINGS, seed=3)
+    asked(generator.system, fail_at=30)
+    with pytest.raises(KeyboardInterrupt):
+        refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".refined.annealing", ".refined.annealing1"]
+    generator = TwoWells(dear())
+    of_proxy, of_system = asked(generator.system.proxy), asked(generator.system)
+    refined = refine(generator, draws, SETTINGS, seed=3, folder=tmp_path / "refined")
+    for name in ("positions", "energy", "log_weights", "ancestors"):
+        np.testing.assert_array_equal(getattr(refined, name), getattr(whole, name))
+    assert refined.meta["refinement"]["gradients"] == whole.meta["refinement"]["gradients"]
+    assert len(of_proxy) <= len(of_system) + 1  # as the base of the second leg, and no more in the first
+    assert [path.name for path in tmp_path.iterdir()] == ["refined"]
+    other = [SETTINGS[0], AnnealSettings()]
+    with pytest.raises(UserError, match="holds other samples"):
+        refine(generator, draws, other, seed=3, folder=tmp_path / "refined")
+
+
+def frames_of(system, folder, n=20000, n_walkers=40):
+    """Exact draws of the proxy as if of many walkers, the state ten times too frequent."""
+    x = system.proxy.sample(n, torch.Generator().manual_seed(0)).numpy()
+    x = np.concatenate([x, np.repeat(x[x[:, 0, 0] > 0], 9, axis=0)])
+    number = np.arange(len(x))
+    meta = {"system": system.proxy.identity, "cpu_seconds": 100.0, "settings": {"method": "metadynamics"}}
+    columns = {"time": number // n_walkers, "window": number % n_walkers, "repeat": number % 2}
+    log_weights = np.where(x[:, 0, 0] > 0, -math.log(10), 0.0)
+    return Dataset.write(folder, x, system.proxy.energy(x), log_weights=log_weights, meta=meta, **columns)
+
+
+def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
+    system, given = dear(), {"n": 2000, "settings": SETTINGS[1], "seed": 0, "folder": tmp_path / "refined"}
+    frames = frames_of(system, tmp_path / "frames")
+    asked(system, fail_at=20)
+    with pytest.raises(KeyboardInterrupt):
+        refine_frames(system, frames, **given)
+    system = dear()
+    refined = refine_frames(system, frames, **given)
+    whole = refine_frames(system, frames, **given | {"folder": tmp_path / "again"})
+    for name in ("positions", "energies", "log_weights", "window", "repeat", "time"):
+        np.testing.assert_array_equal(getattr(refined, name), getattr(whole, name))
+    found = free_energy_difference(
+        refined.positions[:, 0, 0], refined.log_weights, (0.0, math.inf), walkers=refined.window
+    )
+    assert abs(found.value - EXACT) < 3 * found.std_error < 0.4
+    np.testing.assert_allclose(refined.energies, system.energy(np.array(refined.positions)), rtol=1e-4, atol=1e-4)
+    assert (refined.repeat == refined.window % 2).all()
+    assert refined.meta["system"] == system.identity
+    assert refined.meta["refinement"]["gradients"]["system"] > 2000
+    calls = asked(system)
+    refine_frames(system, frames, **given)
+    assert not calls
+    with pytest.raises(UserError, match="holds other frames"):
+        refine_frames(system, frames, **given | {"seed": 1})
+    with pytest.raises(UserError, match="has no proxy"):
+        refine_frames(system.proxy, frames, **given)
+    rest = frames.take(np.flatnonzero(frames.positions[:, 0, 0] < 0))
+    with pytest.raises(UserError, match="on one side"):
+        refine_frames(system, rest, **given | {"folder": tmp_path / "none"})
+
+
+def test_data_are_those_of_the_proxy(tmp_path):
+    system = dear()
+    x = draw_dataset(system, tmp_path / "drawn", 200).positions
+    assert load_data(system, system, tmp_path / "drawn").meta["system"] == system.proxy.identity
+    Dataset.write(tmp_path / "unnamed", x, system.proxy.energy(x))
+    load_data(system, system, tmp_path / "unnamed")
+    Dataset.write(tmp_path / "own", x, system.energy(x))
+    with pytest.raises(UserError, match="another system"):
+        load_data(system, system, tmp_path / "own")
+    assert system.at_temperature(2.0).proxy.temperature == 2.0
+    assert system.cheap is system.proxy
+    assert system.proxy.cheap is system.proxy
 
 
 # ---- in a run -------------------------------------------------------------------------------------------------------
@@ -223,3 +358,36 @@ def test_a_run_draws_refined_samples(tmp_path):
     np.testing.assert_array_equal(load_run(tmp_path / "run").sample(50).positions, run.sample(50).positions)
     with pytest.raises(UserError, match="leave one of likelihood and refine out"):
         run.sample(50, "none", refine=True)
+
+
+def test_a_report_of_a_system_with_a_proxy(tmp_path):
+    """Springs whose populations are others than those of their proxy's, which flow and data are of."""
+    target = (0.4, 0.5, 0.04, 0.06)
+    system = copy.copy(springs("springs", target))
+    system.proxy = springs()
+    few = "max_steps: 5, n_moves: 1, final_moves: 1, step_size: 0.0003"
+    words = [*WORDS[:-1], "evaluation.n_frames=200"]
+    words += [f"evaluation.refine={{n_walkers: 500, {few}, from_proxy: {{{few}}}}}"]
+    work = workspace(tmp_path, words, system, RoundModels)
+    simulated(tmp_path / "aldp-smoke", springs(), 4000)
+    for name in ("data", "flow", "samples", "ebm"):
+        work.folder.mark_done(name, {"steps": 1})
+    for name in ("evaluation", "report"):
+        with work.folder.stage(name) as info:
+            info.update(boltznce.STAGES[name](work))
+    metrics = json.loads((work.folder.path / "metrics.json").read_text())
+    rows = metrics["free_energy"]
+    exact, of_data = math.log(target[REST] / target[STATE]), "data (MD), error not estimated"
+    assert set(rows) == {"refined", "corrected", "unweighted", of_data}
+    assert metrics["total"] == ["corrected"]
+    assert abs(rows["corrected"]["value"] - exact) < 3 * rows["corrected"]["std_error"] < 0.5
+    assert rows[of_data]["value"] == pytest.approx(exact, abs=0.2)
+    assert set(metrics["mean_energy"]) == {"refined", "MD"}
+    assert set(metrics["distances"]["E-W2 (kT)"]) == {"refined", "floor"}
+    assert {"base", "proxy", "system"} == {
+        what.split()[-1] for what in metrics["counts"] if what.startswith("refinement, gradients")
+    }
+    report = (work.folder.path / "report.md").read_text()
+    assert "those of the proxy (amber99sbildn.xml + amber99_obc.xml + NoCutoff)" in report
+    with pytest.raises(UserError, match="Only refinement leads from the proxy"):
+        check_refinement(compose("train", ["system=aldp", "evaluation.refine=null"]), system)

@@ -7,10 +7,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from known import REST, STATE, conformers
 
 from boltznce import UserError, load_system
+from boltznce.data.dataset import Dataset
+from boltznce.data.members import load_data
 from boltznce.data.simulate import simulate
+from boltznce.methods.refinement import refine_frames
+from boltznce.smc import AnnealSettings
 from boltznce.systems import semiempirical
+from boltznce.systems.identity import differences
 from boltznce.systems.semiempirical import XTBEnergy
 from boltznce.systems.single_point import BOHR_NM, HARTREE_KJ_MOL
 
@@ -112,8 +118,29 @@ def test_it_is_another_system_than_the_force_fields(system, tmp_path):
     assert load_system("aldp", energy_backend="xtb").reference() is None
     assert system.state == ("phi", (0.0, 2.0))
     assert len(system.bonds) == 21
-    with pytest.raises(UserError, match="OpenMM cannot simulate aldp_xtb"):
-        simulate(system, tmp_path / "set", "langevin", duration=1.0)
+    assert not differences(load_system("aldp").identity, system.proxy.identity)
+    assert system.at_temperature(600.0).proxy.temperature == 600.0
+    assert load_system("aldp").proxy is None
+
+
+@needs_tblite
+def test_what_is_simulated_is_the_proxy(system, tmp_path):
+    few = {"duration": 4.0, "equilibration": 0.5, "segment_length": 4.0, "n_repeats": 1, "engine": "openmm"}
+    data = simulate(system, tmp_path / "set", "langevin", **few, progress=False)
+    assert data.meta["system"] == system.proxy.identity
+    assert len(load_data(system, system, tmp_path / "set")) == 4
+
+
+@needs_tblite
+def test_frames_of_the_force_field_are_annealed_to_it(system, tmp_path):
+    x = conformers()[[STATE, REST]].repeat(2, 1, 1)
+    x = (x + 0.002 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).float()
+    frames = Dataset.write(tmp_path / "frames", x.numpy(), system.proxy.energy(x).numpy(), window=np.arange(4))
+    settings = AnnealSettings(cess=0.1, first_cess=0.1, max_steps=2, n_moves=1, final_moves=0, step_size=0.0005)
+    refined = refine_frames(system, frames, 4, settings, seed=0, folder=tmp_path / "refined")
+    np.testing.assert_allclose(refined.energies, system.energy(refined.positions), atol=0.02)
+    assert refined.meta["system"] == system.identity
+    assert set(refined.meta["refinement"]["gradients"]) == {"proxy", "system"}
 
 
 def test_missing_tblite_names_the_remedy(monkeypatch):

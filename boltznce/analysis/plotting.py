@@ -344,8 +344,14 @@ def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float
 
 @_styled
 def plot_refinement(steps: Sequence[Mapping], n_walkers: int) -> Figure:
-    """What happened on the way of ``n_walkers`` along β; ``steps``: those of `boltznce.smc.Annealed.history`."""
+    """What happened on the way of ``n_walkers`` along β; ``steps``: those of `boltznce.smc.Annealed.history`.
+
+    Of legs that follow each other β begins anew: one is added for each leg before.
+    """
     beta = np.array([step["beta"] for step in steps])
+    leg = np.cumsum(np.diff(beta, prepend=0.0) < 0)
+    ends = np.array([np.flatnonzero(leg == number)[-1] for number in leg])
+    beta = beta + leg
     column = lambda key: np.array([step[key] for step in steps], dtype=float)  # noqa: E731
     figure, axes = _panels(1, 2, 4.0, 2.8)
     left, right = axes.flat
@@ -358,10 +364,11 @@ def plot_refinement(steps: Sequence[Mapping], n_walkers: int) -> Figure:
         left.plot(beta, values, marker=marker, markersize=3, color=colour, label=label)
     for at in beta[column("resampled") > 0]:
         left.axvline(at, color=_REFERENCE_COLOUR, linewidth=0.6, linestyle=":", zorder=0)
-    left.set(xlabel="β", ylabel="share", xlim=(0, 1.02), ylim=(0, 1.05))
+    left.set(xlabel="β", ylabel="share", xlim=(0, leg[-1] + 1.02), ylim=(0, 1.05))
     _legend_above(left, columns=3)
-    right.plot(beta, column("mean_u"), marker="o", markersize=3, color=_COLOURS[0])
-    right.set(xlabel="β", ylabel="⟨u⟩ by weight (kT)", xlim=(0, 1.02))
+    mean_u = column("mean_u")
+    right.plot(beta, mean_u - mean_u[ends], marker="o", markersize=3, color=_COLOURS[0])
+    right.set(xlabel="β", ylabel="⟨u⟩ by weight, less that at the end (kT)", xlim=(0, leg[-1] + 1.02))
     return figure
 
 

@@ -22,7 +22,8 @@ total        the keys of rows whose errors are total
 weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
 mean_energy  {whose: {value, std_error}} of the reduced energy, kT; no error (NaN) where it cannot be relied on
 ebm_bias     {"ebm" | "refined": {value, std_error}} of that ΔF less the one by exact likelihoods, kT
-refinement   {steps: fields of `boltznce.smc.Step`, lineages: {state: {walkers, ancestors, effective}}}
+refinement   {steps: "leg", where it began, and fields of `boltznce.smc.Step`,
+             lineages: {state: {walkers, ancestors, effective}}}
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
 distances    {name: {unweighted, weighted, refined, floor}}, numbers or SampledDistances; "missing": why one is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
@@ -390,8 +391,9 @@ def _refinement_rows(results: Results) -> Rows:
     some = sorted({round(k) for k in np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS))})
     forms = {"beta": ".4f", "cess": ".2f", "ess": ".2f", "acceptance": ".2f", "step_size": ".2g"}
     forms |= {"ancestors": "d", "mean_u": ".2f"}
-    header = ["step", "β", "conditional ESS", "ESS", "acceptance", "step size", "ancestors", "⟨u⟩ (kT)"]
-    return _headed(header, [[f"{k + 1} of {len(steps)}", *_cells(steps[k], forms)] for k in some])
+    header = ["from", "step", "β", "conditional ESS", "ESS", "acceptance", "step size", "ancestors", "⟨u⟩ (kT)"]
+    rows = [[steps[k].get("leg", "–"), f"{k + 1} of {len(steps)}", *_cells(steps[k], forms)] for k in some]
+    return _headed(header, rows)
 
 
 def _lineage_rows(results: Results) -> Rows:

@@ -66,6 +66,8 @@ def jobs_of(
 ) -> list[Job]:
     """The jobs of a simulation, one for each repeat, its settings checked; nothing is written.
 
+    Of a system with a proxy it is the proxy that is simulated.
+
     Args:
         method: ``metadynamics`` (many walkers under one bias), ``umbrella`` (windows along ``dihedral``, MBAR),
             ``replica_exchange`` (in temperature), ``langevin``, or ``auto``: metadynamics of a molecule with one φ
@@ -95,16 +97,12 @@ def jobs_of(
     Raises UserError for settings that do not fit, and for a system whose energy is not a force field's.
     """
     given = dict(locals())  # before there are others
+    system = system.cheap
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
     if system.exact and method != "metadynamics":
         raise UserError(
             f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly. To see how well "
             "metadynamics does, set sampling=metadynamics."
-        )
-    if system.energy_backend == "xtb":
-        raise UserError(
-            f"OpenMM cannot simulate {system.name}, whose energy is GFN2-xTB: simulate a system with a force field, "
-            "or set data.folder to a dataset that was made otherwise."
         )
     compile = system.compile if compile is None else compile
     if method == "auto":

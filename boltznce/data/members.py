@@ -84,16 +84,17 @@ def simulate_members(
 def load_data(system: System | PeptideFamily, member: System, folder: Path) -> Dataset:
     """The dataset of a member; raises UserError if it is missing, damaged or, as far as can be told, of another system.
 
-    See `boltznce.data.matching.require_system`.
+    Of a member with a proxy it is the proxy's. See `boltznce.data.matching.require_system`.
     """
     place = _place(system, member, folder)
     dataset = Dataset.load(place)
-    require_system(place, dataset, member)
+    require_system(place, dataset, member.cheap)
     return dataset
 
 
 def draw_dataset(system: System, folder: Path, n_samples: int, seed: int = 0) -> Dataset:
     """Write ``n_samples`` exact draws as a dataset to ``folder``; raises UserError for a system that has none."""
+    system = system.cheap
     x = system.sample(n_samples, step_generator(seed, "data", 0))
     meta = {
         "system": system.identity,

@@ -29,11 +29,13 @@ __all__ = [
     "save_reference",
 ]
 
-
 METHODS = {
     "umbrella": "umbrella sampling with exchange, MBAR (ring cut at its widest gap), block jackknife",
     "metadynamics": "well-tempered metadynamics, then weights exp(V) under the fixed bias, errors by walkers",
 }
+
+
+ANNEALED = "; of a proxy, some of its frames annealed from it to the system"
 
 
 def result_of(dataset: Dataset, system, **options) -> SimulationResult:
@@ -70,6 +72,8 @@ def require_reference(system, sampling: str, dihedral: str | None = None) -> Non
         raise UserError(f"{system.name} has an exact reference, on a grid: leave out reference=true.")
     if sampling not in ("umbrella", "metadynamics", "auto"):
         raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
+    if system.proxy is not None and sampling == "umbrella":
+        raise UserError(f"Frames of the proxy of {system.name} need independent walkers: set sampling=metadynamics.")
     if system.state is None:
         raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
     if sampling == "umbrella" and dihedral not in (None, system.state.coordinate):
@@ -105,10 +109,12 @@ def make_reference(system, meta: dict, result: SimulationResult, command: str) -
             "std_error": _numbers(result.profile_error),
         },
         "made_by": {
-            "method": METHODS[settings["method"]],
+            "method": METHODS[settings["method"]] + (ANNEALED if "refinement" in meta else ""),
             "ps_per_walker": meta["ps_per_walker"],
             "n_repeats": settings["n_repeats"],
             **settings["options"],
+            **({"proxy": system.proxy.identity} if "refinement" in meta else {}),
+            **{key: meta[key] for key in ("refined", "refinement") if key in meta},
             **{key: settings[key] for key in ("timestep", "friction", "hydrogen_mass", "seed")},
             "delta_f_of_parts": [_numbers(row) for row in result.parts],
             "checks": {key: round(value, 4) for key, value in result.checks.items()},

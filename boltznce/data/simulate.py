@@ -111,6 +111,7 @@ def plan(system, folder: Path, method: str = "auto", **settings: Any) -> Plan:
     `boltznce.data.matching`) and for a full disk.
     """
     require_keywords(jobs_of, settings, "a simulation")
+    system = system.cheap
     folder, jobs = Path(folder), jobs_of(system, method, **settings)
     job = jobs[0]
     if (folder / "meta.yaml").exists():

@@ -39,7 +39,7 @@ class Generator:
 
     Attributes:
         config: of the run.
-        system: whose energy weighs the samples.
+        system: whose energy, or that of its proxy, weighs the samples.
         likelihoods: those of `LIKELIHOODS` that it has.
         default_likelihood: the one that ``likelihood=auto`` stands for.
         notes: sentences for a report on how its samples are made.

@@ -17,7 +17,7 @@ from boltznce.clock import clock_of
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
 from boltznce.methods.findings import held_out_data
-from boltznce.methods.refinement import refine, settings_of
+from boltznce.methods.refinement import refine, refine_frames, settings_of
 from boltznce.methods.workspace import Workspace
 from boltznce.smc import Kin
 from boltznce.systems.base import System
@@ -32,7 +32,8 @@ def evaluate(work: Workspace) -> dict:
     Where weights are an EBM's, to two subsets of the draws: that drawn uniformly (as many in the state as in the rest)
     measures how far EBM and exact likelihood are apart, and is the flow's side of the two-sided free energy; that drawn
     by weight, with repeats, corrects the free energy. The latter are, where there are refined walkers, the ancestors of
-    those. Frames of the data (drawn by weight, as many in the state) are the other side.
+    those. Frames of the data (drawn by weight, as many in the state) are the other side; of a system
+    with a proxy they are annealed from it to the system, to be compared with.
     """
     tests = work.system.members("test")
     return {
@@ -54,6 +55,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     refined = _refined(work, member, conformers) if section.refine and member.differentiable else None
     if refined is not None:
         seconds["refine"] = refined.meta["refinement"]["seconds"] / len(refined)
+        _refine_data(work, member)
     if likelihood == "ebm":
         rng = work.numpy_generator("exact subset", member)
         subset = _subset(member, conformers, section.n_exact, rng, "uniform")
@@ -67,7 +69,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
         x = torch.from_numpy(np.array(conformers.positions[:4096])).to(work.device)
         generator.ebm.log_prob_in_batches(x[:8])
         seconds["ebm"] = _timed(lambda: generator.ebm.log_prob_in_batches(x), work.device)[1] / len(x)
-    if section.get("n_frames"):
+    if section.get("n_frames") and member.proxy is None:
         frames, subset = _frames(work, member, generator.system)
         seconds |= _exact(work, member, "exact_frames", frames, subset)
     return seconds
@@ -79,6 +81,15 @@ def _refined(work: Workspace, member: System, conformers: WeightedSamples) -> We
     folder = work.folder.leave(work.samples("refined", member))
     seed = int(work.numpy_generator("refinement", member).integers(2**31))
     return refine(work.models.of(member), draws, settings_of(work.config), seed=seed, folder=folder)
+
+
+def _refine_data(work: Workspace, member: System) -> None:
+    """Leave frames of the data that no flow was trained on, refined, in ``samples/frames``, if there is a proxy."""
+    n = work.config.evaluation.get("n_frames")
+    if n and member.proxy is not None and member.state is not None and work.frames_exist(member):
+        folder, seed = work.folder.leave(work.samples("frames", member)), work.numpy_generator("frames", member)
+        frames, settings = work.unseen(member, work.frames(member)), settings_of(work.config)[1]
+        refine_frames(member, frames, n, settings, seed=int(seed.integers(2**31)), folder=folder)
 
 
 def _kin(system: System, refined: WeightedSamples, subset: np.ndarray) -> np.ndarray:

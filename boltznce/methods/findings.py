@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data", "walker_of"]
 
 MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
+NO_FRAMES = "There is no comparison with data of {}: no frames of its proxy were refined to it (evaluation.n_frames)."
 N_GROUPS = 1000  # of frames that can be taken for independent surroundings, walkers or blocks of their time
 
 
@@ -132,6 +133,11 @@ class Findings:
     refined: WeightedSamples | None = None
 
     @property
+    def weighed(self) -> bool:
+        """Whether energies and weights of the draws are those of the system, and not of its proxy."""
+        return self.system.proxy is None
+
+    @property
     def likelihood(self) -> str:
         """Whose likelihood the weights are made of: ``ebm`` or ``exact``."""
         return self.drawn.meta["likelihood"]
@@ -153,7 +159,7 @@ class Findings:
         draws, frames = self.exact, self.subsets.get("frames")
         if self.likelihood == "exact":
             draws = ExactSubset(np.arange(len(self.samples)), self.samples.log_prob)
-        if self.data is None or draws is None or self.system.state is None:
+        if self.data is None or draws is None or self.system.state is None or not self.weighed:
             return None
         if self.frames_log_prob is not None:
             frames = ExactSubset(np.arange(len(self.data.frames)), self.frames_log_prob)
@@ -236,7 +242,9 @@ class Findings:
         if self.data is not None:
             chosen = (self.data.resampled, None) if frames is None else (frames, frames.log_weights)
             data = {self.data_name: (of(chosen[0].positions), chosen[1])}
-        found = data | {"flow": (ours, None), "flow, weighted": (ours, self.samples.log_weights)}
+        found = data | {"flow": (ours, None)}
+        if self.weighed:
+            found["flow, weighted"] = (ours, self.samples.log_weights)
         if self.refined is not None:
             found["refined"] = (of(self.refined.positions), self.refined.log_weights)
         return found
@@ -293,8 +301,13 @@ def held_out_data(work: Workspace, member: System, system: System) -> tuple[Data
     if "data" in work.folder.stages and not work.frames_exist(member):
         folder = work.config.data.folder
         missing = (f"There is no comparison with the data of {member.name}, which are no longer in {folder}.",)
-    if work.frames_exist(member):
-        n = section.n_reference or sys.maxsize
+    n = section.n_reference or sys.maxsize
+    if system.proxy is not None:
+        place = work.samples("frames", member)
+        if not (place / "meta.yaml").exists():
+            return None, (NO_FRAMES.format(system.name), *missing)
+        whole = frames = Dataset.load(place)
+    elif work.frames_exist(member):
         try:
             whole = work.frames(member)
         except UserError as error:

@@ -257,7 +257,7 @@ class FlowGenerator(Generator):
         solver = solver_settings(self.config.flow.solver)
         drawn = self.flow.sample(n, generator, solver=solver, likelihood=on_path, n_probes=n_probes, batch_size=n)
         x, kept, counts = self.mend(drawn[0])
-        energy = self.system.energy(x).double()
+        energy = self.system.cheap.energy(x).double()
         counts = {"batches": 1, "drawn": n} | counts
         if likelihood == "none":
             return Batch(x, energy, torch.full_like(energy, torch.nan), counts)

@@ -72,7 +72,7 @@ def check_training_data(config: DictConfig, system: System) -> None:
         return
     require_writable(Path(section.folder))
     if section.simulation is None:
-        if not system.example.exact:
+        if not system.example.cheap.exact:
             raise UserError(f"{section.folder} has no data of {missing[0]}: set data.simulation, how to simulate it.")
         if section.get("n_samples") is None:
             raise UserError("data.n_samples is missing: set how many exact draws to train on.")
@@ -93,7 +93,7 @@ def check_comparison(config: DictConfig, system: System) -> None:
     if section.split is not None:
         require_keywords(check_shares, section.split, "data.split")
         check_shares(**section.split)
-    check_refinement(config)
+    check_refinement(config, system)
 
 
 def _missing(config: DictConfig, system: System) -> list[str]:
@@ -161,21 +161,27 @@ def check_fit_of(section: DictConfig, name: str, validates: bool) -> None:
 
 def check_evaluation(config: DictConfig, system: System) -> None:
     """What the report needs."""
-    check_refinement(config)
+    check_refinement(config, system)
     if config.evaluation.get("tica_lag") and importlib.util.find_spec("deeptime") is None:
         raise UserError('TICA needs deeptime: pip install "boltznce[tica]", or set evaluation.tica_lag=null.')
 
 
-def check_refinement(config: DictConfig) -> None:
+def check_refinement(config: DictConfig, system: System) -> None:
     """How draws are annealed to the target, and from what."""
     if not config.evaluation.refine:
+        if system.example.proxy is not None:
+            raise UserError(
+                f"Only refinement leads from the proxy of {system.example.name} to its own energy: set "
+                "evaluation.refine, of method=boltznce or tabg."
+            )
         return
     given = dict.fromkeys(config.evaluation.refine)
     if "n_walkers" not in given:
         raise UserError(
             "evaluation.refine.n_walkers is missing: set how many draws to refine, or evaluation.refine=null."
         )
-    require_keywords(AnnealSettings, set(given) - {"n_walkers"}, "evaluation.refine")
+    require_keywords(AnnealSettings, set(given) - {"n_walkers", "from_proxy"}, "evaluation.refine")
+    require_keywords(AnnealSettings, config.evaluation.refine.get("from_proxy") or {}, "evaluation.refine.from_proxy")
     settings_of(config)
     if not ("ebm" in config or "generator" in config):
         raise UserError(

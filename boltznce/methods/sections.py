@@ -26,6 +26,7 @@ from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
+from boltznce.methods.provenance import energy_in_words
 from boltznce.methods.views import View, symbol_of
 from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
@@ -63,6 +64,10 @@ REFINED_EBM = (
     "Refined: draws of the flow annealed from the EBM's likelihood to the target. Where that is not the flow's, draws "
     "begin with wrong weights, and ΔF is off by what the row of exact likelihoods takes off: it corrects refined "
     "walkers by their ancestors. No row knows of a mode of which nothing was drawn."
+)
+TWO_LEGS = (
+    "Draws, their weights and their ESS are those of the proxy ({proxy}). Refinement led there first, and from there "
+    "to {system}: free energies, energies and distances of refined samples, and the data, are those of {system}."
 )
 MADE = {"right_chirality": "kept"}  # what a report calls counts of the draws
 NOT_MADE = ("batches", "drawn", "not_finite")
@@ -115,7 +120,8 @@ def free_energies(f: Findings) -> Part:
     (name, interval), log_weights, md = f.system.state, f.samples.log_weights, f.md_difference
     reference = md if f.reference is None else reference_difference(f.reference)
     rows = {"reference": reference} if reference is not None else {}
-    rows[f.likelihood] = free_energy_difference(f.values, log_weights, interval, **f.bootstrap)
+    if f.weighed:
+        rows[f.likelihood] = free_energy_difference(f.values, log_weights, interval, **f.bootstrap)
     total = TOTAL
     if f.refined is not None:
         by_ancestors = f.refined_values, f.refined.log_weights, f.refined.ancestors
@@ -129,7 +135,7 @@ def free_energies(f: Findings) -> Part:
         else:
             both = f.samples.log_prob[f.refined.ancestors[index]], f.correction.log_prob
             rows["corrected"] = corrected_by_ancestors(*by_ancestors, index, *both, interval)
-    if f.exact is not None:
+    if f.exact is not None and f.weighed:
         exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
         rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
     if f.sides is not None:
@@ -148,7 +154,8 @@ def free_energies(f: Findings) -> Part:
     headline, notes = choose_headline(rows_of_total), []
     best = f.likelihood
     if f.refined is not None:
-        best = next((name for name in ("corrected", "refined") if name in rows_of_total), best)
+        among = rows_of_total if f.weighed else rows
+        best = next((name for name in ("corrected", "refined") if name in among), best)
     results = {
         "state": f.system.state.in_words(symbol_of(name)),
         "ebm_bias": bias,
@@ -225,7 +232,7 @@ def _error(row: FreeEnergyDifference, reference) -> float:
 def _profile(f: Findings) -> Figure:
     name, interval = f.system.state
     limits = f.system.coordinate_range(name)
-    curves = {"flow, unweighted": None, WEIGHTS[f.likelihood]: f.samples.log_weights}
+    curves = {"flow, unweighted": None} | ({WEIGHTS[f.likelihood]: f.samples.log_weights} if f.weighed else {})
     reference, whose = reference_profile(f.reference), "reference"
     if reference is None and f.md_difference is not None:
         values, log_weights = f.coordinate(f.data.frames.positions), f.data.frames.log_weights
@@ -278,8 +285,10 @@ def refinement(f: Findings) -> Part:
         },
         "counts": {f"refinement, gradients of the {what}": n for what, n in done["gradients"].items()},
     }
-    note = REFINED_EXACT if f.likelihood == "exact" else REFINED_EBM
-    return Part(results, {"refinement": plotting.plot_refinement(done["steps"], len(ancestors))}, (note,))
+    notes = (REFINED_EXACT if f.likelihood == "exact" else REFINED_EBM,)
+    if not f.weighed:
+        notes += (TWO_LEGS.format(proxy=energy_in_words(f.system.proxy.identity), system=f.system.name),)
+    return Part(results, {"refinement": plotting.plot_refinement(done["steps"], len(ancestors))}, notes)
 
 
 # ---- against data ---------------------------------------------------------------------------------------------------
@@ -289,11 +298,11 @@ def surfaces(f: Findings) -> Part:
     """Free energy over the two coordinates of every view, and histograms of the energy: data, flow, weighted flow."""
     figures = {view.figure: view.draw(_with_reference(f, view, f.panels(view.points))) for view in f.views}
     if f.data is not None:
-        energies = [f.data.resampled.energies, f.samples.energy, f.samples.energy]
+        energies = [f.data.resampled.energies, *([f.samples.energy] * 2 if f.weighed else [])]
         energies += [f.refined.energy] if f.refined is not None else []
-        panels = zip(f.panels(len).items(), energies, strict=True)
+        panels = {name: panel for name, panel in f.panels(len).items() if f.weighed or name != "flow"}
         figures["energy_histograms"] = plotting.plot_energy_histograms(
-            {label: (u, log_weights) for (label, (_, log_weights)), u in panels}
+            {label: (u, log_weights) for (label, (_, log_weights)), u in zip(panels.items(), energies, strict=True)}
         )
     return Part({}, figures)
 
@@ -315,7 +324,9 @@ def _with_reference(f: Findings, view: View, panels: dict) -> dict:
 
 def mean_energies(f: Findings) -> Part:
     """⟨u⟩ of the weighted samples and of the data, with its standard errors: of samples and of walkers, or blocks."""
-    rows = {"weighted samples": _mean(f.samples.energy, f.samples.log_weights, np.arange(len(f.samples)))}
+    rows = {}
+    if f.weighed:
+        rows["weighted samples"] = _mean(f.samples.energy, f.samples.log_weights, np.arange(len(f.samples)))
     if f.refined is not None:
         rows["refined"] = _mean(f.refined.energy, f.refined.log_weights, f.refined.ancestors)
     if f.data is not None:
@@ -343,24 +354,24 @@ def distances(f: Findings) -> Part:
         ours, theirs = view.points(f.samples.positions), view.points(f.data.resampled.positions)
         found[view.distance] = {
             "unweighted": view.w2(ours, theirs, **subsets),
-            "weighted": view.w2(ours, theirs, f.samples.weights, **subsets),
             "floor": between_halves(view.w2, theirs, **subsets),
         }
+        if f.weighed:
+            found[view.distance]["weighted"] = view.w2(ours, theirs, f.samples.weights, **subsets)
         if f.refined is not None:
             refined = view.points(f.refined.positions)
             found[view.distance]["refined"] = view.w2(refined, theirs, f.refined.weights, **subsets)
-    shares = {
-        f.data_name: share_above(energies, f.cut),
-        "flow": share_above(f.samples.energy, f.cut),
-        "weighted": share_above(f.samples.energy, f.cut, f.samples.weights),
-    }
+    shares = {f.data_name: share_above(energies, f.cut)}
+    if f.weighed:
+        shares["flow"] = share_above(f.samples.energy, f.cut)
+        shares["weighted"] = share_above(f.samples.energy, f.cut, f.samples.weights)
     return Part({"distances": found, "energy_cut": {"cut": f.cut, "shares": shares}})
 
 
 def _energy_distances(f: Findings) -> dict:
     """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
     energy, data, cut, found, empty = f.samples.energy, f.data.resampled.energies, f.cut, {}, []
-    sets = {"unweighted": (energy, None), "weighted": (energy, f.samples.weights)}
+    sets = {"unweighted": (energy, None), "weighted": (energy, f.samples.weights)} if f.weighed else {}
     if f.refined is not None:
         sets["refined"] = (f.refined.energy, f.refined.weights)
     for kind, (values, shares) in sets.items():

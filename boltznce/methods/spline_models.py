@@ -98,7 +98,7 @@ class SplineGenerator(Generator):
     def draw(self, n: int, likelihood: str, generator: torch.Generator, n_probes: int = 1) -> Batch:
         """``n`` samples at once; what has no finite energy or log q gets the energy +inf, and so the weight zero."""
         x, log_prob = self.flow.sample(n, generator)
-        energy, log_prob, n_bad = guard(self.system.energy(x), log_prob)
+        energy, log_prob, n_bad = guard(self.system.cheap.energy(x), log_prob)
         if likelihood == "none":
             log_prob = torch.full_like(energy, torch.nan)
         return Batch(x, energy, log_prob, {"batches": 1, "drawn": n, "not_finite": n_bad})

@@ -68,7 +68,7 @@ def train_hot(work: Workspace) -> dict:
     ranks the draws, and gets out.
     """
     section = work.config.hot
-    loss = _on_own_draws(section.objective, section, work.system.at_temperature(section.temperature))
+    loss = _on_own_draws(section.objective, section, work.system.cheap.at_temperature(section.temperature))
     fitted = work.fit("hot", make_spline_flow(work.config, work.system), loss)
     return fitted | {"energy_evaluations": fitted["steps"] * section.batch_size}
 
@@ -89,7 +89,7 @@ def anneal(work: Workspace) -> dict:
             flow = load_trained(flow, weights)
         else:
             known = weights.exists() and weights_digest(weights)
-            system = work.system.at_temperature(cold)
+            system = work.system.cheap.at_temperature(cold)
             drawn, covered = fill_buffer(
                 lambda n, generator, flow=flow: flow.sample(n, generator),
                 system.energy,

@@ -13,7 +13,7 @@ from boltznce.smc.lineage import (
     log_normalizer,
     refined_free_energy_difference,
 )
-from boltznce.smc.path import Counts, Path, Point, conditional_ess, next_beta, with_gradient
+from boltznce.smc.path import Counts, Path, Point, ValueAndGradient, conditional_ess, next_beta, with_gradient
 from boltznce.smc.resampling import resample_within, systematic
 from boltznce.smc.result import Annealed
 from boltznce.smc.sampler import anneal
@@ -29,6 +29,7 @@ __all__ = [
     "Path",
     "Point",
     "Step",
+    "ValueAndGradient",
     "anneal",
     "conditional_ess",
     "corrected_by_ancestors",

@@ -6,15 +6,15 @@ from torch import Tensor
 __all__ = ["resample_within", "systematic"]
 
 
-def systematic(weights: Tensor, offset: float) -> Tensor:
+def systematic(weights: Tensor, offset: float, n: int | None = None) -> Tensor:
     """Indices (n,) of which i occurs ⌊n W_i⌋ or ⌈n W_i⌉ times, n W_i on average over ``offset``, uniform in [0, 1).
 
-    In increasing order, so that relatives stay neighbours (Douc, Cappé & Moulines 2005).
+    By default as many as weights; in increasing order, so that relatives stay neighbours (Douc, Cappé & Moulines 2005).
 
     >>> systematic(torch.tensor([0.5, 0.0, 0.25, 0.25]), 0.3)
     tensor([0, 0, 2, 3])
     """
-    n = len(weights)
+    n = n or len(weights)
     places = (torch.arange(n, dtype=torch.float64, device=weights.device) + offset) / n
     edges = weights.double().cumsum(0)
     return torch.searchsorted(edges / edges[-1], places.clamp(max=1 - 2**-53), right=True)

@@ -44,6 +44,7 @@ class System(abc.ABC):
         exact: whether `sample` draws from the distribution itself.
         temperature_unit: "K"; "" in the plane.
         simulation: default settings of its simulation: those of `boltznce.data.simulate.plan`.
+        proxy: the same atoms at the same temperature with a cheap energy to go by, where the own one is dear.
         topology: mdtraj.Topology of a molecule.
         bonds: pairs of bonded atoms.
         dihedrals: name -> four atoms; omegas: names of those about peptide bonds.
@@ -75,6 +76,7 @@ class System(abc.ABC):
     exact: bool = False
     temperature_unit: str = "K"
     simulation: Mapping[str, Any] = MappingProxyType({})
+    proxy: "System | None" = None
     topology: mdtraj.Topology | None = None
     bonds: Sequence[tuple[int, int]] = ()
     dihedrals: Mapping[str, tuple[int, int, int, int]] = MappingProxyType({})
@@ -152,7 +154,16 @@ class System(abc.ABC):
         require(temperature=temperature)
         other = copy.copy(self)
         other.temperature = float(temperature)
+        other.proxy = self.proxy and self.proxy.at_temperature(temperature)
         return other
+
+    @property
+    def cheap(self) -> "System":
+        """What data, flows and the weights of draws are of: the proxy, or the system itself where it has none.
+
+        Only refinement goes on from there to the system.
+        """
+        return self.proxy or self
 
     def reference(self) -> dict[str, Any] | None:
         """The reference result that ships for this system; None without one of its identity, dihedral and state."""

@@ -57,7 +57,8 @@ class MolecularSystem(System):
         encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.
         n_places: residues that the encoding ``full`` has room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
-            ``xtb`` (GFN2-xTB in ALPB water; bonds, total charge and ``positions`` are then the force field's).
+            ``xtb`` (GFN2-xTB in ALPB water; bonds, total charge and ``positions`` are then the force field's, and its
+            ``torch`` energy is the ``proxy``).
         n_workers: processes for ``openmm`` and ``xtb``; default one a core.
         compile: the ``torch`` energy and simulations with it, by torch.compile; ``auto``: where there is a GPU.
 
@@ -90,12 +91,15 @@ class MolecularSystem(System):
         n_workers: int | None = None,
         compile: str | bool = "auto",
     ):
+        settings = {key: value for key, value in locals().items() if key != "self"}
         check_name(name)
         require("system", name=name, temperature=temperature, nonbonded_method=nonbonded_method, cutoff_nm=cutoff_nm)
         require(encoding=encoding, n_places=n_places, energy_backend=energy_backend, n_workers=n_workers)
         require(compile=compile)
         self.name, self.temperature = name, float(temperature)
         self.energy_backend, self.compile = energy_backend, compile
+        if energy_backend == "xtb":
+            self.proxy = type(self)(**settings | {"energy_backend": "torch"})
         self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
         self._files = [Path(name).name if Path(name).is_file() else name for name in self.forcefield]
         self._nonbonded = {"nonbonded": nonbonded_method, "cutoff_nm": cutoff_nm and float(cutoff_nm)}
