@@ -18,7 +18,7 @@ from boltznce.data.reference import (
     save_reference,
 )
 from boltznce.folders import inside
-from boltznce.methods.refinement import FROM_PROXY, refine_frames
+from boltznce.methods.refinement import FromProxy, refine_frames
 
 
 def main(config: DictConfig) -> None:
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         print(result.summary())
         if config.reference and member.proxy is not None:
             place = folder.with_name(f"{folder.name}-refined") / system.label(member)
-            dataset = refine_frames(member, dataset, config.n_refined, FROM_PROXY, seed=config.seed, folder=place)
+            dataset = refine_frames(member, dataset, FromProxy(**config.from_proxy), seed=config.seed, folder=place)
             result = result_of(dataset, member)
             print(f"{len(dataset)} frames of its proxy, annealed to {member.name}, in {place}\n{result.summary()}")
         if config.reference:

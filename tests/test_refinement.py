@@ -1,7 +1,6 @@
 """Refinement of draws: known answers for generators whose density is known, and what runs and reports make of it."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -22,7 +21,7 @@ from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
 from boltznce.methods.preflight import check_refinement
-from boltznce.methods.refinement import FROM_PROXY, kernel_of, refine, refine_frames, require_base, settings_of
+from boltznce.methods.refinement import FromProxy, kernel_of, refine, refine_frames, require_base, settings_of
 from boltznce.run import load_run, refined_folder, train_run
 from boltznce.smc import AnnealSettings, refined_free_energy_difference
 from boltznce.systems.toy import GaussianMixture
@@ -59,7 +58,7 @@ class TwoWells(Generator):
         return torch.logsumexp(torch.stack(logs), 0).double() - math.log(2 * math.pi * WIDTH**2)
 
 
-SETTINGS = (AnnealSettings(first_cess=0.95), AnnealSettings(cess=0.9, first_cess=0.9, n_moves=1))
+SETTINGS = (AnnealSettings(first_cess=0.95), FromProxy(cess=0.9, first_cess=0.9, n_walkers=2000))
 
 
 def test_draws_become_those_of_the_target():
@@ -134,9 +133,9 @@ def test_what_cannot_be_refined_is_told():
     require_base(RoundModels(config).of(springs()))
     with pytest.raises(UserError, match="begins with likelihood=ebm"):
         require_base(RoundModels(config).of(springs()), "exact")
-    assert settings_of(config) == (AnnealSettings(), FROM_PROXY)
+    assert settings_of(config) == (AnnealSettings(), FromProxy())
     config.evaluation.refine = {"n_walkers": 10, "cess": 0.8, "from_proxy": {"n_moves": 7}}
-    assert settings_of(config) == (AnnealSettings(cess=0.8), dataclasses.replace(FROM_PROXY, n_moves=7))
+    assert settings_of(config) == (AnnealSettings(cess=0.8), FromProxy(n_moves=7))
 
 
 def test_moves_of_a_molecule_are_in_its_units():
@@ -213,7 +212,7 @@ def test_a_refinement_that_was_killed_in_its_second_leg_goes_on(tmp_path):
     assert refined.meta["refinement"]["gradients"] == whole.meta["refinement"]["gradients"]
     assert len(of_proxy) <= len(of_system) + 1  # as the base of the second leg, and no more in the first
     assert [path.name for path in tmp_path.iterdir()] == ["refined"]
-    other = [SETTINGS[0], AnnealSettings()]
+    other = [SETTINGS[0], FromProxy()]
     with pytest.raises(UserError, match="holds other samples"):
         refine(generator, draws, other, seed=3, folder=tmp_path / "refined")
 
@@ -230,7 +229,7 @@ def frames_of(system, folder, n=20000, n_walkers=40):
 
 
 def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
-    system, given = dear(), {"n": 2000, "settings": SETTINGS[1], "seed": 0, "folder": tmp_path / "refined"}
+    system, given = dear(), {"settings": SETTINGS[1], "seed": 0, "folder": tmp_path / "refined"}
     frames = frames_of(system, tmp_path / "frames")
     asked(system, fail_at=20)
     with pytest.raises(KeyboardInterrupt):
@@ -255,9 +254,6 @@ def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
         refine_frames(system, frames, **given | {"seed": 1})
     with pytest.raises(UserError, match="has no proxy"):
         refine_frames(system.proxy, frames, **given)
-    rest = frames.take(np.flatnonzero(frames.positions[:, 0, 0] < 0))
-    with pytest.raises(UserError, match="on one side"):
-        refine_frames(system, rest, **given | {"folder": tmp_path / "none"})
 
 
 def test_data_are_those_of_the_proxy(tmp_path):
@@ -367,7 +363,7 @@ def test_a_report_of_a_system_with_a_proxy(tmp_path):
     system.proxy = springs()
     few = "max_steps: 5, n_moves: 1, final_moves: 1, step_size: 0.0003"
     words = [*WORDS[:-1], "evaluation.n_frames=200"]
-    words += [f"evaluation.refine={{n_walkers: 500, {few}, from_proxy: {{{few}}}}}"]
+    words += [f"evaluation.refine={{n_walkers: 500, {few}, from_proxy: {{{few}, n_walkers: 400, n_fit: 100}}}}"]
     work = workspace(tmp_path, words, system, RoundModels)
     simulated(tmp_path / "aldp-smoke", springs(), 4000)
     for name in ("data", "flow", "samples", "ebm"):

@@ -13,8 +13,7 @@ from boltznce import UserError, load_system
 from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
 from boltznce.data.simulate import simulate
-from boltznce.methods.refinement import refine_frames
-from boltznce.smc import AnnealSettings
+from boltznce.methods.refinement import FromProxy, refine_frames
 from boltznce.systems import semiempirical
 from boltznce.systems.identity import differences
 from boltznce.systems.semiempirical import XTBEnergy
@@ -136,8 +135,8 @@ def test_frames_of_the_force_field_are_annealed_to_it(system, tmp_path):
     x = conformers()[[STATE, REST]].repeat(2, 1, 1)
     x = (x + 0.002 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).float()
     frames = Dataset.write(tmp_path / "frames", x.numpy(), system.proxy.energy(x).numpy(), window=np.arange(4))
-    settings = AnnealSettings(cess=0.1, first_cess=0.1, max_steps=2, n_moves=1, final_moves=0, step_size=0.0005)
-    refined = refine_frames(system, frames, 4, settings, seed=0, folder=tmp_path / "refined")
+    few = {"cess": 0.1, "first_cess": 0.1, "max_steps": 2, "step_size": 0.0005, "n_walkers": 4, "n_fit": 4}
+    refined = refine_frames(system, frames, FromProxy(**few), seed=0, folder=tmp_path / "refined")
     np.testing.assert_allclose(refined.energies, system.energy(refined.positions), atol=0.02)
     assert refined.meta["system"] == system.identity
     assert set(refined.meta["refinement"]["gradients"]) == {"proxy", "system"}

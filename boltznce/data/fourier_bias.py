@@ -83,6 +83,11 @@ class FourierBias:
         """V (K,) in kT of coordinates (K, d)."""
         return self._series(values.unbind(-1), self.coefficients.to(values))
 
+    def functions(self, values: Tensor) -> Tensor:
+        """What V is the sum of, by coefficient, of coordinates (K, d): (K, terms), float64."""
+        left, right = self._functions(values.double().unbind(-1))
+        return (left[:, :, None] * right[:, None, :]).flatten(1)
+
     def add_hills(self, values: Tensor, heights: Tensor) -> None:
         """Add Gaussian hills of these heights (K,) in kT about coordinates (K, d)."""
         left, right = self._functions(values.double().unbind(-1))

@@ -15,7 +15,7 @@ from boltznce.data.walkers import ENGINES
 from boltznce.errors import UserError
 from boltznce.settings import require
 
-__all__ = ["choose_engine", "force_evaluations", "jobs_of"]
+__all__ = ["biases_of", "choose_engine", "force_evaluations", "jobs_of"]
 
 DURATIONS = {"metadynamics": 100.0}  # ps, where none is given
 DURATION = 2000.0  # of other methods
@@ -149,7 +149,7 @@ def _more_options(system, method: str, given: dict[str, Any]) -> dict[str, Any]:
         return {"n_walkers": given["n_walkers"]} if given["n_walkers"] not in (None, 1) else {}
     if method == "umbrella":
         return {}
-    biases = _biases(system, given["dihedral"], given["bias_along"])
+    biases = biases_of(system, given["dihedral"], given["bias_along"])
     if len({len(one) for one in biases}) > 1:
         raise UserError(f"Every bias of bias_along={biases} must have as many coordinates: one, or two.")
     n_groups = number_of_groups(len(biases))
@@ -249,7 +249,7 @@ def _one_phi(system) -> bool:
     return len(phis) == 1 and is_state and system.energy_backend == "torch"
 
 
-def _biases(system, dihedral: str | None, given: Sequence | None) -> list[list[str]]:
+def biases_of(system, dihedral: str | None = None, given: Sequence | None = None) -> list[list[str]]:
     """Names of the coordinates of each bias: every φ with the ψ at its Cα, else another; or ``dihedral`` alone."""
     if given:
         return [list(given)] if isinstance(given[0], str) else [list(each) for each in given]

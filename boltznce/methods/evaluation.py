@@ -3,6 +3,7 @@
 Fresh weighted samples of every member to test, exact likelihoods of some, and what they cost.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,10 +87,11 @@ def _refined(work: Workspace, member: System, conformers: WeightedSamples) -> We
 def _refine_data(work: Workspace, member: System) -> None:
     """Leave frames of the data that no flow was trained on, refined, in ``samples/frames``, if there is a proxy."""
     n = work.config.evaluation.get("n_frames")
-    if n and member.proxy is not None and member.state is not None and work.frames_exist(member):
+    if n and member.proxy is not None and work.frames_exist(member):
         folder, seed = work.folder.leave(work.samples("frames", member)), work.numpy_generator("frames", member)
-        frames, settings = work.unseen(member, work.frames(member)), settings_of(work.config)[1]
-        refine_frames(member, frames, n, settings, seed=int(seed.integers(2**31)), folder=folder)
+        frames = work.unseen(member, work.frames(member))
+        settings = dataclasses.replace(settings_of(work.config)[1], n_walkers=n)
+        refine_frames(member, frames, settings, seed=int(seed.integers(2**31)), folder=folder)
 
 
 def _kin(system: System, refined: WeightedSamples, subset: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
 from boltznce.logger import open_logger
 from boltznce.methods.models import MODELS, load_trained, make
-from boltznce.methods.refinement import settings_of
+from boltznce.methods.refinement import FromProxy, settings_of
 from boltznce.methods.workspace import make_fabric
 from boltznce.precision import ordinary_tensors
 from boltznce.settings import check, require_keywords
@@ -181,7 +181,7 @@ def check_refinement(config: DictConfig, system: System) -> None:
             "evaluation.refine.n_walkers is missing: set how many draws to refine, or evaluation.refine=null."
         )
     require_keywords(AnnealSettings, set(given) - {"n_walkers", "from_proxy"}, "evaluation.refine")
-    require_keywords(AnnealSettings, config.evaluation.refine.get("from_proxy") or {}, "evaluation.refine.from_proxy")
+    require_keywords(FromProxy, config.evaluation.refine.get("from_proxy") or {}, "evaluation.refine.from_proxy")
     settings_of(config)
     if not ("ebm" in config or "generator" in config):
         raise UserError(
