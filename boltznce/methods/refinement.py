@@ -82,13 +82,17 @@ def require_base(generator: Generator, likelihood: str | None = None) -> None:
 
 
 class Leg(NamedTuple):
-    """From a base, known by ``name``, to a target, of all walkers or of ``n`` of them."""
+    """From a base, known by ``name``, to a target, of all walkers or of ``n`` of them.
+
+    ``n_asked`` energies of the target were asked for before.
+    """
 
     name: str
     base: ValueAndGradient
     target: ValueAndGradient
     settings: AnnealSettings
     n: int | None = None
+    n_asked: int = 0
 
 
 @ordinary_tensors()
@@ -198,10 +202,13 @@ def refine_frames(system: System, frames: Dataset, settings: FromProxy, *, seed:
 
 
 class Near:
-    """u_proxy + g (n,) in kT and its gradient: the proxy, as near to its system as torsions bring it."""
+    """u_proxy + g (n,) in kT and its gradient: the proxy, as near to its system as torsions bring it.
+
+    ``n_asked``: energies of the system that g took.
+    """
 
     def __init__(self, system: System, x: Tensor):
-        self.shift = shift_of(system, x)
+        self.shift, self.n_asked = shift_of(system, x), len(x) if system.dihedrals else 0
         self.value = with_gradient(lambda x: system.proxy.energy(x) + self.shift(x))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +223,7 @@ def _from_proxy(system: System, positions: Tensor, settings: FromProxy) -> tuple
     """Where the way from the proxy begins, as some of the positions tell, and the way."""
     some = np.unique(np.linspace(0, len(positions) - 1, settings.n_fit).round().astype(int))
     near = Near(system, positions[some])
-    return near, Leg("proxy", near.as_base, with_gradient(system.energy), settings, settings.n_walkers)
+    return near, Leg("proxy", near.as_base, with_gradient(system.energy), settings, settings.n_walkers, near.n_asked)
 
 
 def _along(
@@ -258,7 +265,7 @@ def _along(
         log_weights = torch.from_numpy(np.where(turned, -np.inf, annealed.log_weights))
         steps += [{"leg": leg.name} | step._asdict() for step in annealed.history]
         to = legs[k + 1].name if k + 1 < len(legs) else "system"
-        for what, asked in ((leg.name, annealed.counts.base), (to, annealed.counts.target)):
+        for what, asked in ((leg.name, annealed.counts.base), (to, annealed.counts.target + leg.n_asked)):
             gradients[what] = gradients.get(what, 0) + asked
     annealed = dataclasses.replace(annealed, log_weights=log_weights.numpy(), ancestors=ancestors)
     return annealed, {"steps": steps, "gradients": gradients}
