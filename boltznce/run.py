@@ -147,7 +147,9 @@ class Run:
 
         With ``refine`` they are annealed from their likelihood to the target, by the run's ``evaluation.refine``:
         weights that carry, minutes for thousands (see `boltznce.smc`; an EBM's error stays in ΔF). Samples with a
-        common number in ``ancestors`` are not independent.
+        common number in ``ancestors`` are not independent. Of a system with a proxy energies and weights are the
+        proxy's, and only those of refined samples the system's; of these there are as many as
+        ``evaluation.refine.from_proxy.n_walkers`` says.
 
         Args:
             likelihood: "ebm" (up to a constant), "exact", "hutchinson" (``n_probes`` probes; unbiased log q, biased

@@ -16,10 +16,11 @@ from boltznce.methods.free_energy import write_free_energy
 def main(config: DictConfig) -> None:
     run = load_run(config.run, config.device, config.trust)
     system = run.system.choose(build(config.system) if "system" in config else None)
+    own = "weighted" if system.proxy is None else "refined"  # draws are weighted to the proxy
     print(
         write_free_energy(
             system,
-            Path(config.samples or run.path / "samples" / "weighted" / run.system.label(system)),
+            Path(config.samples or run.path / "samples" / own / run.system.label(system)),
             Path(config.output),
             coordinate=config.coordinate,
             state=None if config.state is None else tuple(config.state),

@@ -671,7 +671,7 @@ def test_umbrella_windows_that_nothing_crosses_between_are_cut_apart(tmp_path):
         topology.addAtom(f"C{k}", app.Element.getBySymbol("C"), residue)
     made_of = {"topology": mdtraj.Topology.from_openmm(topology), "openmm_topology": lambda: topology}
     made_of |= {"exact": False, "dim": 3, "dihedrals": {"phi": (0, 1, 2, 3)}, "state": State("phi", (0.0, 2.0))}
-    system = SimpleNamespace(identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
+    system = SimpleNamespace(proxy=None, identity={"name": "chain"}, positions=torch.from_numpy(x[0]), **made_of)
     folders = []
     for repeat in range(2):
         lengths = {"duration": 100.0, "frame_interval": 1.0, "segment_length": 100.0, "equilibration": 0.0}

@@ -20,6 +20,7 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, hold
 from boltznce.io import atomic_file
 from boltznce.settings import require
+from boltznce.smc import refined_free_energy_difference
 from boltznce.states import State
 from boltznce.systems.base import System
 
@@ -59,10 +60,16 @@ def write_free_energy(
     require_samples(samples_folder, samples, system)
     held = hold(output)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
-    profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
+    profile = free_energy_profile(
+        angle, samples.log_weights, n_bins, seed=seed, limits=limits, walkers=samples.ancestors
+    )
     reference = system.reference() if state == own else None
     options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}
-    weighted, likelihood = free_energy_difference(angle, samples.log_weights, **options), samples.meta.get("likelihood")
+    likelihood, ancestors = samples.meta.get("likelihood"), samples.ancestors
+    if ancestors is None:
+        weighted = free_energy_difference(angle, samples.log_weights, **options)
+    else:
+        weighted = refined_free_energy_difference(angle, samples.log_weights, ancestors, state.interval)
     free_energy = {
         f"{likelihood or 'weighted'} weights": judged_by_exact(weighted) if likelihood == "ebm" else weighted,
         "unweighted": free_energy_difference(angle, None, **options),

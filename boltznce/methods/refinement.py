@@ -41,7 +41,7 @@ class FromProxy(AnnealSettings):
 
     Attributes:
         n_walkers: that go on from the proxy, drawn by weight, as many in the state as in the rest.
-        n_fit: energies of the system that tell how far the proxy is off along torsions (see `shift_of`).
+        n_fit: energies of the system by which the proxy is brought nearer to it (see `shift_of`).
     """
 
     cess: float = 0.8
@@ -49,7 +49,7 @@ class FromProxy(AnnealSettings):
     n_moves: int = 1
     final_moves: int = 1
     n_walkers: int = 2000
-    n_fit: int = 1000
+    n_fit: int = 4000
 
 
 def settings_of(config: DictConfig) -> tuple[AnnealSettings, FromProxy]:
@@ -148,7 +148,7 @@ def refine(
         np.full(len(annealed.energy), np.nan),
         annealed.log_weights,
         draws.topology,
-        about | {"refinement": done | {"seconds": begun()}},
+        about | {"refinement": done | {"n_draws": len(start), "seconds": begun()}},
         start[annealed.ancestors],
     )
     if folder is not None:
@@ -202,13 +202,13 @@ def refine_frames(system: System, frames: Dataset, settings: FromProxy, *, seed:
 
 
 class Near:
-    """u_proxy + g (n,) in kT and its gradient: the proxy, as near to its system as torsions bring it.
+    """u_proxy + g (n,) in kT and its gradient: the proxy, brought nearer to its system (see `shift_of`).
 
     ``n_asked``: energies of the system that g took.
     """
 
     def __init__(self, system: System, x: Tensor):
-        self.shift, self.n_asked = shift_of(system, x), len(x) if system.dihedrals else 0
+        self.shift, self.n_asked = shift_of(system, x), len(x) if system.bonds else 0
         self.value = with_gradient(lambda x: system.proxy.energy(x) + self.shift(x))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:

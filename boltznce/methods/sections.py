@@ -185,7 +185,8 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
     n = sum(len(np.unique(f.subsets[kind].index)) for kind in likelihoods if kind in f.subsets)
     spent, training = f.seconds["draw"] * len(f.drawn) + f.seconds.get("exact", 0.0) * n, f.training_seconds
     if row in ("refined", "corrected") and f.refined is not None:
-        spent += f.seconds["refine"] * len(f.refined) - f.seconds["draw"] * (len(f.drawn) - len(f.refined))
+        n_draws = f.refined.meta["refinement"].get("n_draws", len(f.refined))
+        spent += f.seconds["refine"] * len(f.refined) - f.seconds["draw"] * (len(f.drawn) - n_draws)
     if row == "two_sided":  # uses the data
         spent += f.seconds["draw"] * len(f.frames_log_prob if f.frames_log_prob is not None else ())
         spent, training = spent + simulated, training - (simulated if share < 1 else 0.0)
