@@ -7,7 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from known import EBM_CONSTANT, EBM_ERROR, REST, STATE, TARGET, RoundModels, aldp, nearest, simulated, springs
+from known import (
+    EBM_CONSTANT,
+    EBM_ERROR,
+    REST,
+    STATE,
+    TARGET,
+    RoundModels,
+    aldp,
+    conformers,
+    nearest,
+    simulated,
+    springs,
+)
 from omegaconf import OmegaConf
 from test_known_answers import ROUND_WORDS, arrays, workspace
 
@@ -22,6 +34,7 @@ from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
 from boltznce.methods.preflight import check_refinement
 from boltznce.methods.refinement import FromProxy, kernel_of, refine, refine_frames, require_base, settings_of
+from boltznce.methods.shift import shift_of
 from boltznce.run import load_run, refined_folder, train_run
 from boltznce.smc import AnnealSettings, refined_free_energy_difference
 from boltznce.systems.toy import GaussianMixture
@@ -254,6 +267,29 @@ def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
         refine_frames(system, frames, **given | {"seed": 1})
     with pytest.raises(UserError, match="has no proxy"):
         refine_frames(system.proxy, frames, **given)
+
+
+def test_a_shift_brings_a_proxy_to_its_system():
+    """Another bond, angle, torsion and charge: all that the terms of the shift can tell; but not where atoms clash."""
+    system, proxy = copy.copy(aldp()), aldp()
+
+    def other(x):
+        phi, psi = (proxy.dihedral(x, name) for name in ("phi", "psi"))
+        bond, apart = (x[:, 4] - x[:, 5]).norm(dim=-1), (x[:, 0] - x[:, 20]).norm(dim=-1)
+        return 2 * phi.cos() - (phi + 2 * psi).sin() + 3e3 * (bond - 0.14).square() + 2 / apart
+
+    system.proxy, system.energy = proxy, lambda x: proxy.energy(x) + other(x)
+    x = conformers().repeat(500, 1, 1)
+    x = x + 0.004 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    given = x[:1500].clone()
+    given[0, 20] = given[0, 0]  # 2 / apart is inf
+    shift = shift_of(system, given)
+    left = other(x[1500:]) - shift(x[1500:])
+    assert left.std() < 0.2 * other(x[1500:]).std()
+    x = x[:4].requires_grad_()
+    wanted, found = (torch.autograd.grad(energy(x).sum(), x)[0] for energy in (other, shift))
+    assert torch.nn.functional.cosine_similarity(wanted.flatten(), found.flatten(), dim=0) > 0.9
+    assert (shift_of(dear(), torch.zeros(2, 1, 2))(torch.ones(3, 1, 2)) == 0).all()
 
 
 def test_data_are_those_of_the_proxy(tmp_path):
