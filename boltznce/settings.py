@@ -320,7 +320,7 @@ RULES: dict[str, Rule] = {
     "refine.n_walkers": COUNT,
     "evaluation.refine": SECTION | NULL,
     "from_proxy": SECTION | NULL,
-    "n_fit": COUNT,
+    "n_fit": _whole(2),
     "sample.refine": BOOLEAN,
     "n_populations": COUNT,
     "smc.chunk": COUNT | NULL,

@@ -278,6 +278,8 @@ def _evenly(inside: Tensor, log_weights: Tensor, n: int, rng: np.random.Generato
     """
     sides = [side.nonzero().squeeze(1) for side in (inside, ~inside)]
     sides = [side for side in sides if len(side) and log_weights[side].max() > -torch.inf]
+    if not sides:
+        raise UserError("No walker at the proxy weighs anything: look at the draws, and take more.")
     chosen, each = [], max(1, n // len(sides))
     for side in sides:
         total = log_weights[side].logsumexp(0)

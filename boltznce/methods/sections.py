@@ -405,7 +405,7 @@ def mode_weights(f: Findings) -> Part:
 def slowest_coordinates(f: Findings) -> Part:
     """Free energy over the slowest coordinates of a simulation (TICA)."""
     lag = f.settings.tica_lag
-    if not lag or f.data is None or not f.data.has_trajectories:
+    if not lag or f.data is None or not f.data.has_trajectories or not f.weighed:
         return Part()
     frames = f.data.frames
     features = slow_features(f.system, frames.positions)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from boltznce.data.fourier_bias import Axis, FourierBias
 from boltznce.data.jobs import biases_of
+from boltznce.errors import UserError
 from boltznce.systems.base import System
 
 __all__ = ["shift_of"]
@@ -24,13 +25,15 @@ def shift_of(system: System, x: Tensor) -> Callable[[Tensor], Tensor]:
     given positions ``x`` on a Fourier series in every φ and the ψ beside it, on lengths of bonds and cosines of angles
     and their squares, and on one over the distance of all other pairs of atoms. Zero for a system without bonds. No
     weight hangs on it: exp(-u_proxy - g) is but a better place to start from, above all along torsions, which hardly
-    turn while walkers go from there to the system.
+    turn while walkers go from there to the system. Raises UserError where the system has no energy at any of ``x``.
     """
     if not system.bonds:
         return lambda x: x.new_zeros(len(x))
     terms, x = _terms(system), x.double()
     off = system.energy(x) - system.proxy.energy(x)
     x, off = x[off.isfinite()], off[off.isfinite()]
+    if len(off) < 2:
+        raise UserError(f"{system.name} has no energy where its proxy was drawn, or simulated: train the flow longer.")
     low, middle, high = off.quantile(torch.tensor([OUTLIERS, 0.5, 1 - OUTLIERS]).to(off))
     values = terms(x)
     mean, spread = values.mean(0), values.std(0).clamp(min=1e-9)
