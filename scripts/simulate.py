@@ -17,6 +17,7 @@ from boltznce.data.reference import (
     result_of,
     save_reference,
 )
+from boltznce.errors import UserError
 from boltznce.folders import inside
 from boltznce.methods.refinement import FromProxy, refine_frames
 
@@ -38,6 +39,8 @@ def main(config: DictConfig) -> None:
         result = result_of(dataset, member.cheap)
         print(result.summary())
         if config.reference and member.proxy is not None:
+            if result.message:
+                raise UserError(f"The proxy is not known well enough: {result.message}. Simulate longer (duration).")
             place = folder.with_name(f"{folder.name}-refined") / system.label(member)
             dataset = refine_frames(member, dataset, FromProxy(**config.from_proxy), seed=config.seed, folder=place)
             result = result_of(dataset, member)

@@ -258,6 +258,7 @@ def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
     assert abs(found.value - EXACT) < 3 * found.std_error < 0.4
     np.testing.assert_allclose(refined.energies, system.energy(np.array(refined.positions)), rtol=1e-4, atol=1e-4)
     assert (refined.repeat == refined.window % 2).all()
+    assert np.exp(refined.log_weights).mean() == pytest.approx(1.0)
     assert refined.meta["system"] == system.identity
     assert refined.meta["refinement"]["gradients"]["system"] > 2000
     calls = asked(system)

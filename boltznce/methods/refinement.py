@@ -192,7 +192,7 @@ def refine_frames(system: System, frames: Dataset, settings: FromProxy, *, seed:
         folder,
         annealed.positions[order],
         annealed.energy[order],
-        log_weights=annealed.log_weights[order],
+        log_weights=annealed.log_weights[order] - annealed.log_normalizer[0],  # of mean 1: of u, xTB's zero is far off
         **{name: getattr(frames, name)[began] for name in ("time", "window", "repeat")},
         topology=frames.topology,
         meta=meta | {"cpu_seconds": round(simulated + seconds, 2)},
