@@ -194,6 +194,18 @@ OTHER_WRONG = {
         "energy.batch_sizes=[0]",
         "energy.dtype=int8",
         "energy=5",
+        "likelihood=5",
+        "likelihood.n=0",
+        "likelihood.n_probes=[0]",
+        "likelihood.solvers=[heun]",
+        "likelihood.solvers.dopri5.method=euler",
+        "likelihood.finest.steps=0",
+        "free_energy=5",
+        "free_energy.n_walkers=0",
+        "free_energy.simulations.metadynamics.method=anneal",
+        "free_energy.simulations.metadynamics.n_repeats=0",
+        "run=5",
+        "trust=maybe",
     ],
 }
 SENSIBLE = {
