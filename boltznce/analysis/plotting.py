@@ -330,16 +330,17 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
 def plot_error_over_cost(rows: Sequence[Mapping]) -> Figure:
     """``std`` (kT) over ``ms`` a sample (log-log), each with its label, ``likelihood``, a colour for each ``kind``.
 
-    One without a ``std`` is a vertical line, as is one whose is zero.
+    One without a ``std`` is a vertical line, as is one whose is zero. Labels stand right and left by turns.
     """
     figure, ax = _single_axes(6.4, 4.2)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    for row in rows:
+    for place, row in enumerate(sorted(rows, key=lambda row: row["ms"])):
         colour = _COLOURS[kinds.index(row["kind"]) % len(_COLOURS)]
         text = {"color": colour, "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
         if row["std"]:
             ax.plot(row["ms"], row["std"], marker="o", markersize=4, color=colour)
-            ax.annotate(row["likelihood"], (row["ms"], row["std"]), xytext=(4, 3), **text)
+            side = {"xytext": (-5, -3), "ha": "right"} if place % 2 else {"xytext": (5, -3), "ha": "left"}
+            ax.annotate(row["likelihood"], (row["ms"], row["std"]), **side, **text)
         else:
             ax.axvline(row["ms"], color=colour, linewidth=0.8, linestyle="--")
             place = {"xycoords": ax.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "right"}
@@ -359,6 +360,8 @@ def plot_seconds(bars: Mapping[str, tuple[float, float]], title: str) -> Figure:
     ax.set_yticks(places, list(bars))
     if training.any():
         _legend_above(ax)
+    if len(bars):
+        ax.set_xlim(seconds.min() / 3, 2 * (seconds + training).max())
     ax.set(xscale="log", xlabel=title)
     ax.invert_yaxis()
     return figure

@@ -118,7 +118,7 @@ def likelihood_rows(
 def _words(solver: SolverSettings) -> str:
     if solver.method == "dopri5":
         return f"dopri5 {solver.rtol:g}"
-    every = f", divergence every {solver.divergence_every}" if solver.divergence_every > 1 else ""
+    every = f" / {solver.divergence_every}" if solver.divergence_every > 1 else ""
     return f"{solver.method} {solver.steps}{every}"
 
 
@@ -155,9 +155,10 @@ def likelihood_table(rows: Sequence[Mapping]) -> str:
         errors = ["-" if row[key] is None else f"{row[key]:.2g}" for key in ("mean", "std")]
         lines.append(f"| {row['likelihood']} | {row['ms']:.3g} | {errors[0]} | {errors[1]} |")
     missing = [f"- No {row['likelihood']}: {row['message']}" for row in rows if "message" in row]
-    return "\n".join([*lines, "", f"Errors against the first row ({rows[0]['likelihood']}).", *missing])
+    first = "Errors are those against the first row, and / k: the divergence at one step in k."
+    return "\n".join([*lines, "", first, *missing])
 
 
 def likelihood_figure(rows: Sequence[Mapping]) -> Figure:
     """The standard deviation of the error over milliseconds a sample; what has no error as a line."""
-    return plot_error_over_cost([row for row in rows if "ms" in row])
+    return plot_error_over_cost([row for row in rows[1:] if "ms" in row])
