@@ -15,6 +15,7 @@ from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
+from boltznce.methods.free_energy import write_free_energy
 from boltznce.methods.refinement import kernel_of, refine, require_base, settings_of
 from boltznce.run import load_run, refined_folder, train_run
 from boltznce.smc import AnnealSettings, refined_free_energy_difference
@@ -221,5 +222,12 @@ def test_a_run_draws_refined_samples(tmp_path):
     assert refined_folder(tmp_path / "mine") == tmp_path / "mine-refined"
     np.testing.assert_array_equal(run.sample(50, refine=True).positions, refined.positions)
     np.testing.assert_array_equal(load_run(tmp_path / "run").sample(50).positions, run.sample(50).positions)
+    table = write_free_energy(run.system, tmp_path / "mine-refined", tmp_path / "free_energy", n_bins=20)
+    assert "refined" in table
+    row = json.loads((tmp_path / "free_energy" / "metrics.json").read_text())["free_energy"]["refined"]
+    values = run.system.coordinate(refined.positions, "x")
+    by_hand = refined_free_energy_difference(values, refined.log_weights, refined.ancestors, run.system.state.interval)
+    assert row["value"] == pytest.approx(by_hand.value)
+    assert row["std_error"] == pytest.approx(by_hand.std_error)
     with pytest.raises(UserError, match="leave one of likelihood and refine out"):
         run.sample(50, "none", refine=True)
