@@ -20,6 +20,7 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, hold
 from boltznce.io import atomic_file
 from boltznce.settings import require
+from boltznce.smc import refined_free_energy_difference
 from boltznce.states import State
 from boltznce.systems.base import System
 
@@ -59,14 +60,19 @@ def write_free_energy(
     require_samples(samples_folder, samples, system)
     held = hold(output)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
-    profile = free_energy_profile(angle, samples.log_weights, n_bins, seed=seed, limits=limits)
+    refined, given = samples.ancestors is not None, (angle, samples.log_weights)
+    profile = free_energy_profile(*given, n_bins, walkers=samples.ancestors, seed=seed, limits=limits)
     reference = system.reference() if state == own else None
     options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}
-    weighted, likelihood = free_energy_difference(angle, samples.log_weights, **options), samples.meta.get("likelihood")
-    free_energy = {
-        f"{likelihood or 'weighted'} weights": judged_by_exact(weighted) if likelihood == "ebm" else weighted,
-        "unweighted": free_energy_difference(angle, None, **options),
-    }
+    if refined:
+        weighted = refined_free_energy_difference(*given, samples.ancestors, state.interval)
+    else:
+        weighted = free_energy_difference(*given, **options)
+    likelihood = samples.meta.get("likelihood")
+    row = "refined" if refined else f"{likelihood or 'weighted'} weights"
+    free_energy = {row: judged_by_exact(weighted) if likelihood == "ebm" else weighted}
+    if not refined:
+        free_energy["unweighted"] = free_energy_difference(angle, None, **options)
     if reference is not None:
         free_energy["reference"] = reference_difference(reference)
     results = {
@@ -76,7 +82,9 @@ def write_free_energy(
         "ess": {"weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)}},
     }
     options = {"angle_name": coordinate, "limits": limits}
-    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state.interval, **options)
+    figure = plot_profiles(
+        {"refined" if refined else "weighted": profile}, reference_profile(reference), state.interval, **options
+    )
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
     with atomic_file(output / "profile.json") as path:  # first: by it the folder is known as ours
         path.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")

@@ -168,7 +168,7 @@ def check_evaluation(config: DictConfig, system: System) -> None:
 
 def check_refinement(config: DictConfig) -> None:
     """How draws are annealed to the target, and from what."""
-    if not config.evaluation.refine:
+    if not config.evaluation.get("refine"):
         return
     given = dict.fromkeys(config.evaluation.refine)
     if "n_walkers" not in given:

@@ -74,6 +74,7 @@ def refine(
     system, models = generator.system, generator.models(generator.default_likelihood)
     about = {
         "system": system.name,
+        "likelihood": generator.default_likelihood,
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "weights": parameters_digest(models),
