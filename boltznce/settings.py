@@ -218,6 +218,7 @@ RULES: dict[str, Rule] = {
     "nce_weight": NOT_NEGATIVE,
     "nce_width": POSITIVE,
     "n_negatives": COUNT,
+    "contrast_weight": NOT_NEGATIVE,
     "clip_negatives": BOOLEAN,
     "t_read": SHARE,
     "regression_weight": NOT_NEGATIVE,
