@@ -32,9 +32,10 @@ MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "
 MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
 # sections that are lists of the user's choice: an entry may be taken away, where a setting may not
 LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
+LISTS += ("~likelihood.solvers.", "~free_energy.simulations.")
 # sections whose settings are keywords of a class or a function, not all of which stand in the configs: + adds one
 KEYWORDS = {"system", "network", "networks", "flows", "molecules", "model", "coordinates", "fit", "solver", "balance"}
-KEYWORDS |= {"simulation", "split", "settings", "logger", "hydra"}
+KEYWORDS |= {"simulation", "split", "settings", "logger", "hydra", "solvers", "simulations", "finest", "hutchinson"}
 SYSTEMS = (System, PeptideFamily)
 
 

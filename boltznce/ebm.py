@@ -11,10 +11,15 @@ from torch.nn import functional
 
 from boltznce.errors import UserError
 from boltznce.flows.context import ContextModel
+from boltznce.smc import HMC, Path, with_gradient
 
 __all__ = ["OBJECTIVES", "EnergyBasedModel"]
 
 OBJECTIVES = ("both", "nce", "score")
+N_WALKERS = 64
+RESTARTS = 0.02  # share of the walkers that begin anew in a step: they live fifty moves on average
+FIRST_STEP = 0.01  # of the walkers' leapfrog, in length scales
+ACCEPTANCE = 0.85  # to which that step is adapted
 
 
 class EnergyBasedModel(ContextModel):
@@ -51,6 +56,7 @@ class EnergyBasedModel(ContextModel):
         nce_weight: float = 1.0,
         nce_width: float = 0.025,
         n_negatives: int = 1,
+        contrast_weight: float = 0.0,
         clip_negatives: bool = False,
         time_power: float = 1.0,
         t_read: float = 0.0,
@@ -58,7 +64,7 @@ class EnergyBasedModel(ContextModel):
         """``time_power`` p spreads training times as u^p, u uniform. u and those of the negatives are draws about a
         common centre, of variance ``nce_width``² / 2 each: only then are the true time and several others exchangeable,
         and the density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors
-        do, and does not reflect.
+        do, and does not reflect. With a ``contrast_weight`` training also has walkers, see `contrast`.
         """
         scales = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
         super().__init__(network, n_atoms, dim, features=features, mask=mask, **scales)
@@ -68,9 +74,13 @@ class EnergyBasedModel(ContextModel):
         self.nce_weight = nce_weight
         self.nce_width = nce_width
         self.n_negatives = n_negatives
+        self.contrast_weight = contrast_weight
         self.clip_negatives = clip_negatives
         self.time_power = time_power
         self.t_read = t_read
+        if contrast_weight:  # saved with the weights: an interrupted training goes on with its walkers
+            self.register_buffer("walkers", torch.full((N_WALKERS, n_atoms, dim), torch.nan))
+            self.register_buffer("walkers_step", torch.tensor(FIRST_STEP * length_scale))
 
     def log_prob(self, positions: Tensor, t: float | None = None) -> Tensor:
         """log q up to a constant (batch,), float64, of positions (batch, n, dim) in nm; at ``t`` of noised ones."""
@@ -91,7 +101,7 @@ class EnergyBasedModel(ContextModel):
             self._measure(lambda t: self.interpolant.mix(x0, x1, x0.new_full((len(x0),), t)))
 
     def loss(self, positions: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Score-matching and NCE losses on a batch of samples (batch, n, dim) in nm.
+        """Score-matching and NCE losses on a batch of samples (batch, n, dim) in nm, in training also the `contrast`.
 
         ``score``: E ‖σ_t ∇E(x_t, t) + x_1‖² / d. ``nce``: cross-entropy of telling the true time among ``n_negatives``
         others.
@@ -110,6 +120,9 @@ class EnergyBasedModel(ContextModel):
         if self.objective != "score":
             parts["nce"] = self._nce(x, u, energy, generator)
         parts["loss"] = parts.get("score", 0.0) + self.nce_weight * parts.get("nce", 0.0)
+        if self.contrast_weight and self.training:
+            parts["contrast"] = self.contrast(positions, generator)
+            parts["loss"] = parts["loss"] + self.contrast_weight * parts["contrast"]
         return parts
 
     def _nce(self, x: Tensor, u: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -118,6 +131,24 @@ class EnergyBasedModel(ContextModel):
         other = other.clamp(0, 1) if self.clip_negatives else _reflect(other)
         logits = torch.stack([energy, *(self._call(x, time**self.time_power) for time in other)])
         return -functional.log_softmax(logits, dim=0)[0].mean()
+
+    def contrast(self, positions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean E(x, 0) of walkers in exp E minus that of samples (batch, n, dim) in nm, after one move of the former.
+
+        Its gradient is that of the samples' negative log-likelihood, the walkers being draws of the model (persistent
+        contrastive divergence, Tieleman 2008): it lowers E where walkers stay and samples are not, which no loss on
+        samples alone can see. Some walkers begin anew from samples at each step (Du & Mordatch 2019, arXiv 1903.08689).
+        """
+        again = torch.rand(N_WALKERS, generator=generator, device=positions.device) < RESTARTS
+        again = again | ~self.walkers.flatten(1).isfinite().all(1)
+        fresh = positions[torch.arange(N_WALKERS, device=positions.device) % len(positions)]
+        walkers = torch.where(again.reshape(-1, 1, 1), fresh, self.walkers)
+        path, kernel = Path(with_gradient(self.log_prob), _nothing), HMC(centred=self.prior.centred)
+        moved, accepted = kernel.move(path, path.point(walkers), 0.0, self.walkers_step, generator)
+        self.walkers.copy_(moved.positions)
+        self.walkers_step.mul_((accepted.mean() - ACCEPTANCE).exp())
+        of_walkers, of_samples = self.log_prob(torch.cat([moved.positions, fresh])).split(N_WALKERS)
+        return (of_walkers.mean() - of_samples.mean()).to(positions.dtype)
 
     def regression_loss(self, positions: Tensor, log_q: Tensor, huber: float = 20.0) -> Tensor:
         """Huber loss in kT² between E(x, 0) + c and (noisy, unbiased) log-likelihoods (batch,) of samples, c the
@@ -140,3 +171,8 @@ def _centre(values: Tensor, width: float) -> Tensor:
 def _reflect(u: Tensor) -> Tensor:
     """Fold the real line onto [0, 1] at its ends."""
     return 1 - (1 - torch.remainder(u, 2)).abs()
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The target of walkers that stay in their base."""
+    return x.new_zeros(len(x), dtype=torch.float64), torch.zeros_like(x)

@@ -93,6 +93,7 @@ DEVICE = Rule(
 )
 PAIR = _list_of(TEXT, "one or two names of dihedrals", 2)
 SAMPLING = _one_of("auto", "metadynamics", "umbrella", "replica_exchange", "langevin")
+SOLVER = _one_of("dopri5", "heun", "rk4")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
 RULES: dict[str, Rule] = {
@@ -152,6 +153,7 @@ RULES: dict[str, Rule] = {
     "data.simulation": SECTION | NULL,
     "sampling": SAMPLING,
     "simulation.method": SAMPLING,
+    "simulations.*.method": SAMPLING,
     "duration": POSITIVE | NULL,
     "n_repeats": COUNT,
     "n_processes": COUNT | NULL,
@@ -216,6 +218,7 @@ RULES: dict[str, Rule] = {
     "nce_weight": NOT_NEGATIVE,
     "nce_width": POSITIVE,
     "n_negatives": COUNT,
+    "contrast_weight": NOT_NEGATIVE,
     "clip_negatives": BOOLEAN,
     "t_read": SHARE,
     "regression_weight": NOT_NEGATIVE,
@@ -232,7 +235,7 @@ RULES: dict[str, Rule] = {
     "balance.c": NOT_NEGATIVE | AUTO,
     "balance.kappa": POSITIVE | NULL,
     "balance.mu": _number("an angle in radians, from -2π to 2π", lambda value: abs(value) <= 2 * math.pi) | NULL,
-    "solver.method": _one_of("dopri5", "heun", "rk4"),
+    **dict.fromkeys(("solver.method", "solvers.*.method", "finest.method", "hutchinson.method"), SOLVER),
     "solver.steps": COUNT,
     "rtol": POSITIVE,
     "atol": POSITIVE,
@@ -325,8 +328,12 @@ RULES: dict[str, Rule] = {
     "n_populations": COUNT,
     "smc.chunk": COUNT | NULL,
     # ---- benchmarks
-    "what": _one_of("energy", "network", "spline"),
+    "what": _one_of("energy", "network", "spline", "likelihood", "free_energy"),
+    "benchmark.run": PATH | NULL,
     "min_seconds": POSITIVE,
+    "likelihood.n_probes": _list_of(COUNT, "whole numbers, 1 or more"),
+    "likelihood.n_walkers": COUNT,
+    "free_energy.n_walkers": COUNT,
     "batch_sizes": _list_of(COUNT, "whole numbers, 1 or more"),
     "dtype": _one_of("float32", "float64"),
     "backends": _list_of(_one_of("torch", "torch, compiled", "openmm"), "torch; torch, compiled; openmm"),
@@ -338,7 +345,8 @@ RULES: dict[str, Rule] = {
     (
         *("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing", "method", "logger"),
         *("network", "model", "fit", "solver", "coordinates", "simulation", "selections", "settings", "finetune"),
-        *("finetune.split", "energy", "spline", "molecules", "family", "networks", "flows"),
+        *("finetune.split", "energy", "spline", "molecules", "family", "networks", "flows", "benchmark.likelihood"),
+        *("benchmark.free_energy", "solvers", "finest", "hutchinson", "simulations"),
     ),
     SECTION,
 )

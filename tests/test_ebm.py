@@ -134,6 +134,74 @@ def test_regression_onto_noisy_likelihoods_finds_their_mean(tmp_path):
     assert (ebm.log_prob_in_batches(x).float() - log_density(x)).std() < 0.25
 
 
+@pytest.mark.parametrize(("power", "sign"), [(1.0, 0), (0.3, -1), (3.0, 1)])
+def test_contrast_is_zero_for_the_density_of_the_samples_alone(power, sign):
+    """Walkers in a flatter density spread to where it is low, in a steeper one they gather where it is high."""
+    ebm = EnergyBasedModel(ExactEnergy(), 1, 2, centred=False, contrast_weight=1.0)
+    exact = ebm.network.forward
+    ebm.network.forward = lambda x, t, features=None: power * exact(x, t)
+    generator = torch.Generator().manual_seed(0)
+    contrasts = torch.stack([ebm.contrast(sample(512, generator), generator) for _ in range(200)])[40:]
+    error = contrasts.reshape(8, -1).mean(1).std() / math.sqrt(8)
+    assert abs(contrasts.mean()) < 4 * error if sign == 0 else sign * contrasts.mean() > 0.1
+    assert 0.05 < ebm.walkers_step < 1.0
+
+
+def test_contrast_lowers_a_mode_that_no_sample_is_in(tmp_path):
+    """Samples stay at one side; the energy has a second mode, of the same height, that walkers find."""
+
+    class Spurious(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.height = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, features=None):
+            here, there = (-0.5 * ((x[:, 0] - at) ** 2).sum(-1) for at in (0.0, 2.5))
+            return torch.logaddexp(here, there + self.height)
+
+    ebm = EnergyBasedModel(Spurious(), 1, 2, centred=False, objective="nce", contrast_weight=1.0)
+    optimizer, generator = torch.optim.Adam(ebm.parameters(), lr=0.05), torch.Generator().manual_seed(0)
+    for _ in range(120):
+        optimizer.zero_grad()
+        ebm.loss(torch.randn(512, 1, 2, generator=generator), generator)["contrast"].backward()
+        optimizer.step()
+    assert ebm.network.height < -2
+
+
+def test_a_killed_training_goes_on_with_its_walkers(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def trained(folder, killed_at=None):
+        torch.manual_seed(0)
+        ebm = EnergyBasedModel(MLPEnergy(1, 2, 16, 1), 1, 2, centred=False, contrast_weight=0.1)
+
+        def loss(ebm, step, generator):
+            if step == killed_at:
+                raise Killed
+            return ebm.loss(sample(32, generator), generator)
+
+        settings = FitSettings(steps=8, validate_every=0, checkpoint_every=2)
+        fit(ebm, loss, settings, folder, fabric=Fabric(accelerator="cpu", devices=1), seed=0, name="ebm")
+        return ebm.state_dict()
+
+    with pytest.raises(Killed):
+        trained(tmp_path / "killed", 5)
+    resumed, whole = trained(tmp_path / "killed"), trained(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert "walkers" in whole
+
+
+def test_walkers_are_saved_with_the_weights_and_move_in_training_alone():
+    ebm = EnergyBasedModel(ExactEnergy(), 1, 2, centred=False, contrast_weight=1.0)
+    generator = torch.Generator().manual_seed(0)
+    assert "contrast" not in ebm.eval().loss(sample(16, generator), generator)
+    assert ebm.walkers.isnan().all()
+    assert "contrast" in ebm.train().loss(sample(16, generator), generator)
+    assert ebm.state_dict()["walkers"].isfinite().all()
+    assert not EnergyBasedModel(ExactEnergy(), 1, 2, centred=False).state_dict()
+
+
 def test_times_of_negatives_are_reflected():
     torch.testing.assert_close(_reflect(torch.tensor([-0.1, 0.3, 1.2])), torch.tensor([0.1, 0.3, 0.8]))
 

@@ -42,6 +42,7 @@ class Case:
     make: Callable[[], nn.Module]
     n: int = N
     masks: bool = False
+    confines: bool = False
     tolerance: float = 1e-8
 
     def network(self) -> nn.Module:
@@ -80,15 +81,15 @@ FIELDS = {
     "fourier": Case(lambda: FourierVectorField(16, 2, 3), 1),
 }
 ENERGIES = {
-    "distance energy": Case(lambda: DistanceEnergy(N, 16, 2, BONDS)),
-    "distance energy, chiral": Case(lambda: DistanceEnergy(N, 16, 2, BONDS, chiral=True)),
-    "shared distance energy": Case(lambda: SharedDistanceEnergy(F, 16, 2, 12, chiral=False)),
-    "shared distance energy, chiral": Case(lambda: SharedDistanceEnergy(F, 16, 2, 12)),
+    "distance energy": Case(lambda: DistanceEnergy(N, 16, 2, BONDS), confines=True),
+    "distance energy, chiral": Case(lambda: DistanceEnergy(N, 16, 2, BONDS, chiral=True), confines=True),
+    "shared distance energy": Case(lambda: SharedDistanceEnergy(F, 16, 2, 12, chiral=False), confines=True),
+    "shared distance energy, chiral": Case(lambda: SharedDistanceEnergy(F, 16, 2, 12), confines=True),
     # its distances carry a constant 1e-5 in each component
     "graphormer": Case(lambda: GraphormerEnergy(F, **FEW), masks=True, tolerance=1e-3),
     "graphormer, types": Case(lambda: GraphormerEnergy(F, **FEW, n_types=3), masks=True, tolerance=1e-3),
-    "mlp energy": Case(lambda: MLPEnergy(1, 2, 16, 2), 1),
-    "fourier energy": Case(lambda: FourierEnergy(16, 2, 3), 1),
+    "mlp energy": Case(lambda: MLPEnergy(1, 2, 16, 2), 1, confines=True),
+    "fourier energy": Case(lambda: FourierEnergy(16, 2, 3), 1, confines=True),
 }
 ALL = FIELDS | ENERGIES
 
@@ -212,3 +213,13 @@ def test_finite_gradients_reach_every_parameter(name):
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+@of(lambda case: case.confines)
+def test_far_from_all_data_an_energy_falls_as_a_parabola(name):
+    """So that its density can be normalized, and moved in; ten times as far out a hundred times as low, or lower."""
+    network, (x, t, features) = ALL[name].network(), ALL[name].inputs()
+    near, far, farther = (network(scale * x, t, features) for scale in (1e1, 1e3, 1e4))
+    assert (far < near).all()
+    assert (farther / far > 90).all()
+    assert (far < -1e3).all()

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from known import (
+    CIS_REST,
+    CIS_STATE,
     EBM_CONSTANT,
     EBM_ERROR,
     REST,
+    SPREAD,
     STATE,
     TARGET,
     RoundModels,
     aldp,
     conformers,
+    log_mixture,
     nearest,
     simulated,
     springs,
@@ -32,6 +36,7 @@ from boltznce.data.members import draw_dataset, load_data
 from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
+from boltznce.methods.free_energy import write_free_energy
 from boltznce.methods.preflight import check_refinement
 from boltznce.methods.refinement import FromProxy, kernel_of, refine, refine_frames, require_base, settings_of
 from boltznce.methods.shift import shift_of
@@ -124,6 +129,34 @@ def test_a_killed_refinement_goes_on(tmp_path):
         given = {"draws": draws, "settings": SETTINGS, "seed": 3} | other
         with pytest.raises(UserError, match="holds other samples"):
             refine(generator, folder=tmp_path / "refined", **given)
+
+
+def test_other_isomers_are_left_out_and_weigh_nothing():
+    """Ancestors are numbers of the draws that were given."""
+
+    class Half(Generator):
+        default_likelihood, device, system = "exact", torch.device("cpu"), springs()
+
+        def models(self, likelihood):
+            return ()
+
+        def base_log_prob(self, x):
+            return log_mixture(x, TARGET)
+
+    which, rng = np.array([CIS_REST, REST, CIS_STATE, STATE, REST, STATE]), np.random.default_rng(0)
+    x = (conformers()[which].numpy() + SPREAD * rng.normal(size=(6, *conformers().shape[1:]))).astype("f4")
+    draws = WeightedSamples(x, np.zeros(6), np.zeros(6))
+    settings = [AnnealSettings(step_size=3e-4, n_moves=1, final_moves=1)]
+    refined = refine(Half(), draws, settings, seed=0)
+    assert refined.ancestors.tolist() == [1, 3, 4, 5]
+    np.testing.assert_array_equal(nearest(refined.positions), which[refined.ancestors])
+    assert np.isfinite(refined.log_weights).all()
+    turning = copy.copy(springs())  # to which all that moves turns
+    turning.isomers = lambda x: springs().isomers(x) * (1 if torch.equal(x, torch.from_numpy(draws.positions)) else -1)
+    Half.system = turning
+    turned = refine(Half(), draws, settings, seed=0)
+    assert turned.ancestors.tolist() == [1, 3, 4, 5]
+    assert np.isneginf(turned.log_weights).all()
 
 
 def test_ancestors_go_with_their_samples(tmp_path):
@@ -389,6 +422,13 @@ def test_a_run_draws_refined_samples(tmp_path):
     assert refined_folder(tmp_path / "mine") == tmp_path / "mine-refined"
     np.testing.assert_array_equal(run.sample(50, refine=True).positions, refined.positions)
     np.testing.assert_array_equal(load_run(tmp_path / "run").sample(50).positions, run.sample(50).positions)
+    table = write_free_energy(run.system, tmp_path / "mine-refined", tmp_path / "free_energy", n_bins=20)
+    assert "refined" in table
+    row = json.loads((tmp_path / "free_energy" / "metrics.json").read_text())["free_energy"]["refined"]
+    values = run.system.coordinate(refined.positions, "x")
+    by_hand = refined_free_energy_difference(values, refined.log_weights, refined.ancestors, run.system.state.interval)
+    assert row["value"] == pytest.approx(by_hand.value)
+    assert row["std_error"] == pytest.approx(by_hand.std_error)
     with pytest.raises(UserError, match="leave one of likelihood and refine out"):
         run.sample(50, "none", refine=True)
 

@@ -297,6 +297,12 @@ def test_umbrella_analysis_recovers_a_known_distribution(cut):
     assert result.parts.shape == (2, 10)
 
 
+def test_fewer_frames_than_blocks_have_no_errors():
+    frames = np.linspace(-3.0, 3.0, 24), np.arange(24) // 3, np.tile(np.arange(1.0, 4.0), 8), np.zeros(24, int)
+    with pytest.raises(UserError, match="10 blocks of time, and there are 3 frames"):
+        analyse(*frames, ring=Ring(8, 60.0, KT))
+
+
 @pytest.mark.parametrize("state", [(2.5, 4.2), (-3.8, -2.0)])
 def test_umbrella_analysis_of_a_state_across_pi(state):
     toy = VonMisesWindows(60, seed=3)

@@ -64,6 +64,7 @@ WRONG = {
         *("data.split=null", "data.folder=null", "data.split=0.8", "samples.n_train=0", "samples.n_validation=0"),
         *("samples.likelihood=ebm", "samples.likelihood=guess", "samples.n_probes=0", "samples.batch_size=0"),
         *("samples=null", "ebm.model.objective=all", "ebm.model.nce_weight=-1", "ebm.model.nce_width=0"),
+        "ebm.model.contrast_weight=-1",
         *("ebm.model.n_negatives=0", "ebm.model.time_power=0", "ebm.model.t_read=2", "ebm.model.t_read=-0.1"),
         *("ebm.regression_weight=-1", "ebm.fit.steps=-3", "ebm.batch_size=0", "ebm.network.n_layers=0"),
         *(
@@ -149,6 +150,7 @@ WRONG = {
     "system=gaussians40 method=tabg budget=smoke": ["generator.box=null", "generator.box=[[1,0],[0,1]]"],
     TWO_WELLS: ["flow.balance={c: auto, kappa: 10.0, mu: null}", "system.barrier=-5", "system.stiffness=0"],
     FAMILY: [
+        "ebm.model.contrast_weight=0.1",
         *("flow.scales=frames", "ebm.scales=frames", "system.selection=huge", "system.encoding=none"),
         *("data.simulation.n_replicas=1", "data.simulation.max_temperature=200", "system.n_places=0"),
         *("system.selections.smoke.train=[]", "system.selections.smoke.train=[AX]", "system.selections.smoke.train=AG"),
@@ -194,6 +196,18 @@ OTHER_WRONG = {
         "energy.batch_sizes=[0]",
         "energy.dtype=int8",
         "energy=5",
+        "likelihood=5",
+        "likelihood.n=0",
+        "likelihood.n_probes=[0]",
+        "likelihood.solvers=[heun]",
+        "likelihood.solvers.dopri5.method=euler",
+        "likelihood.finest.steps=0",
+        "free_energy=5",
+        "free_energy.n_walkers=0",
+        "free_energy.simulations.metadynamics.method=anneal",
+        "free_energy.simulations.metadynamics.n_repeats=0",
+        "run=5",
+        "trust=maybe",
     ],
 }
 SENSIBLE = {
@@ -218,7 +232,7 @@ SENSIBLE = {
         *("data.simulation.equilibration=0", "system.temperature=310", "+system.cutoff_nm=null"),
         *(
             "flow.network.chiral=false",
-            "flow.scales=conformers",
+            "flow.scales=conformers ebm.model.contrast_weight=0",
             "system.energy_backend=openmm",
             "flow.model.whiten=false",
         ),

@@ -16,6 +16,7 @@ __all__ = [
     "plot_densities",
     "plot_energy_cost",
     "plot_energy_histograms",
+    "plot_error_over_cost",
     "plot_ladder",
     "plot_learning_curves",
     "plot_likelihood_agreement",
@@ -24,6 +25,7 @@ __all__ = [
     "plot_profiles",
     "plot_ramachandran",
     "plot_refinement",
+    "plot_seconds",
     "plot_weights",
 ]
 
@@ -321,6 +323,47 @@ def plot_energy_cost(rows: Sequence[Mapping]) -> Figure:
         ax.minorticks_off()
     axes[0, 0].set_ylabel("µs a conformer")
     axes[0, 0].legend()
+    return figure
+
+
+@_styled
+def plot_error_over_cost(rows: Sequence[Mapping]) -> Figure:
+    """``std`` (kT) over ``ms`` a sample (log-log), each with its label, ``likelihood``, a colour for each ``kind``.
+
+    One without a ``std`` is a vertical line, as is one whose is zero. Labels stand right and left by turns.
+    """
+    figure, ax = _single_axes(6.4, 4.2)
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    for place, row in enumerate(sorted(rows, key=lambda row: row["ms"])):
+        colour = _COLOURS[kinds.index(row["kind"]) % len(_COLOURS)]
+        text = {"color": colour, "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
+        if row["std"]:
+            ax.plot(row["ms"], row["std"], marker="o", markersize=4, color=colour)
+            side = {"xytext": (-5, -3), "ha": "right"} if place % 2 else {"xytext": (5, -3), "ha": "left"}
+            ax.annotate(row["likelihood"], (row["ms"], row["std"]), **side, **text)
+        else:
+            ax.axvline(row["ms"], color=colour, linewidth=0.8, linestyle="--")
+            place = {"xycoords": ax.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "right"}
+            ax.annotate(row["likelihood"], (row["ms"], 0.02), xytext=(-2, 0), **place, **text)
+    ax.set(xscale="log", yscale="log", xlabel="ms a sample", ylabel="standard deviation of the error (kT)")
+    return figure
+
+
+@_styled
+def plot_seconds(bars: Mapping[str, tuple[float, float]], title: str) -> Figure:
+    """A bar for each label (logarithmic), (seconds, seconds of training), the latter on top of the former and paler."""
+    figure, ax = _single_axes(5.6, 0.8 + 0.35 * max(1, len(bars)))
+    seconds, training = np.array(list(bars.values())).reshape(-1, 2).T
+    places = np.arange(len(bars))
+    ax.barh(places, seconds + training, color=_COLOURS[5], label="and the training")
+    ax.barh(places, seconds, color=_COLOURS[0], label="by itself")
+    ax.set_yticks(places, list(bars))
+    if training.any():
+        _legend_above(ax)
+    if len(bars):
+        ax.set_xlim(seconds.min() / 3, 2 * (seconds + training).max())
+    ax.set(xscale="log", xlabel=title)
+    ax.invert_yaxis()
     return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from boltznce.benchmarks import energy, network, spline
+from boltznce.benchmarks import energy, free_energy, likelihood, network, spline
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import atomic_file
@@ -17,12 +17,15 @@ from boltznce.run import set_threads
 
 __all__ = ["BENCHMARKS", "run_benchmark"]
 
-# what -> (measure(**section, device, min_seconds, seed) -> rows, rows -> Markdown, rows -> Figure)
+# what -> (measure(**section, device, seed; min_seconds, or of a run: run, trust) -> rows, -> Markdown, -> Figure)
 BENCHMARKS = {
     "energy": (energy.measure_energy, energy.energy_table, energy.energy_figure),
     "network": (network.measure_network, network.network_table, network.network_figure),
+    "likelihood": (likelihood.measure_likelihood, likelihood.likelihood_table, likelihood.likelihood_figure),
+    "free_energy": (free_energy.measure_free_energy, free_energy.free_energy_table, free_energy.free_energy_figure),
     "spline": (spline.measure_spline, spline.spline_table, spline.spline_figure),
 }
+OF_A_RUN = ("likelihood", "free_energy")
 
 
 def run_benchmark(config: DictConfig) -> str:
@@ -40,8 +43,10 @@ def run_benchmark(config: DictConfig) -> str:
     set_threads(config.threads)
     device = make_fabric(config.device).device
     settings = OmegaConf.to_container(config[config.what], resolve=True)
+    of_a_run = config.what in OF_A_RUN
+    how = {"run": config.run, "trust": config.trust} if of_a_run else {"min_seconds": config.min_seconds}
     with only_process(folder):
-        rows = measure(**settings, device=device, min_seconds=config.min_seconds, seed=config.seed)
+        rows = measure(**settings, **how, device=device, seed=config.seed)
         return _write(config.what, folder, rows, settings, device, table(rows), figure(rows))
 
 

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from boltznce.clock import clock_of
 
-__all__ = ["Timing", "time_call"]
+__all__ = ["Timing", "time_call", "time_once"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ def time_call(call: Callable[[], object], min_seconds: float = 1.0, min_repeats:
     work = (clock() - before) / len(seconds)
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), float(low), float(high), work, len(seconds))
+
+
+def time_once(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The result of a call and its seconds (see `boltznce.clock`): of what takes long and was warmed up before."""
+    clock = clock_of(device)
+    _synchronize()
+    begun = clock()
+    result = call()
+    _synchronize()
+    return result, clock() - begun
 
 
 def _synchronize() -> None:

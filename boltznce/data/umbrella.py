@@ -14,6 +14,7 @@ from boltznce.data import mbar
 from boltznce.data.engine import Job, Sampler, Tick, dihedral_angle, frame_dtype, wrap
 from boltznce.data.result import SimulationResult
 from boltznce.data.walkers import Restraints, make_walkers
+from boltznce.errors import UserError
 from boltznce.states import in_interval
 from boltznce.units import GAS_CONSTANT
 
@@ -177,8 +178,11 @@ def analyse(
 
     A block is one stretch of time of one repeat, all windows together, so that slow motions that exchange carries
     around the ring stay inside a block (``n_blocks`` for each repeat). MBAR is solved on at most ``max_frames`` frames,
-    drawn at random if there are more, to bound its memory; all frames are then weighted.
+    drawn at random if there are more, to bound its memory; all frames are then weighted. Raises UserError for fewer
+    frames of a window than blocks.
     """
+    if (n := len(np.unique(time))) < n_blocks:
+        raise UserError(f"Errors are those of {n_blocks} blocks of time, and there are {n} frames: simulate longer.")
     rng = np.random.default_rng(seed)
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     bins = np.clip(np.digitize(dihedral, edges) - 1, 0, n_bins - 1)

@@ -53,7 +53,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
     seconds = {"draw": _seconds_per_draw(generator, likelihood, work.generator("timing", member))}
     conformers = samples[allowed_conformers(excluded, len(samples))]
-    refined = _refined(work, member, conformers) if section.refine and member.differentiable else None
+    refined = _refined(work, member, conformers) if section.get("refine") and member.differentiable else None
     if refined is not None:
         seconds["refine"] = refined.meta["refinement"]["seconds"] / len(refined)
         _refine_data(work, member)

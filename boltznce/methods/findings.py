@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
@@ -26,7 +27,7 @@ from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data", "walker_of"]
+__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data", "training_seconds", "walker_of"]
 
 MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
 NO_FRAMES = "There is no comparison with data of {}: no frames of its proxy were refined to it (evaluation.n_frames)."
@@ -279,14 +280,17 @@ def gather(work: Workspace, member: System) -> Findings:
         work.config.evaluation,
         work.config.seed,
         (*generator.notes, *missing),
-        training_seconds=_training_seconds(work),
+        training_seconds=training_seconds(work.folder.stages, work.device),
         refined=refined,
     )
 
 
-def _training_seconds(work: Workspace) -> float:
-    """Of all stages before the evaluation; of the data, what their simulation took, in whichever run that was."""
-    stages, key = work.folder.stages, "cpu_seconds" if work.device.type == "cpu" else "seconds"
+def training_seconds(stages: Mapping[str, Mapping[str, Any]], device: torch.device) -> float:
+    """Of all stages before the evaluation; of the data, what their simulation took, in whichever run that was.
+
+    ``stages``: a run's records; its seconds of the CPU, or by the wall clock where the ``device`` is a GPU.
+    """
+    key = "cpu_seconds" if device.type == "cpu" else "seconds"
     before = itertools.takewhile(lambda name: name != "evaluation", stages)
     spent = sum(stages[name].get(key, np.nan) for name in before if name != "data")
     return spent + stages.get("data", {}).get("simulation_seconds", 0.0)

@@ -60,20 +60,19 @@ def write_free_energy(
     require_samples(samples_folder, samples, system)
     held = hold(output)
     angle = system.coordinate(np.asarray(samples.positions), coordinate)
-    profile = free_energy_profile(
-        angle, samples.log_weights, n_bins, seed=seed, limits=limits, walkers=samples.ancestors
-    )
+    refined, given = samples.ancestors is not None, (angle, samples.log_weights)
+    profile = free_energy_profile(*given, n_bins, walkers=samples.ancestors, seed=seed, limits=limits)
     reference = system.reference() if state == own else None
     options = {"state": state.interval, "n_bootstrap": n_bootstrap, "seed": seed}
-    likelihood, ancestors = samples.meta.get("likelihood"), samples.ancestors
-    if ancestors is None:
-        weighted = free_energy_difference(angle, samples.log_weights, **options)
+    if refined:
+        weighted = refined_free_energy_difference(*given, samples.ancestors, state.interval)
     else:
-        weighted = refined_free_energy_difference(angle, samples.log_weights, ancestors, state.interval)
-    free_energy = {
-        f"{likelihood or 'weighted'} weights": judged_by_exact(weighted) if likelihood == "ebm" else weighted,
-        "unweighted": free_energy_difference(angle, None, **options),
-    }
+        weighted = free_energy_difference(*given, **options)
+    likelihood = samples.meta.get("likelihood")
+    row = "refined" if refined else f"{likelihood or 'weighted'} weights"
+    free_energy = {row: judged_by_exact(weighted) if likelihood == "ebm" else weighted}
+    if not refined:
+        free_energy["unweighted"] = free_energy_difference(angle, None, **options)
     if reference is not None:
         free_energy["reference"] = reference_difference(reference)
     results = {
@@ -83,7 +82,9 @@ def write_free_energy(
         "ess": {"weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)}},
     }
     options = {"angle_name": coordinate, "limits": limits}
-    figure = plot_profiles({"weighted": profile}, reference_profile(reference), state.interval, **options)
+    figure = plot_profiles(
+        {"refined" if refined else "weighted": profile}, reference_profile(reference), state.interval, **options
+    )
     columns = {key: [None if np.isnan(v) else float(v) for v in values] for key, values in asdict(profile).items()}
     with atomic_file(output / "profile.json") as path:  # first: by it the folder is known as ours
         path.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")

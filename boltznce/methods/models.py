@@ -158,6 +158,12 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
             "or another network."
         )
 
+    if settings.get("contrast_weight") and section.scales != "frames":
+        raise UserError(
+            f"The walkers of {name}.model.contrast_weight are saved with the weights of one molecule: set it to 0, or "
+            f"{name}.scales=frames."
+        )
+
     def bound(network: nn.Module, molecule: System) -> nn.Module:
         device = next(network.parameters()).device
         features = None if molecule.features is None else molecule.features.to(device)

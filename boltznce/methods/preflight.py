@@ -168,7 +168,7 @@ def check_evaluation(config: DictConfig, system: System) -> None:
 
 def check_refinement(config: DictConfig, system: System) -> None:
     """How draws are annealed to the target, and from what."""
-    if not config.evaluation.refine:
+    if not config.evaluation.get("refine"):
         if system.example.proxy is not None:
             raise UserError(
                 f"Only refinement leads from the proxy of {system.example.name} to its own energy: set "

@@ -122,6 +122,7 @@ def refine(
     system, models = generator.system, generator.models(generator.default_likelihood)
     about = {
         "system": system.name,
+        "likelihood": generator.default_likelihood,
         "seed": seed,
         "settings": [dataclasses.asdict(each) for each in settings[: 1 + (system.proxy is not None)]],
         "weights": parameters_digest(models),

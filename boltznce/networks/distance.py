@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from boltznce.networks.geometry import MolecularGeometry, bonded_quadruples, soft_clip
 from boltznce.networks.mlp import ResidualBlocks, ResidualMLP, TimeEmbedding
 
-__all__ = ["N_TIME", "DistanceEnergy", "DistanceVectorField", "EnergyTrunk", "VectorFieldTrunk"]
+__all__ = ["N_MODES", "N_TIME", "DistanceEnergy", "DistanceVectorField", "EnergyTrunk", "VectorFieldTrunk"]
 
 N_TIME = 64
+N_MODES = 128  # of an energy
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -81,23 +82,37 @@ class VectorFieldTrunk(_OnGeometry):
 
 
 class EnergyTrunk(_OnGeometry):
-    """log q up to a constant: c(t) + Σ_k [a_k(t) z_k - b_k(t) z_k² / 2] + MLP(z, t), z the standardized coordinates.
+    """log q up to a constant: c + Σ_k [a_k z_k - b_k z_k² / 2] - Σ_m s_m (w_m·z)² / 2 + MLP(z, z², t).
 
-    Subclasses have the parts ``time`` and ``mlp``, of which all but the inlet is used here.
+    z are the standardized coordinates, w_m the `N_MODES` directions in which they move together; a, b, c and s depend
+    on t, all b and s are positive. The MLP sees z soft-clipped, so that far from all data the well is left, which
+    confines. It normalizes its hidden states, and without the squares would not see well how far out z is.
+
+    Subclasses have the parts ``time``, ``modes``, which makes s, and ``mlp``, of which all but the inlet is used here.
     """
 
     @abstractmethod
-    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
-        """The map from z (batch, n_values) to the hidden width, a and b (batch, n_values), and c (batch,)."""
+    def rows(self, time: Tensor) -> tuple[Layer, Layer, Tensor, Tensor, Tensor]:
+        """The maps from (z, z²) (batch, 2 n_values) to the hidden width and from z to the w_m·z, a and b
+        (batch, n_values), and c (batch,).
+
+        This b may have any sign: the stiffness is a first guess plus b, and where that is below the guess a factor
+        times the guess.
+        """
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         """(batch,) at positions x (batch, n, 3) and times t (batch,)."""
         mean, spread, _ = self.geometry.statistics(t)
-        z = soft_clip((self.geometry.values(x)[0] - mean) / spread, 10.0)
+        z = (self.geometry.values(x)[0] - mean) / spread
         time = self.time(t)
-        inlet, a, b, c = self.rows(time)
-        well = (a * z - 0.5 * b * z.square()).sum(-1)
-        return well + (self.mlp.outlet(self.mlp.blocks(inlet(z), time)).squeeze(-1) + c)
+        inlet, along, a, b, c = self.rows(time)
+        guess = 3 * x.shape[-2] / z.shape[-1]  # the coordinates over-count the 3n - 6 degrees of freedom
+        stiffness = guess * (1 + nn.functional.elu(b / guess))
+        well = (a * z - 0.5 * stiffness * z.square()).sum(-1)
+        well = well - 0.5 * (nn.functional.softplus(self.modes(time)) * along(z).square()).sum(-1)
+        near = soft_clip(z)
+        hidden = self.mlp.blocks(inlet(torch.cat([near, near.square() - 1], dim=-1)), time)
+        return well + (self.mlp.outlet(hidden).squeeze(-1) + c)
 
 
 class DistanceVectorField(VectorFieldTrunk):
@@ -152,15 +167,17 @@ class DistanceEnergy(EnergyTrunk):
         self.geometry = MolecularGeometry(n_atoms, bonded_quadruples(bonds) if chiral else ())
         n_values = self.geometry.n_values
         self.time = TimeEmbedding(N_TIME)
-        self.mlp = ResidualMLP(n_values, 1, N_TIME, width, n_blocks)
+        self.mlp = ResidualMLP(2 * n_values, 1, N_TIME, width, n_blocks)
         self.quadratic = nn.Linear(N_TIME, 2 * n_values + 1)
-        nn.init.zeros_(self.quadratic.weight)
+        self.along = nn.Linear(n_values, N_MODES, bias=False)
+        self.modes = nn.Linear(N_TIME, N_MODES)
+        for layer in (self.quadratic, self.modes):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            self.quadratic.bias.zero_()
-            # the standardized coordinates over-count the 3n - 6 degrees of freedom
-            self.quadratic.bias[n_values : 2 * n_values] = 3 * n_atoms / n_values
+            self.along.weight.mul_(0.5)  # modes begin soft
 
-    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
+    def rows(self, time: Tensor) -> tuple[Layer, Layer, Tensor, Tensor, Tensor]:
         n = self.geometry.n_values
         a, b, c = self.quadratic(time).split([n, n, 1], dim=-1)
-        return self.mlp.inlet, a, b, c.squeeze(-1)
+        return self.mlp.inlet, self.along, a, b, c.squeeze(-1)

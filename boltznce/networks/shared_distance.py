@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from boltznce.modules import copy_with
-from boltznce.networks.distance import N_TIME, EnergyTrunk, Layer, VectorFieldTrunk
+from boltznce.networks.distance import N_MODES, N_TIME, EnergyTrunk, Layer, VectorFieldTrunk
 from boltznce.networks.geometry import MolecularGeometry, bonded_quadruples
 from boltznce.networks.mlp import ResidualBlocks, ResidualMLP, TimeEmbedding, standardize
 
@@ -163,27 +163,29 @@ class SharedDistanceEnergy(_MadeRows, EnergyTrunk):
         super().__init__(n_features, embedding_width, chiral)
         self.time = TimeEmbedding(N_TIME)
         self.mlp = ResidualMLP(embedding_width, 1, N_TIME, width, n_blocks)
+        self.squares = nn.Linear(embedding_width, width)
         self.quadratic = nn.Linear(embedding_width, 2 * (N_TIME + 1))
         self.level = nn.Linear(N_TIME, embedding_width)
-        for layer in (self.quadratic, self.level):
+        self.along = nn.Linear(embedding_width, N_MODES)
+        self.modes = nn.Linear(N_TIME, N_MODES)
+        for layer in (self.quadratic, self.level, self.modes):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width), and the molecule's embedding."""
-        made = 1 / embedded.shape[1]
+    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of weights for z and z² (2 n_values, width), modes and well (n_values, ·); the molecule's embedding."""
+        made, scale = 1 / embedded.shape[1], len(embedded) ** -0.5
         return (
-            len(embedded) ** -0.5 * self.mlp.inlet(embedded),
+            scale * torch.cat([self.mlp.inlet(embedded), self.squares(embedded)]),
+            0.5 * scale * self.along(embedded),  # modes begin soft
             made * self.quadratic(embedded),
             made * embedded.mean(0),
         )
 
-    def rows(self, time: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
-        into, quadratic, molecule = self.weights()
+    def rows(self, time: Tensor) -> tuple[Layer, Layer, Tensor, Tensor, Tensor]:
+        into, along, quadratic, molecule = self.weights()
         a, b = _of_time(quadratic, time)
-        # the standardized coordinates over-count the 3n - 6 degrees of freedom
-        b = b + 3 * len(self.features) / self.geometry.n_values
-        return lambda z: z @ into, a, b, self.level(time) @ molecule
+        return lambda z: z @ into, lambda z: z @ along, a, b, self.level(time) @ molecule
 
 
 def _of_time(rows: Tensor, time: Tensor) -> list[Tensor]:
