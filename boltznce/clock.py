@@ -7,12 +7,19 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["clock_of", "cpu_seconds"]
+__all__ = ["clock_of", "cpu_seconds", "stopwatch"]
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds so far: `cpu_seconds`, or wall clock where the device is a GPU (wait for it before reading)."""
     return cpu_seconds if torch.device(device).type == "cpu" else time.perf_counter
+
+
+def stopwatch(device: torch.device | str) -> Callable[[], float]:
+    """Seconds of `clock_of` from now on."""
+    clock = clock_of(torch.device(device))
+    begun = clock()
+    return lambda: clock() - begun
 
 
 def cpu_seconds() -> float:

@@ -19,7 +19,7 @@ from boltznce.data.reference import (
 )
 from boltznce.errors import UserError
 from boltznce.folders import inside
-from boltznce.methods.refinement import FromProxy, refine_frames
+from boltznce.methods.proxy import FromProxy, refine_frames
 
 
 def main(config: DictConfig) -> None:

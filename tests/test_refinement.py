@@ -37,8 +37,10 @@ from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
 from boltznce.methods.free_energy import write_free_energy
+from boltznce.methods.legs import kernel_of
 from boltznce.methods.preflight import check_refinement
-from boltznce.methods.refinement import FromProxy, kernel_of, refine, refine_frames, require_base, settings_of
+from boltznce.methods.proxy import FromProxy, refine_frames
+from boltznce.methods.refinement import RefineSettings, refine, require_base, settings_of
 from boltznce.methods.shift import shift_of
 from boltznce.run import load_run, refined_folder, train_run
 from boltznce.smc import AnnealSettings, refined_free_energy_difference
@@ -76,7 +78,7 @@ class TwoWells(Generator):
         return torch.logsumexp(torch.stack(logs), 0).double() - math.log(2 * math.pi * WIDTH**2)
 
 
-SETTINGS = (AnnealSettings(first_cess=0.95), FromProxy(cess=0.9, first_cess=0.9, n_walkers=2000))
+SETTINGS = RefineSettings(AnnealSettings(first_cess=0.95), FromProxy(cess=0.9, first_cess=0.9, n_walkers=2000))
 
 
 def test_draws_become_those_of_the_target():
@@ -258,7 +260,7 @@ def test_a_refinement_that_was_killed_in_its_second_leg_goes_on(tmp_path):
     assert refined.meta["refinement"]["gradients"] == whole.meta["refinement"]["gradients"]
     assert len(of_proxy) <= len(of_system) + 1  # as the base of the second leg, and no more in the first
     assert [path.name for path in tmp_path.iterdir()] == ["refined"]
-    other = [SETTINGS[0], FromProxy()]
+    other = SETTINGS._replace(from_proxy=FromProxy())
     with pytest.raises(UserError, match="holds other samples"):
         refine(generator, draws, other, seed=3, folder=tmp_path / "refined")
 
@@ -275,7 +277,7 @@ def frames_of(system, folder, n=20000, n_walkers=40):
 
 
 def test_frames_of_the_proxy_become_those_of_the_system(tmp_path):
-    system, given = dear(), {"settings": SETTINGS[1], "seed": 0, "folder": tmp_path / "refined"}
+    system, given = dear(), {"settings": SETTINGS.from_proxy, "seed": 0, "folder": tmp_path / "refined"}
     frames = frames_of(system, tmp_path / "frames")
     asked(system, fail_at=20)
     with pytest.raises(KeyboardInterrupt):

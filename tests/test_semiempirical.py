@@ -13,7 +13,7 @@ from boltznce import UserError, load_system
 from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
 from boltznce.data.simulate import simulate
-from boltznce.methods.refinement import FromProxy, refine_frames
+from boltznce.methods.proxy import FromProxy, refine_frames
 from boltznce.systems import semiempirical
 from boltznce.systems.identity import differences
 from boltznce.systems.semiempirical import XTBEnergy

@@ -7,7 +7,7 @@ import torch
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.errors import UserError
 from boltznce.methods.drawing import Generator
-from boltznce.methods.refinement import refine, settings_of
+from boltznce.methods.refinement import RefineSettings, refine, settings_of
 from boltznce.run import Run, load_run
 from boltznce.systems.base import System
 from boltznce.systems.isomers import allowed_conformers, excluded_conformers, require_some_left
@@ -44,7 +44,7 @@ def measured_refinement(generator: Generator, draws: WeightedSamples, seed: int)
     What a first call compiles is not counted: a refinement in one step is made before.
     """
     settings = settings_of(generator.config)
-    first = tuple(dataclasses.replace(each, max_steps=1, n_moves=1, final_moves=0) for each in settings)
+    first = RefineSettings(*(dataclasses.replace(each, max_steps=1, n_moves=1, final_moves=0) for each in settings))
     refine(generator, draws, first, seed=seed)
     refined = refine(generator, draws, settings, seed=seed)
     return refined, refined.meta["refinement"]["seconds"]

@@ -18,7 +18,8 @@ from boltznce.clock import clock_of
 from boltznce.io import atomic_file
 from boltznce.methods.drawing import Generator, draw_to_folder
 from boltznce.methods.findings import held_out_data
-from boltznce.methods.refinement import refine, refine_frames, settings_of
+from boltznce.methods.proxy import refine_frames
+from boltznce.methods.refinement import refine, settings_of
 from boltznce.methods.workspace import Workspace
 from boltznce.smc import Kin
 from boltznce.systems.base import System
@@ -90,7 +91,7 @@ def _refine_data(work: Workspace, member: System) -> None:
     if n and member.proxy is not None and work.frames_exist(member):
         folder, seed = work.folder.leave(work.samples("frames", member)), work.numpy_generator("frames", member)
         frames = work.unseen(member, work.frames(member))
-        settings = dataclasses.replace(settings_of(work.config)[1], n_walkers=n)
+        settings = dataclasses.replace(settings_of(work.config).from_proxy, n_walkers=n)
         refine_frames(member, frames, settings, seed=int(seed.integers(2**31)), folder=folder)
 
 

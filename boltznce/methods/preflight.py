@@ -20,7 +20,8 @@ from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
 from boltznce.logger import open_logger
 from boltznce.methods.models import MODELS, load_trained, make
-from boltznce.methods.refinement import FromProxy, settings_of
+from boltznce.methods.proxy import FromProxy
+from boltznce.methods.refinement import settings_of
 from boltznce.methods.workspace import make_fabric
 from boltznce.precision import ordinary_tensors
 from boltznce.settings import check, require_keywords
