@@ -148,7 +148,7 @@ def test_other_isomers_are_left_out_and_weigh_nothing():
     which, rng = np.array([CIS_REST, REST, CIS_STATE, STATE, REST, STATE]), np.random.default_rng(0)
     x = (conformers()[which].numpy() + SPREAD * rng.normal(size=(6, *conformers().shape[1:]))).astype("f4")
     draws = WeightedSamples(x, np.zeros(6), np.zeros(6))
-    settings = [AnnealSettings(step_size=3e-4, n_moves=1, final_moves=1)]
+    settings = RefineSettings(AnnealSettings(step_size=3e-4, n_moves=1, final_moves=1))
     refined = refine(Half(), draws, settings, seed=0)
     assert refined.ancestors.tolist() == [1, 3, 4, 5]
     np.testing.assert_array_equal(nearest(refined.positions), which[refined.ancestors])
