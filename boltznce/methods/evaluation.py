@@ -79,10 +79,11 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
 
 def _refined(work: Workspace, member: System, conformers: WeightedSamples) -> WeightedSamples:
     """Leave some of the draws, refined, in ``samples/refined``."""
-    draws = conformers[: work.config.evaluation.refine.n_walkers]
+    n = work.config.evaluation.refine.n_walkers
     folder = work.folder.leave(work.samples("refined", member))
     seed = int(work.numpy_generator("refinement", member).integers(2**31))
-    return refine(work.models.of(member), draws, settings_of(work.config), seed=seed, folder=folder)
+    how = {"seed": seed, "n_walkers": n, "folder": folder}
+    return refine(work.models.of(member), conformers, settings_of(work.config), **how)
 
 
 def _refine_data(work: Workspace, member: System) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.checkpoint import parameters_digest
@@ -21,6 +22,7 @@ from boltznce.methods.legs import Leg, forget_working_folders, own_isomers, walk
 from boltznce.methods.proxy import FromProxy, from_proxy
 from boltznce.precision import ordinary_tensors
 from boltznce.smc import AnnealSettings, with_gradient
+from boltznce.systems.base import System
 
 __all__ = ["RefineSettings", "refine", "require_base", "settings_of"]
 
@@ -65,10 +67,11 @@ def refine(
     settings: RefineSettings,
     *,
     seed: int,
+    n_walkers: int | None = None,
     folder: Path | None = None,
     format: str = "npy",
 ) -> WeightedSamples:
-    """Walkers at the target, one for each of the ``draws``, their ``ancestors``; log q of where they are is not known.
+    """Walkers at the target that begin at ``draws``, their ``ancestors``; log q of where they are is not known.
 
     From the generator's likelihood to the system; where it has a proxy, first to that, and some go on from there.
     States are that of the system and the rest; draws that are other isomers are left out, and what becomes one weighs
@@ -76,6 +79,8 @@ def refine(
     (of the last call, if it was killed before).
 
     Args:
+        n_walkers: how many of the draws, as many in the state as in the rest, if there are; each stands for as many as
+            there are of its side. None: all.
         folder: where to save; a killed call goes on where it was, and a finished one is loaded.
 
     Raises UserError where draws cannot be refined, and for a folder of other samples.
@@ -86,6 +91,7 @@ def refine(
         "system": system.name,
         "likelihood": generator.default_likelihood,
         "seed": seed,
+        "n_walkers": n_walkers,
         "settings": [dataclasses.asdict(each) for each in settings[: 1 + (system.proxy is not None)]],
         "weights": parameters_digest(models),
         "draws": zlib.crc32(np.ascontiguousarray(draws.energy).tobytes()),
@@ -95,7 +101,7 @@ def refine(
         if any(refined.meta.get(key) != value for key, value in about.items()):
             raise UserError(f"{folder} holds other samples: choose another folder, or delete it.")
         return refined
-    begun, start = stopwatch(generator.device), own_isomers(system, draws.positions)
+    begun, (start, log_weights) = stopwatch(generator.device), _some(system, draws, n_walkers, seed)
     positions = torch.from_numpy(np.array(draws.positions[start])).to(generator.device)
     base = with_gradient(generator.base_log_prob)
     if system.proxy is None:
@@ -104,7 +110,7 @@ def refine(
         low = np.argsort(draws.energy[start])[: len(start) // 2]  # the others clash, which takes xTB ages to tell
         near, onward = from_proxy(system, positions[np.sort(low)], settings.from_proxy)
         legs = [Leg("base", base, near, settings.from_base), onward]
-    annealed, done = walk(system, legs, positions, seed=seed, folder=folder, about=repr(about))
+    annealed, done = walk(system, legs, positions, log_weights, seed=seed, folder=folder, about=repr(about))
     refined = WeightedSamples(
         annealed.positions,
         annealed.energy,
@@ -118,3 +124,21 @@ def refine(
         refined.save(folder, format)
         forget_working_folders(folder)
     return refined
+
+
+def _some(system: System, draws: WeightedSamples, n: int | None, seed: int) -> tuple[np.ndarray, Tensor]:
+    """Indices of draws of the system's own isomer, ``n`` of them, and log weights, by how many each stands for."""
+    own = own_isomers(system, draws.positions)
+    if n is None or n >= len(own):
+        return own, torch.zeros(len(own))
+    if system.state is None:
+        return own[:n], torch.zeros(n)
+    inside = system.state.contains(system.coordinate(np.array(draws.positions[own]), system.state.coordinate))
+    sides, rng = [own[inside], own[~inside]], np.random.default_rng([seed, 0])
+    of_state = min(len(sides[0]), max(n // 2, n - len(sides[1])))
+    chosen = [rng.choice(side, k, replace=False) for side, k in zip(sides, (of_state, n - of_state), strict=True)]
+    weights = [
+        np.full(len(some), np.log(len(side) / len(some))) for some, side in zip(chosen, sides, strict=True) if len(some)
+    ]
+    order = np.argsort(index := np.concatenate(chosen))
+    return index[order], torch.from_numpy(np.concatenate(weights)[order])
