@@ -18,7 +18,7 @@ SOLVERS = [
     SolverSettings("dopri5", rtol=1e-7, atol=1e-7),
     SolverSettings("rk4", steps=20),
     SolverSettings("heun", steps=200),
-    SolverSettings("heun", steps=200, divergence_every=4),
+    SolverSettings("heun", steps=800, divergence_every=4),
 ]
 
 
