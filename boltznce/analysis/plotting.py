@@ -411,7 +411,7 @@ def plot_refinement(steps: Sequence[Mapping], n_walkers: int) -> Figure:
     _legend_above(left, columns=3)
     mean_u = column("mean_u")
     right.plot(beta, mean_u - mean_u[ends], marker="o", markersize=3, color=_COLOURS[0])
-    right.set(xlabel="β", ylabel="⟨u⟩ by weight, less that at the end (kT)", xlim=(0, leg[-1] + 1.02))
+    right.set(xlabel="β", ylabel="⟨u⟩ − ⟨u⟩ at the end (kT)", xlim=(0, leg[-1] + 1.02))
     return figure
 
 

@@ -39,6 +39,7 @@ TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total, and 
 FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
+FEWEST_STEPS = 3  # in β, that are drawn
 REMOVED = 0.002  # of the top weights, as the BoltzNCE authors do
 REAL_SHARE = 0.001  # of the data, that a note is worth
 CONDITIONAL = (
@@ -289,7 +290,9 @@ def refinement(f: Findings) -> Part:
     notes = (REFINED_EXACT if f.likelihood == "exact" else REFINED_EBM,)
     if not f.weighed:
         notes += (TWO_LEGS.format(proxy=energy_in_words(f.system.proxy.identity), system=f.system.name),)
-    return Part(results, {"refinement": plotting.plot_refinement(done["steps"], len(ancestors))}, notes)
+    few = len(done["steps"]) < FEWEST_STEPS  # a figure of which says nothing
+    figures = {} if few else {"refinement": plotting.plot_refinement(done["steps"], len(ancestors))}
+    return Part(results, figures, notes)
 
 
 # ---- against data ---------------------------------------------------------------------------------------------------
