@@ -321,7 +321,7 @@ MUTANTS = (
     mutant(
         16,
         "other isomers refined too",
-        REFINEMENT,
+        "methods/legs.py",
         "np.where(turned, -np.inf, annealed.log_weights)",
         "annealed.log_weights",
         "refin or isomers",
@@ -345,7 +345,7 @@ MUTANTS = (
     mutant(
         16,
         "refined from a clash of units",
-        REFINEMENT,
+        "methods/legs.py",
         "GAS_CONSTANT * system.temperature",
         "1.0",
         "refin or molecule",

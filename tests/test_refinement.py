@@ -173,6 +173,14 @@ def test_ancestors_go_with_their_samples(tmp_path):
         WeightedSamples(x, np.zeros(4), np.zeros(4), ancestors=np.zeros(3, int))
 
 
+def test_the_error_of_refined_samples_counts_ancestors():
+    angle, ancestors = np.repeat([1.0, -1.0], 200), np.arange(400)
+    once = refined_free_energy_difference(angle, np.zeros(400), ancestors)
+    often = refined_free_energy_difference(np.repeat(angle, 9), np.zeros(3600), np.repeat(ancestors, 9))
+    assert (often.value, often.std_error) == pytest.approx((once.value, once.std_error))
+    assert once.std_error == pytest.approx(math.sqrt(1 / 200 + 1 / 200), rel=0.01)
+
+
 def test_what_cannot_be_refined_is_told():
     config = OmegaConf.create({"evaluation": {"batch_size": 8}})
     with pytest.raises(UserError, match="has no gradient"):
