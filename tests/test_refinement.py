@@ -37,6 +37,7 @@ from boltznce.data.members import draw_dataset, load_data
 from boltznce.errors import UserError
 from boltznce.methods import boltznce
 from boltznce.methods.drawing import Generator
+from boltznce.methods.evaluation import _kin
 from boltznce.methods.free_energy import write_free_energy
 from boltznce.methods.legs import kernel_of
 from boltznce.methods.preflight import check_refinement
@@ -179,6 +180,12 @@ def test_the_error_of_refined_samples_counts_ancestors():
     often = refined_free_energy_difference(np.repeat(angle, 9), np.zeros(3600), np.repeat(ancestors, 9))
     assert (often.value, often.std_error) == pytest.approx((once.value, once.std_error))
     assert once.std_error == pytest.approx(math.sqrt(1 / 200 + 1 / 200), rel=0.01)
+
+
+def test_one_likelihood_is_enough_for_an_ancestors_walkers_on_a_side():
+    x = conformers()[[STATE, STATE, REST, STATE, REST]].float().numpy()
+    refined = WeightedSamples(x, np.zeros(5), np.zeros(5), np.zeros(5), ancestors=np.array([4, 4, 4, 7, 7]))
+    assert _kin(springs(), refined, np.array([0, 1, 1, 2, 3, 4])).tolist() == [0, 0, 0, 2, 3, 4]
 
 
 def test_what_cannot_be_refined_is_told():
