@@ -322,7 +322,7 @@ MUTANTS = (
         16,
         "other isomers refined too",
         "methods/legs.py",
-        "np.where(turned, -np.inf, annealed.log_weights)",
+        "np.where(own_isomers(system, annealed.positions), annealed.log_weights, -np.inf)",
         "annealed.log_weights",
         "refin or isomers",
     ),

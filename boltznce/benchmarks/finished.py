@@ -12,7 +12,7 @@ from boltznce.run import Run, load_run
 from boltznce.systems.base import System
 from boltznce.systems.isomers import allowed_conformers, excluded_conformers, require_some_left
 
-__all__ = ["measured_refinement", "open_finished", "own_isomers"]
+__all__ = ["measured_refinement", "of_own_isomer", "open_finished"]
 
 
 def open_finished(run: str | None, what: str, device: str | torch.device, trust: bool = False) -> Run:
@@ -31,7 +31,7 @@ def open_finished(run: str | None, what: str, device: str | torch.device, trust:
     return found
 
 
-def own_isomers(system: System, samples: WeightedSamples) -> WeightedSamples:
+def of_own_isomer(system: System, samples: WeightedSamples) -> WeightedSamples:
     """The samples that are the isomer that the system's structure is. Raises UserError where none is."""
     excluded = excluded_conformers(system, samples.positions)
     require_some_left(system, excluded, len(samples), "samples", "choose a run that was trained longer")

@@ -20,7 +20,7 @@ from boltznce.analysis.free_energy import (
 )
 from boltznce.analysis.plotting import plot_seconds
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.benchmarks.finished import measured_refinement, open_finished, own_isomers
+from boltznce.benchmarks.finished import measured_refinement, of_own_isomer, open_finished
 from boltznce.benchmarks.timing import time_once
 from boltznce.compiling import wants_compiling
 from boltznce.data.dataset import Dataset
@@ -34,9 +34,9 @@ from boltznce.methods.refinement import require_base
 from boltznce.precision import ordinary_tensors
 from boltznce.run import Run
 from boltznce.settings import require_keywords
-from boltznce.smc import Kin, corrected_by_ancestors, refined_free_energy_difference
+from boltznce.smc import corrected_by_ancestors, refined_free_energy_difference
 from boltznce.systems.base import System
-from boltznce.systems.isomers import allowed_conformers, excluded_conformers
+from boltznce.systems.isomers import own_isomers
 
 __all__ = ["free_energy_figure", "free_energy_table", "measure_free_energy", "seconds_to"]
 
@@ -122,7 +122,7 @@ def _free_energy_of(dataset: Dataset, system: System) -> tuple[float, float, str
     if dataset.meta["settings"]["method"] in ("umbrella", "metadynamics"):
         result = result_of(dataset, system)
         return result.delta_f, result.delta_f_error, result.message
-    frames = dataset.take(allowed_conformers(excluded_conformers(system, dataset.positions), len(dataset)))
+    frames = dataset.take(own_isomers(system, dataset.positions))
     values = system.coordinate(np.asarray(frames.positions), system.state.coordinate)
     blocks = time_blocks(system.state.contains(values), walker_of(frames))
     found = free_energy_difference(values, frames.log_weights, system.state.interval, walkers=blocks)
@@ -139,7 +139,7 @@ def _learned(run: Run, generator: Generator, n_draws: int, n_walkers: int, n_cor
     (name, interval), n_batch = system.state, min(n_draws, generator.batch_size(likelihood))
     run.sample(n_batch, seed=seed + 1)  # compiles what is compiled
     drawn, drawing = time_once(lambda: run.sample(n_draws, seed=seed), device)
-    draws = own_isomers(system, drawn)
+    draws = of_own_isomer(system, drawn)
     values = system.coordinate(np.asarray(draws.positions), name)
     weighted = free_energy_difference(values, draws.log_weights, interval, seed=seed)
     refined, refining = measured_refinement(generator, draws[:n_walkers], seed)
@@ -152,8 +152,7 @@ def _learned(run: Run, generator: Generator, n_draws: int, n_walkers: int, n_cor
         subset = choose_subset(
             values, refined.log_weights, n_correction, np.random.default_rng(seed), interval, "weights"
         )
-        kin = Kin.among(refined.ancestors, refined.log_weights, system.state.contains(values))
-        ancestors, of = np.unique(refined.ancestors[kin.first[kin.of[subset]]], return_inverse=True)
+        ancestors, of = np.unique(refined.ancestors[subset], return_inverse=True)
         exact, correcting = _exact(generator, draws, ancestors)
         corrected = corrected_by_ancestors(*by_ancestors, subset, draws.log_prob[ancestors][of], exact[of], interval)
         found = {way: (judged_by_exact(own, corrected), seconds) for way, (own, seconds) in found.items()}

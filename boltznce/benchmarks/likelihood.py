@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from boltznce.analysis.plotting import plot_error_over_cost
 from boltznce.analysis.reweighting import WeightedSamples
-from boltznce.benchmarks.finished import measured_refinement, open_finished, own_isomers
+from boltznce.benchmarks.finished import measured_refinement, of_own_isomer, open_finished
 from boltznce.benchmarks.timing import time_once
 from boltznce.errors import UserError
 from boltznce.flows.solvers import SolverSettings
@@ -56,7 +56,7 @@ def measure_likelihood(
             f"what=likelihood compares solvers of an interpolant flow, and method={opened.config.method.name} has "
             "none: choose a run of method=boltznce or tbg."
         )
-    draws = own_isomers(opened.system, WeightedSamples.load(opened.path / "samples" / "weighted"))
+    draws = of_own_isomer(opened.system, WeightedSamples.load(opened.path / "samples" / "weighted"))
     of_samples = {"n_probes": n_probes, "n": n, "n_walkers": n_walkers, "seed": seed}
     return likelihood_rows(generator, draws, settings, of_finest, of_probes, **of_samples)
 

@@ -16,7 +16,7 @@ from boltznce.data.umbrella import ring_of
 from boltznce.errors import UserError
 from boltznce.folders import file_of_ours
 from boltznce.io import atomic_file
-from boltznce.systems.isomers import allowed_conformers, excluded_conformers
+from boltznce.systems.isomers import own_isomers
 from boltznce.systems.reference import REFERENCE_FOLDER, checked_reference, load_reference
 
 __all__ = [
@@ -49,7 +49,7 @@ def result_of(dataset: Dataset, system, **options) -> SimulationResult:
         require_reference(system, settings["method"], _name_of(system, settings["dihedral"]))
     if settings["method"] == "metadynamics":
         # where walkers were hot a peptide bond may have turned, which never turns back
-        own = allowed_conformers(excluded_conformers(system, dataset.positions), len(dataset))
+        own = own_isomers(system, dataset.positions)
         dataset = dataset.take(own)
         pairs = settings["options"]["bias_along"]
         names = {state.coordinate, *itertools.chain(*pairs)}

@@ -34,8 +34,8 @@ def evaluate(work: Workspace) -> dict:
     Where weights are an EBM's, to two subsets of the draws: that drawn uniformly (as many in the state as in the rest)
     measures how far EBM and exact likelihood are apart, and is the flow's side of the two-sided free energy; that drawn
     by weight, with repeats, corrects the free energy. The latter are, where there are refined walkers, the ancestors of
-    those. Frames of the data (drawn by weight, as many in the state) are the other side; of a system
-    with a proxy they are annealed from it to the system, to be compared with.
+    those. Frames of the data (drawn by weight, as many in the state) are the other side; of a system with a proxy they
+    are annealed from it to the system, to be compared with.
     """
     tests = work.system.members("test")
     return {
@@ -54,7 +54,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
     seconds = {"draw": _seconds_per_draw(generator, likelihood, work.generator("timing", member))}
     conformers = samples[allowed_conformers(excluded, len(samples))]
-    refined = _refined(work, member, conformers) if section.get("refine") and member.differentiable else None
+    refined = _refined(work, member, generator, conformers) if section.get("refine") and member.differentiable else None
     if refined is not None:
         seconds["refine"] = refined.meta["refinement"]["seconds"] / len(refined)
         _refine_data(work, member)
@@ -77,13 +77,12 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     return seconds
 
 
-def _refined(work: Workspace, member: System, conformers: WeightedSamples) -> WeightedSamples:
+def _refined(work: Workspace, member: System, generator: Generator, conformers: WeightedSamples) -> WeightedSamples:
     """Leave some of the draws, refined, in ``samples/refined``."""
     n = work.config.evaluation.refine.n_walkers
     folder = work.folder.leave(work.samples("refined", member))
     seed = int(work.numpy_generator("refinement", member).integers(2**31))
-    how = {"seed": seed, "n_walkers": n, "folder": folder}
-    return refine(work.models.of(member), conformers, settings_of(work.config), **how)
+    return refine(generator, conformers, settings_of(work.config), seed=seed, n_walkers=n, folder=folder)
 
 
 def _refine_data(work: Workspace, member: System) -> None:
@@ -98,8 +97,7 @@ def _refine_data(work: Workspace, member: System) -> None:
 
 def _kin(system: System, refined: WeightedSamples, subset: np.ndarray) -> np.ndarray:
     """For each walker of the subset the first of its kin: of their ancestor one likelihood is enough."""
-    values = system.coordinate(np.array(refined.positions), system.state.coordinate)
-    kin = Kin.among(refined.ancestors, refined.log_weights, system.state.contains(values))
+    kin = Kin.among(refined.ancestors, refined.log_weights, system.in_state(np.array(refined.positions)))
     return kin.first[kin.of[subset]]
 
 

@@ -170,7 +170,7 @@ class Findings:
             frames, log_weights = ExactSubset(index, frames.log_prob[first]), np.log(repeats)
         else:
             return None
-        inside = self.system.state.contains(self.coordinate(self.data.frames.positions[frames.index]))
+        inside = self.system.in_state(np.asarray(self.data.frames.positions[frames.index]))
         return (draws, frames, log_weights) if inside.any() and not inside.all() else None
 
     @cached_property
@@ -208,7 +208,7 @@ class Findings:
         if self.system.state is None or self.data is None or not self.data.frames.meta.get("cpu_seconds"):
             return None
         if self.data.is_time_series:
-            inside = self.system.state.contains(self.coordinate(self.data.frames.positions))
+            inside = self.system.in_state(np.asarray(self.data.frames.positions))
             return time_blocks(inside, self.data.walker)
         return self.data.walker if self.data.has_trajectories and len(self.data.walkers) >= MANY_WALKERS else None
 

@@ -1,7 +1,7 @@
 """Ways of walkers: annealed along one leg after another, weights and ancestors carried on, killed and gone on with."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from boltznce.errors import UserError
 from boltznce.folders import Kind, discard
 from boltznce.smc import HMC, Annealed, AnnealSettings, ValueAndGradient, anneal, systematic
 from boltznce.systems.base import System
-from boltznce.systems.isomers import allowed_conformers, excluded_conformers
+from boltznce.systems.isomers import own_isomers
 from boltznce.units import GAS_CONSTANT
 
-__all__ = ["CHUNK", "Leg", "forget_working_folders", "kernel_of", "own_isomers", "walk"]
+__all__ = ["CHUNK", "Leg", "forget_working_folders", "kernel_of", "walk"]
 
 HYDROGEN_MASS = 4.0  # amu: the same density, in fewer steps
 CHUNK = 1024  # walkers at a time: about what a cache holds of their networks' layers
@@ -49,7 +49,8 @@ def walk(
 ) -> tuple[Annealed, dict[str, Any]]:
     """Walkers at the end of the last leg, their ancestors and weights carried on from leg to leg; and what was done."""
     log_weights = torch.zeros(len(positions)) if log_weights is None else log_weights
-    ancestors, steps, gradients, labels = np.arange(len(positions)), [], {}, _labels(system)
+    ancestors, steps, gradients = np.arange(len(positions)), [], {}
+    labels = None if system.state is None else system.in_state
     for k, leg in enumerate(legs):
         if leg.n is not None:
             sides = torch.zeros(len(positions)) if labels is None else labels(positions)
@@ -70,10 +71,8 @@ def walk(
             about=about,
             chunk=CHUNK,
         )
-        turned = np.ones(len(positions), dtype=bool)
-        turned[own_isomers(system, annealed.positions)] = False
         positions, ancestors = torch.from_numpy(annealed.positions).to(positions.device), known[annealed.ancestors]
-        log_weights = torch.from_numpy(np.where(turned, -np.inf, annealed.log_weights))
+        log_weights = torch.from_numpy(np.where(own_isomers(system, annealed.positions), annealed.log_weights, -np.inf))
         steps += [{"leg": leg.name} | step._asdict() for step in annealed.history]
         to = legs[k + 1].name if k + 1 < len(legs) else "system"
         for what, asked in ((leg.name, annealed.counts.base), (to, annealed.counts.target + leg.n_asked)):
@@ -116,18 +115,3 @@ def kernel_of(system: System) -> HMC:
         return HMC(centred=system.translation_invariant)
     heavy = [HYDROGEN_MASS if atom.element.symbol == "H" else atom.element.mass for atom in system.topology.atoms]
     return HMC(torch.tensor(heavy)[:, None], GAS_CONSTANT * system.temperature, centred=True)
-
-
-def own_isomers(system: System, positions: np.ndarray) -> np.ndarray:
-    """Indices of the positions that are the isomer that the system's structure is."""
-    return np.flatnonzero(allowed_conformers(excluded_conformers(system, positions), len(positions)))
-
-
-def _labels(system: System) -> Callable[[Tensor], Tensor] | None:
-    if system.state is None:
-        return None
-
-    def inside(x: Tensor) -> Tensor:
-        return system.state.contains(system.coordinate(x, system.state.coordinate))
-
-    return inside

@@ -10,11 +10,12 @@ from torch import Tensor
 from boltznce.clock import stopwatch
 from boltznce.data.dataset import Dataset
 from boltznce.errors import UserError
-from boltznce.methods.legs import CHUNK, Leg, forget_working_folders, own_isomers, walk
+from boltznce.methods.legs import CHUNK, Leg, forget_working_folders, walk
 from boltznce.methods.shift import shift_of
 from boltznce.precision import ordinary_tensors
 from boltznce.smc import AnnealSettings, with_gradient
 from boltznce.systems.base import System
+from boltznce.systems.isomers import own_isomers
 
 __all__ = ["FromProxy", "Near", "from_proxy", "refine_frames"]
 

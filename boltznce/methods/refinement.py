@@ -18,11 +18,12 @@ from boltznce.checkpoint import parameters_digest
 from boltznce.clock import stopwatch
 from boltznce.errors import UserError
 from boltznce.methods.drawing import Generator
-from boltznce.methods.legs import Leg, forget_working_folders, own_isomers, walk
+from boltznce.methods.legs import Leg, forget_working_folders, walk
 from boltznce.methods.proxy import FromProxy, from_proxy
 from boltznce.precision import ordinary_tensors
 from boltznce.smc import AnnealSettings, with_gradient
 from boltznce.systems.base import System
+from boltznce.systems.isomers import own_isomers
 
 __all__ = ["RefineSettings", "refine", "require_base", "settings_of"]
 
@@ -128,12 +129,12 @@ def refine(
 
 def _some(system: System, draws: WeightedSamples, n: int | None, seed: int) -> tuple[np.ndarray, Tensor]:
     """Indices of draws of the system's own isomer, ``n`` of them, and log weights, by how many each stands for."""
-    own = own_isomers(system, draws.positions)
+    own = np.flatnonzero(own_isomers(system, draws.positions))
     if n is None or n >= len(own):
         return own, torch.zeros(len(own))
     if system.state is None:
         return own[:n], torch.zeros(n)
-    inside = system.state.contains(system.coordinate(np.array(draws.positions[own]), system.state.coordinate))
+    inside = system.in_state(np.array(draws.positions[own]))
     sides, rng = [own[inside], own[~inside]], np.random.default_rng([seed, 0])
     of_state = min(len(sides[0]), max(n // 2, n - len(sides[1])))
     chosen = [rng.choice(side, k, replace=False) for side, k in zip(sides, (of_state, n - of_state), strict=True)]

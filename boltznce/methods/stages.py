@@ -234,7 +234,7 @@ def _has_state(section: DictConfig, member: System, frames: Dataset) -> bool:
     """Whether states can be balanced, if they are to be: one that was never seen cannot be made frequent."""
     if not section.balance or member.state is None:
         return True
-    return bool(member.state.contains(member.coordinate(frames.positions, member.state.coordinate)).any())
+    return bool(member.in_state(frames.positions).any())
 
 
 def _balanced(work: Workspace, member: System, frames: Dataset, n: int, rng: np.random.Generator) -> tuple[Tensor]:

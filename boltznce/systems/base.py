@@ -100,6 +100,10 @@ class System(abc.ABC):
     def coordinate(self, x: Array, name: str) -> Array:
         """A named coordinate of positions, (batch,), that tells states apart: for molecules a dihedral, in (-π, π]."""
 
+    def in_state(self, x: Array) -> Array:
+        """Mask (batch,) of the positions in the state, which the system must have."""
+        return self.state.contains(self.coordinate(x, self.state.coordinate))
+
     def coordinate_range(self, name: str) -> Interval | None:
         """Where a profile along the coordinate begins and ends; None for an angle, which goes round the circle."""
         return None

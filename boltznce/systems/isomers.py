@@ -8,7 +8,7 @@ import torch
 from boltznce.errors import UserError
 from boltznce.systems.base import System
 
-__all__ = ["TURNED", "allowed_conformers", "excluded_conformers", "require_some_left"]
+__all__ = ["TURNED", "allowed_conformers", "excluded_conformers", "own_isomers", "require_some_left"]
 
 TURNED = "peptide bond turned"
 
@@ -29,6 +29,11 @@ def excluded_conformers(system: System, positions: np.ndarray) -> dict[str, np.n
 def allowed_conformers(excluded: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     """Mask (n,) of what no mask of `excluded_conformers` holds."""
     return ~np.any([np.zeros(n, dtype=bool), *excluded.values()], axis=0)
+
+
+def own_isomers(system: System, positions: np.ndarray) -> np.ndarray:
+    """Mask (n,) of the positions that are the isomer that the system's structure is."""
+    return allowed_conformers(excluded_conformers(system, positions), len(positions))
 
 
 def require_some_left(

@@ -91,7 +91,7 @@ class PlaneSystem(System):
         """Number of each position's mode, (batch, 1, 2) -> (batch,); by default 1 in the state and 0 elsewhere."""
         if self.state is None:
             return torch.zeros(len(x), dtype=torch.long)
-        return self.state.contains(self.coordinate(x, self.state.coordinate)).long()
+        return self.in_state(x).long()
 
     def typical_energy(self) -> float:
         """0: energies are near it."""
