@@ -68,10 +68,17 @@ def test_elements_and_backbone():
 
 
 def test_numbered_tells_every_atom_apart(chains):
-    for chain in chains:
-        numbered = encode_atoms(chain, "numbered", n_places=3)
-        torch.testing.assert_close(numbered[:, :-3], encode_atoms(chain, n_places=3))
+    for chain in [*chains, topology("AAAAAA")]:
+        numbered = encode_atoms(chain, "numbered")
+        torch.testing.assert_close(numbered[:, 2:-3], encode_atoms(chain, n_places=6)[:, 6:])
         assert len(numbered.unique(dim=0)) == chain.n_atoms
+
+
+def test_numbered_places_are_seen_from_both_ends():
+    torch.testing.assert_close(encode_atoms(topology("KS"), "numbered")[:, :-3], encode_atoms(topology("KS")))
+    chain = topology("GGGG")
+    places = encode_atoms(chain, "numbered")[[atom.index for atom in chain.atoms if atom.name == "CA"], :2]
+    torch.testing.assert_close(places, torch.tensor([[3 / 2, 0], [4 / 3, 1], [1, 4 / 3], [0, 3 / 2]]))
 
 
 def test_a_system_takes_the_encoding_by_a_setting():

@@ -5,8 +5,10 @@ One-hot blocks in a fixed order, which trained weights depend on: never reorder,
 - ``elements``: element (H, C, N, O, S).
 - ``backbone``: element (5), but N, CA, C and O of each residue a class of their own (4 for each of ``n_places``).
 - ``full``: place of the residue in the chain (``n_places``), residue type (20, by three letters), atom class (54).
-- ``numbered``: ``full``, then the number of the atom among those of its class and residue (3): every atom differs from
-  every other, as networks on named distances want it. The first three are the papers', this one is not.
+- ``numbered``: place of the residue as seen from the last and from the first, 2 d / (1 + d) for d residues between (2),
+  then as ``full``, then the number of the atom among those of its class and residue (3): every atom differs from every
+  other, as networks on named distances want it, in a chain of any length. Of a dipeptide's residues the places are
+  those of ``full``. The first three encodings are the papers', this one is not.
 
 The atom class is the atom's name with equivalent atoms merged. A heavy atom has its Amber name, but both oxygens of Asp
 (and that of Asn) are OD and those of Glu (and Gln) OE. A hydrogen is H and what follows the element in its heavy atom's
@@ -55,10 +57,10 @@ VARIANTS = {
 
 
 def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: int = 2) -> Tensor:
-    """(n_atoms, width) float32: width 5, 4 n_places + 5, n_places + 74 or n_places + 77, in the order above.
+    """(n_atoms, width) float32: width 5, 4 n_places + 5, n_places + 74 or 79, in the order above.
 
-    Raises UserError for an unknown encoding, a chain longer than ``n_places``, and residues (caps) and atoms without a
-    class.
+    Raises UserError for an unknown encoding, a chain longer than ``n_places`` (``backbone``, ``full``), and residues
+    (caps) and atoms without a class.
     """
     if encoding not in ENCODINGS:
         raise UserError(f"Unknown atom encoding {encoding!r}: choose one of {', '.join(ENCODINGS)}.")
@@ -76,17 +78,18 @@ def encode_atoms(topology: mdtraj.Topology, encoding: str = "full", n_places: in
     types = _one_hot(
         [VARIANTS.get(atom.residue.name, atom.residue.name) for atom in topology.atoms], RESIDUE_TYPES, "residue"
     )
-    _check_length(topology, n_places)
-    places = one_hot(torch.tensor([atom.residue.index for atom in topology.atoms]), n_places).float()
-    full = torch.cat([places, types, _one_hot(names, ATOM_CLASSES, "atom class")], dim=1)
+    classes = _one_hot(names, ATOM_CLASSES, "atom class")
+    residues = torch.tensor([atom.residue.index for atom in topology.atoms])
     if encoding == "full":
-        return full
+        _check_length(topology, n_places)
+        return torch.cat([one_hot(residues, n_places).float(), types, classes], dim=1)
+    apart = torch.stack([topology.n_residues - 1 - residues, residues], dim=1)
     seen: Counter[tuple[int, str]] = Counter()
     numbers = []
     for atom, name in zip(topology.atoms, names, strict=True):
         numbers.append(seen[atom.residue.index, name])
         seen[atom.residue.index, name] += 1
-    return torch.cat([full, one_hot(torch.tensor(numbers), N_NUMBERS).float()], dim=1)
+    return torch.cat([2 * apart / (1 + apart), types, classes, one_hot(torch.tensor(numbers), N_NUMBERS)], dim=1)
 
 
 def _check_length(topology: mdtraj.Topology, n_places: int) -> None:

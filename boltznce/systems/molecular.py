@@ -55,7 +55,7 @@ class MolecularSystem(System):
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
         encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.
-        n_places: residues that the encoding ``full`` has room for.
+        n_places: residues that the encodings ``backbone`` and ``full`` have room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
             ``xtb`` (GFN2-xTB in ALPB water; bonds, total charge and ``positions`` are then the force field's, and its
             ``torch`` energy is the ``proxy``).
