@@ -303,6 +303,7 @@ RULES: dict[str, Rule] = {
     "n_exact": WHOLE,
     "n_correction": WHOLE,
     "n_frames": WHOLE,
+    "frames": _one_of("data", "refined"),
     "n_ladder": COUNT,
     "n_reference": COUNT | NULL,
     "n_torus": COUNT,

@@ -360,7 +360,7 @@ def test_data_are_those_of_the_proxy(tmp_path):
 
 # ---- in a run -------------------------------------------------------------------------------------------------------
 
-WORDS = [*ROUND_WORDS, "evaluation.n_frames=0", "evaluation.n_correction=200"]
+WORDS = [*ROUND_WORDS, "evaluation.n_frames=200", "evaluation.frames=refined", "evaluation.n_correction=200"]
 WORDS += ["evaluation.refine={n_walkers: 500, max_steps: 10, n_moves: 1, final_moves: 1, step_size: 0.0003}"]
 
 
@@ -409,7 +409,7 @@ def test_the_report_corrects_refined_walkers_by_their_ancestors(refined_run):
     assert "the EBM is off by 1.0" in rows["refined"]["message"]
     assert rows["corrected"]["reliable"]
     assert metrics["ebm_bias"]["refined"]["value"] == pytest.approx(lie, abs=2e-3)
-    assert metrics["total"] == ["corrected", "exact"]
+    assert metrics["total"] == ["two_sided", "corrected", "exact"]
     assert metrics["weighted"] == "corrected"
     lines = metrics["refinement"]["lineages"]
     assert {name: line["walkers"] for name, line in lines.items()} == {"state": counts[STATE], "rest": counts[REST]}
@@ -422,6 +422,20 @@ def test_the_report_corrects_refined_walkers_by_their_ancestors(refined_run):
     report = (work.folder.path / "report.md").read_text()
     for words in ("## Refinement", "## Ancestors of the refined samples", "| refined |"):
         assert words in report
+
+
+def test_refined_walkers_are_the_other_side_of_the_draws(refined_run):
+    """They are wrong in how many are in the state, which does not enter, and right within it."""
+    work, metrics = refined_run
+    refined, exact = arrays(work.samples("refined", work.system)), arrays(work.samples("exact_frames", work.system))
+    np.testing.assert_array_equal(exact.positions, refined.positions[np.unique(exact.subset)])
+    np.testing.assert_array_equal(np.bincount(nearest(refined.positions[exact.subset])), [100, 100])
+    row = metrics["free_energy"]["two_sided"]
+    assert row["value"] == pytest.approx(math.log(TARGET[REST] / TARGET[STATE]), abs=2e-3)
+    assert row["reliable"]
+    assert row["missed_state"] == row["missed_rest"] == 0
+    assert row["seen_state"] <= 100
+    assert "Of the refined walkers, 0.0% in the state" in (work.folder.path / "report.md").read_text()
 
 
 def test_a_run_draws_refined_samples(tmp_path):
@@ -455,8 +469,10 @@ def test_a_report_of_a_system_with_a_proxy(tmp_path):
     system = copy.copy(springs("springs", target))
     system.proxy = springs()
     few = "max_steps: 5, n_moves: 1, final_moves: 1, step_size: 0.0003"
-    words = [*WORDS[:-1], "evaluation.n_frames=200"]
-    words += [f"evaluation.refine={{n_walkers: 500, {few}, from_proxy: {{{few}, n_walkers: 400, n_fit: 100}}}}"]
+    words = [
+        *WORDS[:-1],
+        f"evaluation.refine={{n_walkers: 500, {few}, from_proxy: {{{few}, n_walkers: 400, n_fit: 100}}}}",
+    ]
     work = workspace(tmp_path, words, system, RoundModels)
     simulated(tmp_path / "aldp-smoke", springs(), 4000)
     for name in ("data", "flow", "samples", "ebm"):

@@ -97,6 +97,15 @@ def test_the_two_sided_row_is_that_of_exact_likelihoods_of_both_sides(found):
         assert row.missed_state == row.missed_rest == 0
         assert "Of the data that no flow was trained on, 0.0% in the state" in part.notes[0]
     assert row.n_state + row.n_rest == 400 + 150
+    walkers = replace(found.samples[np.argsort(found.values)[::2]], ancestors=np.arange(200) // 2)  # two of each, alike
+    subsets = {"frames": ExactSubset(np.arange(200), walkers.log_prob)}
+    settings = OmegaConf.merge(found.settings, {"frames": "refined"})
+    refined = replace(found, refined=walkers, subsets=subsets, settings=settings, data=None)
+    part = sections.free_energies(refined)
+    row = part.results["free_energy"]["two_sided"]
+    assert row.value == pytest.approx(part.results["free_energy"]["unweighted"].value, abs=1e-4)
+    assert (row.n_state + row.n_rest, row.seen_state + row.seen_rest) == (400 + 200, pytest.approx(100, abs=2))
+    assert any("Of the refined walkers, 0.0% in the state" in note for note in part.notes)
     one_side = replace(found.data, frames=frames.take(~found.system.state.contains(frames.positions[:, 0, 0])))
     assert replace(known, data=one_side, frames_log_prob=np.zeros(len(one_side.frames))).sides is None
 

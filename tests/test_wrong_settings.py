@@ -73,6 +73,8 @@ WRONG = {
             "evaluation.n_exact=-1",
             "evaluation.n_correction=1.5",
             "evaluation.n_frames=-1",
+            "evaluation.frames=mine",
+            "evaluation.frames=refined evaluation.refine=null",
         ),
         *("evaluation.n_reference=0", "evaluation.batch_size=0", "evaluation.exact_batch_size=0", "evaluation=null"),
         *("evaluation.n_bootstrap=1", "evaluation.n_bootstrap=0", "evaluation.n_torus=0", "evaluation.tica_lag=-2"),

@@ -62,7 +62,7 @@ _FREE_ENERGY_ROWS = {
     "reference": "reference",
     "ebm": "EBM weights",
     "refined": "refined",
-    "two_sided": "two-sided estimate (BAR) by exact likelihoods of draws and data",
+    "two_sided": "two-sided estimate (BAR) by exact likelihoods",
     "corrected": "corrected by exact likelihoods of a subset",
     "exact": "exact weights",
     "unweighted": "flow, unweighted",

@@ -34,8 +34,8 @@ def evaluate(work: Workspace) -> dict:
     Where weights are an EBM's, to two subsets of the draws: that drawn uniformly (as many in the state as in the rest)
     measures how far EBM and exact likelihood are apart, and is the flow's side of the two-sided free energy; that drawn
     by weight, with repeats, corrects the free energy. The latter are, where there are refined walkers, the ancestors of
-    those. Frames of the data (drawn by weight, as many in the state) are the other side; of a system with a proxy they
-    are annealed from it to the system, to be compared with.
+    those. Frames of the data, or refined walkers (drawn by weight, as many in the state), are the other side; data of a
+    proxy are annealed from it to the system, to be compared with.
     """
     tests = work.system.members("test")
     return {
@@ -72,7 +72,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
         generator.ebm.log_prob_in_batches(x[:8])
         seconds["ebm"] = _timed(lambda: generator.ebm.log_prob_in_batches(x), work.device)[1] / len(x)
     if section.get("n_frames") and member.proxy is None:
-        frames, subset = _frames(work, member, generator.system)
+        frames, subset = _frames(work, member, generator.system, refined)
         seconds |= _exact(work, member, "exact_frames", frames, subset)
     return seconds
 
@@ -101,13 +101,22 @@ def _kin(system: System, refined: WeightedSamples, subset: np.ndarray) -> np.nda
     return kin.first[kin.of[subset]]
 
 
-def _frames(work: Workspace, member: System, system: System) -> tuple[WeightedSamples | None, np.ndarray]:
-    """The data that no flow was trained on, and which of them get exact likelihoods: none, if a side has none."""
-    data, _ = held_out_data(work, member, system)
-    if data is None or system.state is None:
+def _frames(
+    work: Workspace, member: System, system: System, refined: WeightedSamples | None
+) -> tuple[WeightedSamples | None, np.ndarray]:
+    """What is the other side of the draws, and which of it get exact likelihoods: none, if a side has none.
+
+    These are refined walkers, or the data that no flow was trained on.
+    """
+    section, frames = work.config.evaluation, refined
+    if section.frames == "data":
+        data, _ = held_out_data(work, member, system)
+        frames = data and WeightedSamples(
+            data.frames.positions, data.frames.energies, np.zeros(len(data.frames)), data.frames.log_weights
+        )
+    if frames is None or system.state is None:
         return None, np.empty(0, dtype=np.int64)
-    frames, n = data.frames, work.config.evaluation.n_frames
-    frames = WeightedSamples(frames.positions, frames.energies, np.zeros(len(frames)), frames.log_weights)
+    n = section.n_frames
     subset = _subset(system, frames, n, work.numpy_generator("exact frames", member), "weights")
     return frames, subset if len(subset) == 2 * (n // 2) else subset[:0]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "ExactSubset", "Findings", "gather", "held_out_data", "training_seconds", "walker_of"]
+__all__ = ["Data", "ExactSubset", "Findings", "Frames", "gather", "held_out_data", "training_seconds", "walker_of"]
 
 MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
 NO_FRAMES = "There is no comparison with data of {}: no frames of its proxy were refined to it (evaluation.n_frames)."
@@ -96,6 +96,15 @@ class Data:
         return [self.walker == walker for walker in np.unique(self.walker)]
 
 
+class Frames(NamedTuple):
+    """What follows the target on each side of a state: (k,) conformers, log weights, numbers of what is independent."""
+
+    positions: np.ndarray
+    energies: np.ndarray
+    log_weights: np.ndarray
+    groups: np.ndarray
+
+
 @dataclass(frozen=True)
 class Findings:
     """Of one system, at the temperature of the weights.
@@ -103,8 +112,8 @@ class Findings:
     Attributes:
         drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
         values: of the state's coordinate, (samples,); None without a state.
-        subsets: exact likelihoods of samples drawn uniformly, and by weight, and of the data's frames by theirs. Where
-            there are refined walkers it is these that are drawn by weight, and the likelihoods are their ancestors'.
+        subsets: exact likelihoods of samples drawn uniformly, and by weight, and of ``frames`` by theirs. Where there
+            are refined walkers it is these that are drawn by weight, and the likelihoods are their ancestors'.
         seconds: a sample, of each kind of work.
         settings: the config's section ``evaluation``; ``seed``: of bootstraps and subsets.
         notes: sentences on how the samples were made.
@@ -153,29 +162,52 @@ class Findings:
 
     @cached_property
     def sides(self) -> tuple[ExactSubset, ExactSubset, np.ndarray] | None:
-        """Of draws (at random in each state) and of the data's frames exact likelihoods, with the frames' log weights.
+        """Of draws (at random in each state) and of ``frames`` exact likelihoods, with the frames' log weights.
 
         None where one of them is not known, or either state has no frames.
         """
         draws, frames = self.exact, self.subsets.get("frames")
         if self.likelihood == "exact":
             draws = ExactSubset(np.arange(len(self.samples)), self.samples.log_prob)
-        if self.data is None or draws is None or self.system.state is None or not self.weighed:
+        if self.frames is None or draws is None or self.system.state is None or not self.weighed:
             return None
         if self.frames_log_prob is not None:
-            frames = ExactSubset(np.arange(len(self.data.frames)), self.frames_log_prob)
-            log_weights = self.data.frames.log_weights
+            frames = ExactSubset(np.arange(len(self.frames_log_prob)), self.frames_log_prob)
+            log_weights = self.frames.log_weights
         elif frames is not None:
             index, first, repeats = np.unique(frames.index, return_index=True, return_counts=True)
             frames, log_weights = ExactSubset(index, frames.log_prob[first]), np.log(repeats)
         else:
             return None
-        inside = self.system.in_state(np.asarray(self.data.frames.positions[frames.index]))
+        inside = self.system.in_state(np.asarray(self.frames.positions[frames.index]))
         return (draws, frames, log_weights) if inside.any() and not inside.all() else None
 
     @cached_property
+    def frames(self) -> Frames | None:
+        """The other side of the draws in two-sided estimates: refined walkers, or the data, whichever is asked for."""
+        if self.refined_frames:
+            walkers = self.refined
+            if walkers is None:
+                return None
+            return Frames(walkers.positions, walkers.energy, walkers.log_weights, walkers.ancestors)
+        if self.data is None:
+            return None
+        data = self.data.frames
+        return Frames(data.positions, data.energies, data.log_weights, self.frame_groups)
+
+    @property
+    def frames_name(self) -> str:
+        """What reports call them."""
+        return "refined walkers" if self.refined_frames else f"{self.data_name} that no flow was trained on"
+
+    @property
+    def refined_frames(self) -> bool:
+        """Whether they are refined walkers."""
+        return self.settings.get("frames") == "refined"
+
+    @cached_property
     def frame_groups(self) -> np.ndarray:
-        """A number (frames,) for what two-sided estimates take for independent: blocks of every walker's time.
+        """A number (frames,) of the data for what two-sided estimates take for independent: blocks of a walker's time.
 
         About a thousand in all: frames need not have changed states, only what surrounds them in one, so blocks may be
         short. Exact draws all are independent.

@@ -175,6 +175,10 @@ def check_refinement(config: DictConfig, system: System) -> None:
                 f"Only refinement leads from the proxy of {system.example.name} to its own energy: set "
                 "evaluation.refine, of method=boltznce or tabg."
             )
+        if config.evaluation.get("frames") == "refined":
+            raise UserError(
+                "evaluation.frames=refined needs refined walkers: set evaluation.refine, or evaluation.frames=data."
+            )
         return
     given = dict.fromkeys(config.evaluation.refine)
     if "n_walkers" not in given:

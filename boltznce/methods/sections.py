@@ -47,7 +47,7 @@ CONDITIONAL = (
     "bond cis or trans as it is there."
 )
 MISSED = (
-    "Of the {} that no flow was trained on, {:.1%} in the state and {:.1%} in the rest lie where the flow has less "
+    "Of the {}, {:.1%} in the state and {:.1%} in the rest lie where the flow has less "
     "than a hundredth of their density."
 )
 SPEED_UP = (
@@ -167,7 +167,7 @@ def free_energies(f: Findings) -> Part:
         "error": _error(rows[best], reference),
     }
     if "two_sided" in rows:
-        notes.append(MISSED.format(f.data_name, rows["two_sided"].missed_state, rows["two_sided"].missed_rest))
+        notes.append(MISSED.format(f.frames_name, rows["two_sided"].missed_state, rows["two_sided"].missed_rest))
     if (costs := _speed_up(f, rows, headline.row)) is not None:
         results["md"] = costs
         notes.append(SPEED_UP)
@@ -188,7 +188,9 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
     if row in ("refined", "corrected") and f.refined is not None:
         n_draws = f.refined.meta["refinement"].get("n_draws", len(f.refined))
         spent += f.seconds["refine"] * len(f.refined) - f.seconds["draw"] * (len(f.drawn) - n_draws)
-    if row == "two_sided":  # uses the data
+    if row == "two_sided" and f.refined_frames:
+        spent += f.seconds["refine"] * len(f.refined)
+    elif row == "two_sided":  # uses the data
         spent += f.seconds["draw"] * len(f.frames_log_prob if f.frames_log_prob is not None else ())
         spent, training = spent + simulated, training - (simulated if share < 1 else 0.0)
     md_seconds = simulated * share * (md.std_error / error) ** 2
@@ -198,16 +200,16 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
 
 def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
     """BAR in each state, between draws and frames whose exact likelihoods are known."""
-    draws, frames, log_weights = f.sides
-    held_out = f.data.frames
+    draws, subset, log_weights = f.sides
+    frames = f.frames
     return two_sided_free_energy_difference(
         f.values,
         draws.index,
         f.samples.energy[draws.index] + draws.log_prob,
-        f.coordinate(held_out.positions[frames.index]),
-        held_out.energies[frames.index] + frames.log_prob,
+        f.coordinate(frames.positions[subset.index]),
+        frames.energies[subset.index] + subset.log_prob,
         frames_log_weights=log_weights,
-        groups=f.frame_groups[frames.index],
+        groups=frames.groups[subset.index],
         state=f.system.state.interval,
     )
 
