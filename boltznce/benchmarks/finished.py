@@ -38,13 +38,15 @@ def of_own_isomer(system: System, samples: WeightedSamples) -> WeightedSamples:
     return samples[allowed_conformers(excluded, len(samples))]
 
 
-def measured_refinement(generator: Generator, draws: WeightedSamples, seed: int) -> tuple[WeightedSamples, float]:
-    """The draws, refined as their run refines, and the seconds (see `boltznce.clock`) that it took.
+def measured_refinement(
+    generator: Generator, draws: WeightedSamples, seed: int, n_walkers: int | None = None
+) -> tuple[WeightedSamples, float]:
+    """The draws, or some (see `refine`), refined as their run refines, and the seconds (`boltznce.clock`) that it took.
 
     What a first call compiles is not counted: a refinement in one step is made before.
     """
     settings = settings_of(generator.config)
     first = RefineSettings(*(dataclasses.replace(each, max_steps=1, n_moves=1, final_moves=0) for each in settings))
-    refine(generator, draws, first, seed=seed)
-    refined = refine(generator, draws, settings, seed=seed)
+    refine(generator, draws, first, seed=seed, n_walkers=n_walkers)
+    refined = refine(generator, draws, settings, seed=seed, n_walkers=n_walkers)
     return refined, refined.meta["refinement"]["seconds"]

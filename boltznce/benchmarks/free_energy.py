@@ -66,7 +66,7 @@ def measure_free_energy(
     Args:
         run: the folder of a finished run of one molecule that can be refined.
         simulations: label -> keywords of `boltznce.data.jobs.jobs_of`.
-        n_draws, n_walkers: how many are drawn, and how many of these refined.
+        n_draws, n_walkers: how many are drawn, and how many of these refined, as many of the state as of the rest.
         n_correction: walkers drawn by weight whose ancestors' exact likelihoods correct an EBM.
 
     Raises UserError for another run, settings of simulations that make no sense, and where there is a GPU.
@@ -142,11 +142,11 @@ def _learned(run: Run, generator: Generator, n_draws: int, n_walkers: int, n_cor
     draws = of_own_isomer(system, drawn)
     values = system.coordinate(np.asarray(draws.positions), name)
     weighted = free_energy_difference(values, draws.log_weights, interval, seed=seed)
-    refined, refining = measured_refinement(generator, draws[:n_walkers], seed)
+    refined, refining = measured_refinement(generator, draws, seed, n_walkers)
     values = system.coordinate(np.asarray(refined.positions), name)
     by_ancestors = values, refined.log_weights, refined.ancestors
     after = refined_free_energy_difference(*by_ancestors, interval)
-    refining += drawing * min(1.0, n_walkers / len(draws))
+    refining += drawing
     found = {f"flow + {likelihood.replace('ebm', 'EBM')} weights": (weighted, drawing), "refined": (after, refining)}
     if likelihood == "ebm":
         subset = choose_subset(
