@@ -3,7 +3,7 @@
 What a notebook needs is here:
 
 - `load_system`, `System`: a molecule, a peptide by its sequence, or a system in the plane, with its reduced energy.
-- `train_run`: what ``scripts/train.py`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
+- `train_run`: what ``boltznce train`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
   gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
 - `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
 - `register`: lets run folders and files of systems name a network, a system or a method of your own.
@@ -17,7 +17,8 @@ The parts, in the order of the computation (``help(boltznce.systems)`` and so on
   by walker.
 - `boltznce.analysis`: weights, free energies, metrics, figures, reports.
 - `boltznce.training`: the loop that trains them all. `boltznce.methods`: the published methods, each a list of stages.
-  `boltznce.run`: a run in its folder. `boltznce.config`: names to settings to objects.
+  `boltznce.run`: a run in its folder. `boltznce.config`: names to settings to objects. `boltznce.commands`: what the
+  command line offers.
 
 Positions are float32 tensors (batch, atoms, 3) in nm, energies are in kT, angles in radians in (-π, π], log weights
 float64 and unnormalized. Time runs from the data, t = 0, to the prior, t = 1.
@@ -25,6 +26,8 @@ float64 and unnormalized. Time runs from the data, t = 0, to the prior, t = 1.
 
 import importlib
 from typing import Any
+
+__version__ = "0.2.0"  # pyproject.toml and the wheel have it from here
 
 _HOMES = {  # each is imported when it is first asked for: torch alone takes seconds
     "Run": "run",

@@ -1,4 +1,4 @@
-"""What the scripts share: Hydra's command line, a default budget, and a user's mistake told in one sentence."""
+"""What the commands share: Hydra's command line, a default budget, and a user's mistake told in one sentence."""
 
 import contextlib
 import itertools
@@ -31,12 +31,11 @@ MULTIRUN = ("-m", "--multirun")
 SETTINGS = (HydraException, MissingMandatoryValue, InterpolationToMissingValueError)
 
 
-def launch(config_name: str, main: Callable[[DictConfig], None], home: str | None = None) -> None:
+def launch(config_name: str, main: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``.
 
     A mistake in the settings, an error of the disk and a `UserError` end with one sentence and status 2; a signal to
     stop with what to do to go on, and 128 + its number (`boltznce.signals`).
-    ``home`` names an override such as ``resume`` or ``run`` whose value is a run folder: log files then go there.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a trace of its own
     for stream in (sys.stdout, sys.stderr):
@@ -52,7 +51,7 @@ def launch(config_name: str, main: Callable[[DictConfig], None], home: str | Non
 
     told.__module__ = main.__module__
     with _mistakes_told(), listening():
-        sys.argv[1:] = _prepared(config_name, sys.argv[1:], home)
+        sys.argv[1:] = _prepared(config_name, sys.argv[1:])
         hydra.main(version_base=None, config_path=str(config_dir()), config_name=config_name)(told)()
 
 
@@ -82,17 +81,15 @@ def _mistakes_told() -> Iterator[None]:
         sys.exit(2)
 
 
-def _prepared(config_name: str, overrides: Sequence[str], home: str | None) -> list[str]:
+def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     """The command line for Hydra; raises UserError or Hydra's own for a sweep that has a mistake in any member."""
     default_budget = "paper" if torch.cuda.is_available() else "cpu"
     words = normalize(overrides, default_budget if config_name == "train" else None)
     given = dict(word.split("=", 1) for word in words if "=" in word)
-    if home in given and "hydra.run.dir" not in given:
-        folder = unquoted(given[home])
+    if config_name == "train" and "resume" in given and "hydra.run.dir" not in given:
+        folder = unquoted(given["resume"])
         if not Path(folder).is_dir():
-            raise UserError(
-                f"There is no run folder {folder}: give {home}= the folder of a run that train.py has started."
-            )
+            raise UserError(f"There is no run folder {folder}: give resume= the folder of a run that was started.")
         RunFolder(Path(folder), trust=given.get("trust", "").lower() == "true").check_links()  # Hydra writes there
         words += [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]  # .hydra stays that of the start
     elif config_name == "train" and "${" not in given.get("hydra.run.dir", "${"):

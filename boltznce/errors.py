@@ -8,7 +8,7 @@ __all__ = ["UserError", "first_few"]
 class UserError(ValueError):
     """A mistake in a setting or an input file, told in one sentence that names the remedy.
 
-    Scripts print the message without a stack trace and exit with status 2; in a notebook it is a ``ValueError``.
+    Commands print the message without a stack trace and exit with status 2; in a notebook it is a ``ValueError``.
     """
 
 

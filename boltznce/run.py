@@ -1,6 +1,5 @@
 """A run: train one in its folder, load one, sample from it."""
 
-import shlex
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.samples_io import check_trajectory_format
+from boltznce.command_line import command_line
 from boltznce.config import compose, locate
 from boltznce.folders import only_process
 from boltznce.io import require_writable
@@ -30,7 +30,7 @@ __all__ = ["Run", "RunFolder", "load_run", "refined_folder", "start_folder", "tr
 def train_run(path: Path | str, *overrides: str) -> "Run":
     """Train a run in a folder, or finish the one that is there.
 
-    ``overrides`` are those of the command line of ``scripts/train.py``. UserError for settings that do not exist.
+    ``overrides`` are those of ``boltznce train`` on the command line. UserError for settings that do not exist.
 
     >>> import tempfile
     >>> few = ["hot.fit.steps=2", "annealing.n_steps=1", "annealing.fit.steps=2", "annealing.n_draws=100"]
@@ -69,7 +69,7 @@ def train(folder: RunFolder) -> str:
         with only_process(folder.path):
             return _train(folder)
     except Stopped as stopped:
-        stopped.how_to_go_on = f"python scripts/train.py {shlex.quote(f'resume={folder.path}')}"
+        stopped.how_to_go_on = command_line("train", f"resume={folder.path}")
         raise
 
 
@@ -205,7 +205,7 @@ def refined_folder(folder: Path | str) -> Path:
 
 
 def load_run(path: Path | str, device: str = "auto", trust: bool = False) -> Run:
-    """Open a run folder that scripts/train.py has made; raises UserError if it is none.
+    """Open a run folder that `train_run` or ``boltznce train`` has made; raises UserError if it is none.
 
     Its config may name the library's classes and those that `boltznce.trust.register` was called on; with ``trust``
     any, which are then imported, and so executed.

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce.checkpoint import weights_digest
 from boltznce.clock import cpu_seconds
+from boltznce.command_line import command_line
 from boltznce.errors import UserError, first_few
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
@@ -122,7 +123,8 @@ class RunFolder:
         """The numbers of the run's report; raises UserError before there is one, and where they are damaged."""
         path = self.path / "metrics.json"
         if not path.exists():
-            raise UserError(f"{self.path} has no report yet: finish the run with scripts/train.py resume={self.path}.")
+            finish = command_line("train", f"resume={self.path}")
+            raise UserError(f"{self.path} has no report yet: finish the run with {finish}.")
         for name, stage in self.stages.items():
             if "metrics.json" in stage.get("leaves", {}):
                 self.check_left(name)
@@ -156,7 +158,7 @@ class RunFolder:
         if self.foreign and not path.resolve().is_relative_to(self.path.resolve()):
             raise UserError(
                 f"{self.path} was not started here and would write to {path}: make the data there first with "
-                "scripts/simulate.py, or say trust=true."
+                f"{command_line('simulate')}, or say trust=true."
             )
 
     @property

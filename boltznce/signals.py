@@ -1,6 +1,6 @@
-"""Signals that ask a script to stop: it keeps what is done, says how to go on, and exits with 128 + the signal.
+"""Signals that ask a command to stop: it keeps what is done, says how to go on, and exits with 128 + the signal.
 
-Only scripts listen (`listening`); in a notebook Ctrl-C is a KeyboardInterrupt, and nothing here has a say.
+Only commands listen (`listening`); in a notebook Ctrl-C is a KeyboardInterrupt, and nothing here has a say.
 """
 
 import contextlib

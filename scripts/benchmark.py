@@ -1,14 +1,7 @@
-"""What the project's costly parts cost on this machine. `python scripts/benchmark.py what=energy`"""
+"""`python scripts/benchmark.py` is `boltznce benchmark`, in a clone: see boltznce/commands/benchmark.py."""
 
-from omegaconf import DictConfig
-
-from boltznce.benchmarks.run import run_benchmark
 from boltznce.cli import launch
-
-
-def main(config: DictConfig) -> None:
-    print(run_benchmark(config))
-
+from boltznce.commands.benchmark import main
 
 if __name__ == "__main__":
     launch("benchmark", main)

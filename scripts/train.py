@@ -1,27 +1,7 @@
-"""The main job: data, a generator, its likelihood, weights and a report. `python scripts/train.py system=aldp`"""
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+"""`python scripts/train.py` is `boltznce train`, in a clone: see boltznce/commands/train.py."""
 
 from boltznce.cli import launch
-from boltznce.errors import UserError
-from boltznce.run import RunFolder, start_folder, train
-
-
-def main(config: DictConfig) -> None:
-    if config.resume is None:
-        print(train(start_folder(HydraConfig.get().runtime.output_dir, config)))
-        return
-    given = [word for word in HydraConfig.get().overrides.task if not word.startswith(("resume=", "budget=", "trust="))]
-    run = RunFolder.open(config.resume, config.trust)
-    if any(word.startswith("system=") for word in given):
-        run.check_system(config.system.name)
-    if any(not word.startswith("system=") for word in given):
-        raise UserError(
-            f"resume= goes on with the run's own settings: leave out {' '.join(given)}, or start a new run."
-        )
-    print(train(run))
-
+from boltznce.commands.train import main
 
 if __name__ == "__main__":
-    launch("train", main, home="resume")
+    launch("train", main)

@@ -53,7 +53,7 @@ def forks():
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tmp_path_factory):
-    """Overrides of scripts/train.py that make a run of seconds."""
+    """Overrides of ``boltznce train`` that make a run of seconds."""
     return [*TINY, f"data_dir={tmp_path_factory.mktemp('data')}"]
 
 

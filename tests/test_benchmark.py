@@ -235,7 +235,7 @@ def likelihood_settings():
 
 def test_an_unfinished_run_is_told(tiny_run, monkeypatch):
     monkeypatch.setattr("boltznce.run_folder.RunFolder.stage_done", lambda self, name: name != "evaluation")
-    with pytest.raises(UserError, match=r"finish it with scripts/train\.py resume="):
+    with pytest.raises(UserError, match="finish it with boltznce train resume="):
         open_finished(str(tiny_run), "free_energy", "cpu")
 
 

@@ -217,7 +217,7 @@ def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, monkeypatch, capfd, s
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [script, *words])
     with pytest.raises(SystemExit) as ended:
-        cli.launch(script, lambda composed: pytest.fail("it started"), home="resume" if script == "train" else "run")
+        cli.launch(script, lambda composed: pytest.fail("it started"))
     assert ended.value.code == 2
     error = capfd.readouterr().err
     assert message in error

@@ -77,7 +77,7 @@ def test_a_changed_byte_is_damage(dataset, tmp_path, name):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is damaged.*simulate.py"):
+    with pytest.raises(UserError, match=f"{name} is damaged.*by simulating"):
         Dataset.load(tmp_path / "set")
 
 

@@ -229,7 +229,7 @@ def test_whole_run_of_a_molecule_ends_in_a_report(tabg_run):
     assert figures >= {"ladder", "weights", "profile", "ramachandran", "marginals", "temperatures", "learning_curves"}
     text = (tabg_run / "report.md").read_text()
     assert "figures/ladder.png" in text
-    assert "scripts/simulate.py system=aldp_amber96" in text  # there is nothing to compare with, and how to get it
+    assert "`boltznce simulate system=aldp_amber96" in text  # there is nothing to compare with, and how to get it
 
 
 def test_serving(tabg_run, tmp_path):
@@ -291,7 +291,7 @@ def test_report_with_data_that_are_the_flow_itself(tabg_run, flow_as_data, tmp_p
     cis = metrics["excluded"]["peptide bond turned"]
     assert cis["data"] == pytest.approx(cis["by_count"])
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} >= {"energy_histograms", "temperatures"}
-    assert "simulate.py" not in (tmp_path / "run" / "report.md").read_text()
+    assert "boltznce simulate" not in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_baseline_forward_kl(flow_as_data, tmp_path):

@@ -176,7 +176,7 @@ def test_links_out_of_the_folder(place, name, monkeypatch, capfd):
     before, raised = everything(place.top), use(place)
     monkeypatch.setattr("sys.argv", ["train.py", f"resume={place.run}"])
     with pytest.raises(SystemExit) as ended:
-        cli.launch("train", lambda composed: None, home="resume")
+        cli.launch("train", lambda composed: None)
     assert ended.value.code == 2
     assert "leads out of a run" in capfd.readouterr().err
     assert everything(place.top) == before

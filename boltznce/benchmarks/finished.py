@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from boltznce.analysis.reweighting import WeightedSamples
+from boltznce.command_line import command_line
 from boltznce.errors import UserError
 from boltznce.methods.drawing import Generator
 from boltznce.methods.refinement import RefineSettings, refine, settings_of
@@ -27,7 +28,8 @@ def open_finished(run: str | None, what: str, device: str | torch.device, trust:
     if found.system.is_family:
         raise UserError(f"what={what} measures a run of one molecule, and {run} is of many: choose another run.")
     if not found.folder.stage_done("evaluation"):
-        raise UserError(f"The run in {run} has no weighted draws yet: finish it with scripts/train.py resume={run}.")
+        finish = command_line("train", f"resume={run}")
+        raise UserError(f"The run in {run} has no weighted draws yet: finish it with {finish}.")
     return found
 
 

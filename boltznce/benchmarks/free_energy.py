@@ -118,7 +118,7 @@ def _simulated(system: System, folder: Path, settings: Mapping[str, Any], seed: 
 
 
 def _free_energy_of(dataset: Dataset, system: System) -> tuple[float, float, str]:
-    """ΔF, its standard error, and why not to rely on them; of data with a bias as `scripts/simulate.py` has them."""
+    """ΔF, its standard error, and why not to rely on them; of data with a bias as `boltznce simulate` has them."""
     if dataset.meta["settings"]["method"] in ("umbrella", "metadynamics"):
         result = result_of(dataset, system)
         return result.delta_f, result.delta_f_error, result.message

@@ -15,6 +15,7 @@ import yaml
 from scipy.special import i0e
 
 from boltznce.analysis.weights import normalized_weights
+from boltznce.command_line import command_line
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
@@ -36,7 +37,7 @@ STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the un
 DATASET = Kind("a dataset", "meta.yaml", frozenset({"n_frames", "digests"}), whole=True)
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
 FILES = ("positions.npy", *(f"{name}.npy" for name in DTYPES))
-REMEDY = "delete its folder and make the data anew, by scripts/simulate.py or by resuming the run"
+REMEDY = "delete its folder and make the data anew, by simulating or by resuming the run"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -146,7 +147,8 @@ class Dataset:
         """What ``meta.yaml`` says, without opening the arrays; UserError as for `load`."""
         path = Path(folder) / "meta.yaml"
         if not path.is_file():
-            raise UserError(f"There is no dataset in {folder}: make one with scripts/simulate.py, or correct the path.")
+            simulate = command_line("simulate")
+            raise UserError(f"There is no dataset in {folder}: make one with {simulate}, or correct the path.")
         meta = read_yaml(path, REMEDY)
         check_format(meta.get("format"), DATA_FORMAT, folder)
         digests, n = meta.get("digests"), meta.get("n_frames")

@@ -101,7 +101,7 @@ def jobs_of(
     require("simulation", **{key: value for key, value in given.items() if key not in ("system", "compile")})
     if system.exact and method != "metadynamics":
         raise UserError(
-            f"There is nothing to simulate in {system.name}: scripts/train.py draws its data exactly. To see how well "
+            f"There is nothing to simulate in {system.name}: a training draws its data exactly. To see how well "
             "metadynamics does, set sampling=metadynamics."
         )
     compile = system.compile if compile is None else compile

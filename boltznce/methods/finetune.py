@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from boltznce.command_line import command_line
 from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.methods.models import weights_path
@@ -38,7 +39,8 @@ def start_finetuning(
         raise UserError(f"{parent} is a run of {family.name} alone: only runs of many molecules are fine-tuned to one.")
     missing = [name for name, path in starts.items() if name in config and not path.exists()]
     if missing:
-        raise UserError(f"{parent} has no trained {missing[0]} yet: finish it with scripts/train.py resume={parent}.")
+        finish = command_line("train", f"resume={parent}")
+        raise UserError(f"{parent} has no trained {missing[0]} yet: finish it with {finish}.")
     if "ebm" not in config and not settings.finetune.flow_steps:
         raise UserError(
             f"{parent} has no EBM to fine-tune: set finetune.flow_steps, which trains its flow on a simulation."

@@ -14,6 +14,7 @@ from boltznce.analysis import plotting
 from boltznce.analysis.metrics import held_out_likelihood, torsion_kl_of_halves
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.weights import normalized_weights
+from boltznce.command_line import command_line
 from boltznce.data.dataset import Dataset
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate
@@ -208,10 +209,11 @@ def _notes(work: Workspace) -> tuple[str, ...]:
     (member,) = system.members("test")
     if system.exact or "data" in work.folder.stages or (folder is not None and work.frames_exist(member)):
         return ()
+    simulate = command_line("simulate", f"system={system.name}", f"data_dir={work.config.data_dir}")
+    resume = command_line("train", f"resume={work.folder.path}")
     note = (
         f"There are no data of this system at this temperature in {folder}, so that NLL and divergences are missing: "
-        f"`python scripts/simulate.py system={system.name} data_dir={work.config.data_dir}` makes them, and "
-        f"`python scripts/train.py resume={work.folder.path}` writes this report anew."
+        f"`{simulate}` makes them, and `{resume}` writes this report anew."
     )
     return (note,)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from boltznce.analysis.weights import guard
 from boltznce.checkpoint import load_weights
+from boltznce.command_line import command_line
 from boltznce.config import build
 from boltznce.ebm import EnergyBasedModel
 from boltznce.errors import UserError
@@ -239,8 +240,8 @@ class FlowGenerator(Generator):
         """Raise UserError if the likelihood is that of an EBM which the run does not have yet."""
         if likelihood == "ebm" and self.ebm is None:
             raise UserError(
-                "likelihood=ebm needs a trained EBM, and this run has none: finish it with scripts/train.py "
-                "resume=..., or choose exact."
+                "likelihood=ebm needs a trained EBM, and this run has none: finish it with "
+                f"{command_line('train', 'resume=...')}, or choose exact."
             )
 
     def models(self, likelihood: str) -> Sequence[nn.Module]:
@@ -334,9 +335,8 @@ def load_models(folder: Path, config: DictConfig, system: System, device: torch.
     """The trained models of the run in ``folder``. Raises UserError if there is no flow yet."""
     paths = {name: weights_path(folder, name) for name in MODELS if name in config}
     if not paths["flow"].exists():
-        raise UserError(
-            f"The run in {folder} has no trained flow yet: finish it with scripts/train.py resume={folder}."
-        )
+        finish = command_line("train", f"resume={folder}")
+        raise UserError(f"The run in {folder} has no trained flow yet: finish it with {finish}.")
     found = {
         name: load_trained(make(config, system, name), path).to(device) for name, path in paths.items() if path.exists()
     }

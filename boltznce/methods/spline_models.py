@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from boltznce.analysis.weights import guard
+from boltznce.command_line import command_line
 from boltznce.errors import UserError
 from boltznce.flows.box import BoxCoordinates
 from boltznce.flows.internal import InternalCoordinates
@@ -131,7 +132,7 @@ class SplineModels:
         if not path.exists():
             raise UserError(
                 f"The run in {self.folder} has no trained flow at {temperature:g} yet: "
-                f"finish it with scripts/train.py resume={self.folder}."
+                f"finish it with {command_line('train', f'resume={self.folder}')}."
             )
         flow = load_trained(make_spline_flow(self.config, member), path).to(self.device)
         return SplineGenerator(self.config, member.at_temperature(temperature), flow)

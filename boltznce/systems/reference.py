@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from boltznce.command_line import command_line
 from boltznce.errors import UserError
 from boltznce.states import State
 from boltznce.systems.identity import differences
@@ -41,12 +42,13 @@ def find_reference(system: _Known) -> dict[str, Any] | None:
 
 def load_reference(path: Path) -> dict[str, Any]:
     """Read and check a reference file; raises UserError if it is none."""
+    remedy = f"make it with {command_line('simulate', 'reference=true')}"
     try:
         return checked_reference(json.loads(Path(path).read_text(encoding="utf-8")), path)
     except FileNotFoundError as error:
-        raise UserError(f"There is no reference {path}: make it with scripts/simulate.py reference=true.") from error
+        raise UserError(f"There is no reference {path}: {remedy}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no reference file: make it with scripts/simulate.py reference=true.") from error
+        raise UserError(f"{path} is no reference file: {remedy}.") from error
 
 
 def checked_reference(reference: dict, source: object) -> dict:
@@ -61,5 +63,6 @@ def checked_reference(reference: dict, source: object) -> dict:
             "its ΔF or standard error is not a finite number (too short a simulation, or a state that was never seen)"
         )
     if fault:
-        raise UserError(f"{source} cannot be a reference: {fault}. Make it by scripts/simulate.py reference=true.")
+        remedy = command_line("simulate", "reference=true")
+        raise UserError(f"{source} cannot be a reference: {fault}. Make it with {remedy}.")
     return reference
