@@ -1,21 +1,24 @@
-"""README and docs: every link, path, name of code, config and command in them exists."""
+"""README, docs and the pages beside them: every link, path, name of code, config and command in them exists."""
 
 import functools
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import boltznce
 from boltznce import config
 from boltznce.benchmarks.run import BENCHMARKS
+from boltznce.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("boltznce", "configs", "docs", "notebooks", "scripts", "tests")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = (r"\.ci", "boltznce", "configs", "docs", "notebooks", "scripts", "tests")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -32,14 +35,19 @@ def spans(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(script, its words) of every command, ``…`` standing for what a user fills in."""
-    lines = [*spans(page), *(line for block in blocks(page) for line in block.splitlines())]
-    found = [re.search(r"python scripts/(\w+)\.py([^#&]*)", line) for line in lines]
-    return [(match[1], shlex.split(match[2].replace("…", "x"))) for match in found if match]
+    """(command, its words), by its script or not; ``…`` stands for what a user fills in."""
+    found = [re.search(r"(?:python scripts/(\w+)\.py|^boltznce (\w+))([^#&]*)", line) for line in lines(page)]
+    return [(match[1] or match[2], shlex.split(match[3].replace("…", "x"))) for match in found if match]
+
+
+def lines(page: Path) -> list[str]:
+    """All that is code."""
+    return [*spans(page), *(line for block in blocks(page) for line in block.splitlines())]
 
 
 def test_there_are_pages_and_commands():
-    assert {"README.md", "results.md", "benchmarks.md", "choices.md", "equations.md"} <= {page.name for page in PAGES}
+    named = {"README", "CHANGELOG", "CONTRIBUTING", "results", "benchmarks", "choices", "equations"}
+    assert named <= {page.stem for page in PAGES}
     assert len([command for page in PAGES for command in commands(page)]) > 40
 
 
@@ -66,9 +74,39 @@ def anchors(page: Path) -> set[str]:
 @pages
 def test_paths_exist(page):
     named = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*")
-    for span in spans(page):
-        if named.fullmatch(span):
-            assert (ROOT / span).exists(), span
+    for word in (word for line in lines(page) for word in line.split()):
+        if named.fullmatch(word):
+            assert (ROOT / word).exists(), word
+
+
+@pages
+def test_what_tests_and_installations_are_asked_for_exists(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    markers = [marker.partition(":")[0] for marker in project["tool"]["pytest"]["ini_options"]["markers"]]
+    for line in lines(page):
+        assert set(re.findall(r"pip install.*\[([\w,]+)\]", line)) <= set(project["project"]["optional-dependencies"])
+        assert set(re.findall(r"pytest -m (\w+)", line)) <= set(markers)
+        assert set(re.findall(r"^test_\w+$", line)) <= names_of_tests(), line
+
+
+@functools.cache
+def names_of_tests() -> set[str]:
+    files = (ROOT / "tests").glob("test_*.py")
+    return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE)}
+
+
+def test_version_license_and_papers_are_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == boltznce.__version__
+    assert f"\n## {boltznce.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert citation["license"] == project["license"] == "MIT"
+    (holder,) = citation["authors"]
+    assert f"Copyright (c) 2026 {holder['name']}" in (ROOT / "LICENSE").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert len(citation["references"]) == 3
+    for paper in citation["references"]:
+        assert f"]({paper['url']})" in readme
 
 
 @pages
@@ -93,7 +131,7 @@ def test_every_equation_has_its_code():
 @pages
 def test_commands_compose(page):
     for script, words in commands(page):
-        assert (ROOT / "scripts" / f"{script}.py").exists(), script
+        assert script in COMMANDS
         composed = compose(script, tuple(word for word in words if not word.startswith("-")))
         if script == "benchmark":
             assert composed.what in BENCHMARKS
