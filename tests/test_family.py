@@ -45,7 +45,9 @@ def test_shipped_lists_keep_what_is_tested_out_of_training():
         assert not train & set(["AC", "ET", "GN", "IM", "KS", "NY", "NF"])
         for place in (0, 1):  # each residue of a test peptide was seen in its place
             assert {sequence[place] for sequence in test} <= {sequence[place] for sequence in train}
-    assert len(load_system("dipeptides", selection="paper").sequences["train"]) == 200
+    paper = load_system("dipeptides", selection="paper").sequences
+    assert len(paper["train"]) == 200
+    assert set(paper["test"]) == {"AC", "ET", "GN", "IM", "KS", "NY", "NF", "CA", "SV", "TG", "AS"}
     long = load_system("dipeptides", selection="long").sequences
     assert len(long["train"]) >= 12
     assert sum(sequence[::-1] not in long["train"] for sequence in long["test"]) >= 2
