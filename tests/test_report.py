@@ -149,7 +149,7 @@ def test_the_result_comes_first(tmp_path, results):
         (Headline(), "none has a total error and is reliable"),
         (
             Headline(apart=("two_sided", "exact")),
-            "draws and data and exact weights are more than three joint standard errors",
+            "by exact likelihoods and exact weights are more than three joint standard errors",
         ),
     ):
         text = write_report(tmp_path, results | {"headline": none}, {}).read_text()
