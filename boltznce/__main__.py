@@ -4,7 +4,7 @@ import importlib
 import sys
 
 import boltznce
-from boltznce.commands import COMMANDS
+from boltznce.commands import COMMANDS, module_of
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main() -> None:
         from boltznce.cli import launch  # not above: the list of commands is to be there at once
 
         sys.argv[1:] = words
-        launch(command, importlib.import_module(f"boltznce.commands.{command}").main)
+        launch(command, importlib.import_module(module_of(command)).main)
     elif command in ("-h", "--help"):
         print(_overview())
     elif command == "--version":

@@ -30,6 +30,8 @@ __all__ = ["available", "build", "compose", "config_dir", "explain", "load_syste
 PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
 MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "flow.published_weights")
 MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
+MORE_PATHS += ("files", "topology", "weights", "bias", "energies")
+LISTED = {"samples": "{", "files": "["}  # that may be more than a path, which then begins with this
 # sections that are lists of the user's choice: an entry may be taken away, where a setting may not
 LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
 LISTS += ("~likelihood.solvers.", "~free_energy.simulations.")
@@ -202,7 +204,7 @@ def _normalized(word: str, trust: bool, paths: Sequence[str]) -> str:
     key, _, value = word.partition("=")
     if key.startswith("~") and not key.startswith(LISTS):
         raise UserError(f"{key} takes a setting away, which there must be: set it to null or to another value.")
-    if key in paths and value not in ("", "null") and not (key == "samples" and value.startswith("{")):
+    if key in paths and value not in ("", "null") and value[0] != LISTED.get(key):
         return f"{key}={quoted(unquoted(value))}"
     if re.fullmatch(r"null|true|false|[-+.]?\d[^,]*", value) and available(key.lstrip("+").partition("@")[0]):
         return f"{key}={quoted(value)}"  # a choice of configs has a name: this is none, and is told so

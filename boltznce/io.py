@@ -26,6 +26,7 @@ __all__ = [
     "remove_leftovers",
     "require_free_space",
     "require_writable",
+    "scratch_folder",
 ]
 
 DATA_FORMAT = 1  # of datasets and of weighted samples, as their meta.yaml says it; those that say nothing have it
@@ -146,6 +147,23 @@ def atomic_folder(path: Path, check: Callable[[], None] = lambda: None) -> Itera
             yield temporary
             check()
             put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``path`` that goes with the block; those of killed processes go now."""
+    path = Path(path).with_name(f"{Path(path).name}.scratch")
+    with disk_errors_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+    temporary = _beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors_told(path):
+            temporary.mkdir()
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

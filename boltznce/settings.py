@@ -76,6 +76,10 @@ NULL = Rule("null", lambda value: value is None)
 AUTO = Rule("auto", lambda value: value == "auto")
 COMPILE = Rule("auto, true or false", lambda value: isinstance(value, bool) or value in ("auto", "true", "false"))
 TEXTS = _list_of(TEXT, "names")
+PATHS = Rule(
+    "a path, or a list of paths",
+    lambda value: PATH.fits(value) or (isinstance(value, list | tuple) and value and all(map(PATH.fits, value))),
+)
 BOX = Rule(
     "[[x low, x high], [y low, y high]]",
     lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_interval, value)),
@@ -184,6 +188,16 @@ RULES: dict[str, Rule] = {
     "n_terms": COUNT,
     "start_temperature": POSITIVE,
     "reference": BOOLEAN,
+    # ---- trajectories made elsewhere
+    "files": PATHS,
+    "topology": PATH | NULL,
+    "stride": COUNT,
+    "import.weights": PATH | NULL,
+    "bias": PATH | NULL,
+    "import.energies": PATH | NULL,
+    "key": TEXT | NULL,
+    "length_unit": Rule("nm, angstrom or a positive number of nm", lambda value: value in ("nm", "angstrom"))
+    | POSITIVE,
     # ---- networks and models
     "width": COUNT,
     "ffn_width": COUNT,

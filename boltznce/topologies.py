@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import mdtraj
 import numpy as np
 
-__all__ = ["from_json", "pdb_text", "to_json"]
+__all__ = ["from_json", "pdb_text", "system_pdb", "to_json"]
 
 LARGEST = 999.0  # nm: the columns of a PDB file hold no more
 CHAIN_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -42,6 +42,12 @@ def pdb_text(topology: Topology, positions: np.ndarray, residue_ids: Sequence[tu
             row = [index, *sorted(others)[start : start + 4]]
             lines.append("CONECT" + "".join(f"{serials[i] % 100000:>5}" for i in row))
     return "\n".join([*lines, "END", ""])
+
+
+def system_pdb(system) -> str:
+    """A molecule's PDB file: its minimized structure, residues numbered as in the file that it comes from."""
+    ids = [(residue.id, residue.insertionCode) for residue in system.openmm_topology().residues()]
+    return pdb_text(system.topology, system.positions.numpy(), ids)
 
 
 def to_json(topology: Topology) -> str:

@@ -137,7 +137,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def _serve() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
-    for name in ("train", "sample", "free_energy", "simulate", "finetune", "benchmark"):
+    for name in ("train", "sample", "free_energy", "simulate", "import", "finetune", "benchmark"):
         runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="imported")
     import boltznce.methods.boltznce
     import boltznce.methods.tabg  # noqa: F401

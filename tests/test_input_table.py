@@ -7,10 +7,10 @@ from inputs import AMBER, Structure, amide_capped
 from openmm import app
 
 from boltznce import UserError, load_system, train_run
-from boltznce.data.simulate import _pdb
 from boltznce.methods.views import views_of
 from boltznce.systems.conformers import random_conformers
 from boltznce.systems.isomers import allowed_conformers, excluded_conformers
+from boltznce.topologies import system_pdb
 
 pytestmark = pytest.mark.slow
 CHARMM = ("charmm36.xml", "charmm36_2024.xml")
@@ -119,7 +119,7 @@ def test_molecules(case, tmp_path):
         points = view.points(rough)
         assert points.shape == (20, len(view.symbols))
         view.draw({"MD": (points, None), "flow": (points, np.zeros(20))})
-    (tmp_path / "data.pdb").write_text(_pdb(system), encoding="utf-8")
+    (tmp_path / "data.pdb").write_text(system_pdb(system), encoding="utf-8")
     again = load_system(
         "aldp", name="made", structure=str(tmp_path / "data.pdb"), forcefield=AMBER, state=None, compile=False
     )

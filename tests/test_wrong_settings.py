@@ -187,6 +187,10 @@ OTHER_WRONG = {
         *("n_bins=0", "n_bins=1.5", "n_bootstrap=1", "n_bootstrap=-1", "seed=x", "state=5", "state=[0]", "state=[0,x]"),
         *("state=[0,115]", "state=[2,0]", "coordinate=[phi]", "coordinate=chi", "+width=3"),
     ],
+    "import": [
+        *("stride=0", "stride=1.5", "temperature=0", "temperature=-300", "temperature=hot", "length_unit=inch"),
+        *("length_unit=0", "files=[]", "files=[1]", "key=[x]", "key=3", "+lr=1"),
+    ],
     "finetune": [
         *("settings.finetune.ebm_steps=-1", "settings.finetune.flow_steps=1.5", "settings.finetune.lr=0"),
         *("settings.samples.n_train=0", "settings=null", "settings.finetune.split.train=2"),
@@ -261,8 +265,9 @@ def told(script: str, words: str, given: Path, folder: Path) -> None:
         own = {key: config[key] for key in ("coordinate", "state", "n_bins", "n_bootstrap", "seed")}
         write_free_energy(bz.load_system("aldp"), folder, folder, **own)
     else:
-        more = {"finetune": ["peptide=KS"]}.get(script, [])
-        compose(script, [*([] if script == "benchmark" else [f"run={given}"]), *more, *overrides])
+        more = {"finetune": [f"run={given}", "peptide=KS"], "sample": [f"run={given}"]}.get(script, [])
+        more += ["files=x.xtc", "temperature=300"] if script == "import" else []
+        compose(script, [*more, *overrides])
 
 
 def _split(words: str) -> list[str]:
@@ -292,6 +297,7 @@ def test_every_shipped_setting_has_a_rule():
         ("finetune", "run=x peptide=KS"),
         ("benchmark", ""),
         ("simulate", "system=aldp"),
+        ("import", "system=aldp files=x.xtc temperature=300"),
     ):
         assert settings.without_rule(compose(script, words.split()), script) == []
 
@@ -456,6 +462,7 @@ def test_sensible_settings(words, right, tmp_path):
         ("train.py data_dir=afile", "afile is a file"),
         ("simulate.py n_processes=-1", "n_processes=-1"),
         ("simulate.py +settings.timestep=0.5", "timestep=0.5"),
+        ("import.py files=x.dcd", "temperature= is missing"),
         ("sample.py n_probes=0 run=.", "n_probes=0"),
         ("free_energy.py n_bootstrap=1 run=.", "n_bootstrap=1"),
         ("finetune.py run=.", "peptide= is missing"),

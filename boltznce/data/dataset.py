@@ -7,8 +7,9 @@ in order of time, over all windows and repeats.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -30,6 +31,7 @@ __all__ = [
     "boltzmann_indices",
     "check_shares",
     "contents_digest",
+    "in_order",
     "mode_balanced_indices",
 ]
 
@@ -126,6 +128,20 @@ class Dataset:
         return Dataset.load(folder)
 
     @classmethod
+    def from_trajectory(
+        cls,
+        folder: Path | str,
+        topology: Path | str | None,
+        files: Path | str | Sequence[Path | str],
+        system,
+        **settings: Any,
+    ) -> "Dataset":
+        """Write a dataset of trajectories made elsewhere: see `boltznce.data.trajectory.import_trajectory`."""
+        from boltznce.data.trajectory import import_trajectory  # which makes datasets
+
+        return import_trajectory(folder, topology, files, system, **settings)
+
+    @classmethod
     def load(cls, folder: Path) -> "Dataset":
         """Open a dataset; UserError names the file and the remedy where shapes, digests or numbers are wrong."""
         folder = Path(folder)
@@ -178,6 +194,18 @@ class Dataset:
         if (stops <= starts).any():
             raise UserError(f"A dataset of {len(self)} frames is too short to split: simulate longer.")
         return tuple(self.take(slice(a, b)) for a, b in zip(starts, stops, strict=True))
+
+
+def in_order(parts: Sequence[np.ndarray], order: np.ndarray, size: int = 50_000) -> Iterator[np.ndarray]:
+    """Rows of the concatenated ``parts``, each (n, n_atoms, dim), in the given order, ``size`` at a time."""
+    starts = np.cumsum([0] + [len(part) for part in parts])
+    for rows in np.array_split(order, max(1, -(-len(order) // size))):
+        owner = np.searchsorted(starts, rows, side="right") - 1
+        chunk = np.empty((len(rows), *parts[0].shape[1:]), dtype=np.float32)
+        for i, part in enumerate(parts):
+            mine = owner == i
+            chunk[mine] = part[rows[mine] - starts[i]]
+        yield chunk
 
 
 def contents_digest(meta: dict) -> str:

@@ -6,7 +6,7 @@ import platform as machine
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from boltznce.data import metadynamics
-from boltznce.data.dataset import DATASET, Dataset
+from boltznce.data.dataset import DATASET, Dataset, in_order
 from boltznce.data.engine import (
     Job,
     check_frames,
@@ -36,7 +36,7 @@ from boltznce.folders import Kind, claim, discard, only_process
 from boltznce.io import require_free_space
 from boltznce.settings import require, require_keywords
 from boltznce.systems.workers import available_cores
-from boltznce.topologies import pdb_text
+from boltznce.topologies import system_pdb
 
 __all__ = [
     "Plan",
@@ -176,16 +176,15 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
             float(t) for t in temperature_ladder(jobs[0].temperature, options["max_temperature"], options["n_replicas"])
         ]
     order = np.argsort(columns["time"], kind="stable")
-    starts = np.cumsum([0] + [len(f) for f in frames])
     return Dataset.write(
         output,
-        (chunk[..., : system.dim] for chunk in _chunks(frames, starts, order)),
+        (chunk[..., : system.dim] for chunk in in_order([f["positions"] for f in frames], order)),
         columns["energy"][order],
         log_weights=log_weights[order],
         time=columns["time"][order],
         window=columns["window"][order],
         repeat=repeat[order],
-        topology=None if system.exact else _pdb(system),
+        topology=None if system.exact else system_pdb(system),
         meta={
             "system": system.identity,
             "settings": jobs[0].settings(len(jobs)),
@@ -245,21 +244,3 @@ def _raise_for(status: int, folder: Path) -> None:
     if status == 2 and message:
         raise UserError(message.splitlines()[-1])
     raise RuntimeError(f"{folder} ended with status {status}; run again to go on. Its log:\n{message[-2000:]}")
-
-
-def _chunks(
-    frames: list[np.ndarray], starts: np.ndarray, order: np.ndarray, size: int = 50_000
-) -> Iterator[np.ndarray]:
-    """Positions of the concatenated ``frames`` in the given order, some at a time."""
-    for part in np.array_split(order, max(1, -(-len(order) // size))):
-        owner = np.searchsorted(starts, part, side="right") - 1
-        chunk = np.empty((len(part), *frames[0]["positions"].shape[1:]), dtype=np.float32)
-        for i, source in enumerate(frames):
-            mine = owner == i
-            chunk[mine] = source["positions"][part[mine] - starts[i]]
-        yield chunk
-
-
-def _pdb(system) -> str:
-    ids = [(residue.id, residue.insertionCode) for residue in system.openmm_topology().residues()]
-    return pdb_text(system.topology, system.positions.numpy(), ids)

@@ -75,15 +75,24 @@ class Data:
     log_weights: np.ndarray
 
     @property
+    def method(self) -> str | None:
+        """What made the frames; None where nothing tells."""
+        return (self.frames.meta.get("settings") or {}).get("method")
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a simulation made the frames, here or elsewhere."""
+        return bool(self.frames.meta.get("cpu_seconds")) or self.method == "imported"
+
+    @property
     def is_time_series(self) -> bool:
         """Whether frames follow the Boltzmann distribution and come one after another in time."""
-        return np.ptp(self.frames.log_weights) == 0 and bool(self.frames.meta.get("cpu_seconds"))
+        return np.ptp(self.frames.log_weights) == 0 and self.is_simulated
 
     @property
     def has_trajectories(self) -> bool:
         """Whether the frames of a walker follow each other as its moves do, under whatever bias."""
-        method = (self.frames.meta.get("settings") or {}).get("method")
-        return self.is_time_series or method == "metadynamics"
+        return self.is_time_series or self.method == "metadynamics"
 
     @property
     def walker(self) -> np.ndarray:
@@ -237,7 +246,7 @@ class Findings:
 
         None of windows of umbrella sampling, say, whose weights have errors in common.
         """
-        if self.system.state is None or self.data is None or not self.data.frames.meta.get("cpu_seconds"):
+        if self.system.state is None or self.data is None or not self.data.is_simulated:
             return None
         if self.data.is_time_series:
             inside = self.system.in_state(np.asarray(self.data.frames.positions))

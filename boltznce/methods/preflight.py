@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from boltznce.command_line import command_line
 from boltznce.config import build, locate
 from boltznce.data.dataset import check_shares, mode_balanced_indices
 from boltznce.data.jobs import jobs_of
@@ -107,7 +108,7 @@ def _missing(config: DictConfig, system: System) -> list[str]:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(
                 f"{place} is no dataset, it has no meta.yaml: set data.folder to one, or to a folder that is not there "
-                "(boltznce.data.dataset.Dataset.write makes a dataset of frames)."
+                f"({command_line('import')} makes a dataset of trajectories)."
             )
         missing.append(label or system.name)
     if not missing and not system.is_family:  # those of a family are many, and looked at by its first stage

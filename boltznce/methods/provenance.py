@@ -10,7 +10,7 @@ from boltznce.errors import UserError, first_few
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 
-__all__ = ["data_in_words", "energy_in_words", "provenance", "reference_in_words"]
+__all__ = ["data_in_words", "data_notes", "energy_in_words", "provenance", "reference_in_words"]
 
 
 def provenance(work: Workspace) -> dict[str, str]:
@@ -40,6 +40,11 @@ def data_in_words(meta: Mapping[str, Any]) -> str:
     words = [str(settings.get("method", "made in a way not recorded")).replace("_", " ")]
     if "duration" in settings:
         words.append(f"{settings['duration']:g} ps a walker after {settings['equilibration']:g}")
+    if "files" in settings:
+        words.append(first_few(settings["files"], most=1))
+        words += [f"stride {settings['stride']}"] if settings["stride"] > 1 else []
+    words += [f"{meta['rigid_bonds']} rigid bonds"] if meta.get("rigid_bonds") else []
+    words += ["explicit solvent left out"] if meta.get("atoms_left_out") else []
     if "n_repeats" in settings:
         words.append(f"{settings['n_repeats']} repeats")
     words += [f"{key} {settings[key]}" for key in ("seed",) if key in settings]
@@ -59,11 +64,22 @@ def reference_in_words(system: System) -> str:
     return f"{made_by['method']}, {made_by['date']}; ships with the package"
 
 
+def data_notes(work: Workspace) -> list[str]:
+    """Sentences that datasets say of themselves, each once: what they differ in from those of a simulation."""
+    return list(dict.fromkeys(note for meta in _metas(work).values() for note in meta.get("notes", ())))
+
+
 def _data(work: Workspace) -> str:
     """Of the first of the datasets, and how many others there are."""
-    folder, found = work.config.get("data", {}).get("folder"), []
+    found = [f"{place}: {data_in_words(meta)}" for place, meta in _metas(work).items()]
+    return first_few(found, most=1) or "none"
+
+
+def _metas(work: Workspace) -> dict[Path, Mapping[str, Any]]:
+    """What each dataset of the run says, by its folder."""
+    folder, found = work.config.get("data", {}).get("folder"), {}
     for member in work.system.all_members() if folder else ():
         place = Path(folder) / work.system.label(member)
         with contextlib.suppress(UserError):  # there is none, or a damaged one
-            found.append(f"{place}: {data_in_words(Dataset.read_meta(place))}")
-    return first_few(found, most=1) or "none"
+            found[place] = Dataset.read_meta(place)
+    return found

@@ -10,7 +10,7 @@ from boltznce.analysis import plotting
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.logger import read_log
 from boltznce.methods.findings import Findings, gather
-from boltznce.methods.provenance import provenance
+from boltznce.methods.provenance import data_notes, provenance
 from boltznce.methods.sections import Part
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
@@ -124,6 +124,7 @@ def _notes(work: Workspace, rows: Mapping[str, Mapping]) -> list[str]:
     notes, tests, trained = [], work.system.members("test"), work.system.members("train")
     if not any(member in trained for member in tests):
         notes.append("No molecule that was tested was trained on or looked at before the evaluation.")
+    notes += data_notes(work)
     missing = work.folder.stages.get("flow", {}).get("not_balanced")
     if missing:
         notes.append(f"The data of {', '.join(missing)} never were in the state: trained on as they are.")

@@ -177,7 +177,7 @@ def free_energies(f: Findings) -> Part:
 def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
     """What the result cost, and a simulation that knows ΔF as well; None where one of them cannot be relied on."""
     md, reference = f.md_difference, rows.get("reference")
-    if row is None or md is None or not md.reliable:
+    if row is None or md is None or not md.reliable or "cpu_seconds" not in f.data.whole.meta:
         return None
     off = abs(rows[row].value - _value(reference, "value"))
     error = float(np.hypot(max(off, rows[row].std_error), _value(reference, "std_error")))
