@@ -149,7 +149,7 @@ SEQUENCES = ("AK", "KS", "ACE-AAA-NME")  # that stand in the pages as systems
 def contexts() -> list[DictConfig]:
     """Settings of the commands that a reader may have in mind."""
     known = [("train", ()), ("sample", ("run=x",)), ("simulate", ()), ("train", ("system=dipeptides",))]
-    known += [("train", ("system=gaussians8",)), ("benchmark", ())]
+    known += [("train", ("system=gaussians8",)), ("benchmark", ()), ("import", ("files=x", "temperature=300"))]
     known += [("train", (f"method={method}",)) for method in ("tabg", "tbg", "forward_kl")]
     return [compose(*each) for each in known]
 

@@ -1,12 +1,10 @@
 """Trajectories made elsewhere become datasets: units, order of atoms, solvent, weights, and what is told of them."""
 
 import importlib.util
-import shutil
 
 import mdtraj
 import numpy as np
 import pytest
-import torch
 
 import boltznce as bz
 from boltznce.config import compose
@@ -14,7 +12,7 @@ from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
 from boltznce.data.whole import make_whole, spanning_bonds
 from boltznce.errors import UserError
-from boltznce.methods.findings import Data
+from boltznce.methods.findings import Data, Findings
 from boltznce.methods.preflight import preflight
 from boltznce.methods.provenance import data_in_words
 from boltznce.systems.forcefield import TorchForceField
@@ -348,6 +346,10 @@ def test_constrained_bonds_are_told(ending, system, frames, pdb, tmp_path):
     file = written(tmp_path / f"run.{ending}", system.topology, constrained(system, frames))
     data = imported(tmp_path, system, file, pdb)
     assert data.meta["rigid_bonds"] == 12
+    findings = Findings(
+        system, [], None, {}, None, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0
+    )
+    assert findings.frames is findings.md_units is None
     assert data.meta["notes"][0].startswith("12 of 21 bonds of the data, 12 of them of hydrogens, hardly vary")
     assert "12 rigid bonds" in data_in_words(data.meta)
 
@@ -372,6 +374,10 @@ def test_training_takes_it_as_it_is(system, frames, pdb, tmp_path):
     """Up to the data stage, with the settings that a simulation would have; and no file of its own stays behind."""
     file = written(tmp_path / "run.dcd", system.topology, np.concatenate([frames] * 4))
     data = imported(tmp_path, system, file, pdb, "sets/aldp")
+    findings = Findings(
+        system, [], None, {}, None, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0
+    )
+    assert len(findings.frames.energies) == len(findings.md_units) == 4 * N
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["aldp"]
     assert len(load_data(system, system, tmp_path / "sets" / "aldp")) == 4 * N
     preflight(compose("train", ["system=aldp", "budget=smoke", f"data.folder={tmp_path / 'sets' / 'aldp'}"]))
@@ -413,5 +419,3 @@ def test_the_command(system, frames, tmp_path, forks):
     assert "b c.xtc does not say which atoms it has: set topology=" in child.told[0]
     child = forks.run("import", "files=a.xtc", "topology=aldp.pdb", cwd=tmp_path)
     assert child.told == ["Error: temperature= is missing: add temperature=... to the command line."]
-    shutil.rmtree(tmp_path / "data")
-    assert torch.is_tensor(system.positions)

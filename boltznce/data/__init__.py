@@ -1,1 +1,1 @@
-"""Reference data: simulation with OpenMM or torch, the dataset on disk, batches of many molecules."""
+"""Reference data: simulation with OpenMM or torch, trajectories made elsewhere, the dataset on disk, padded batches."""

@@ -73,6 +73,11 @@ class Dataset:
         """A short digest of the whole dataset that these frames are of."""
         return contents_digest(self.meta)
 
+    @property
+    def of_target(self) -> bool:
+        """Whether weighted frames are the system's own: not those of explicit solvent, or of bonds without width."""
+        return not (self.meta.get("atoms_left_out") or self.meta.get("rigid_bonds"))
+
     def __repr__(self) -> str:
         name = self.meta.get("system", {}).get("name", "unknown")
         return f"Dataset({name}, {len(self)} frames of {self.positions.shape[1]} atoms)"

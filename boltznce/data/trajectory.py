@@ -27,16 +27,16 @@ __all__ = ["import_trajectory"]
 
 log = logging.getLogger(__name__)
 MOST_FRAMES, MOST_PAIRS = 1000, 4_000_000  # at a time; of atoms in them, which the energy takes at once
-SAME_ENERGY = 1.0  # kT, standard deviation: rounded positions give some tenths
+SAME_ENERGY = 0.5  # kT times the root of the number of atoms: rounded positions of XTC give 0.3
 
 RIGID_BONDS = (
-    "{n} of {n_bonds} bonds of the data, {n_hydrogen} of them of hydrogens, hardly vary, as if constrained: such data "
-    "have no width along them, where the target has, so a flow trained on them draws few conformers that count. Data "
-    "of a simulation without constraints have it."
+    "{n} of {n_bonds} bonds of the data, {n_hydrogen} of them of hydrogens, hardly vary, as if constrained. The target "
+    "has a width along them and the data have none: a flow trained on them draws few conformers that count, and no "
+    "estimate takes them for frames of the target. Data of a simulation without constraints have no such fault."
 )
 SOLVENT = (
     "The data were made in explicit solvent, or among other molecules, which were left out: weights and free energies "
-    "are of the system's own energy, with implicit solvent or none, for which the data are no reference."
+    "are of the system's own energy, with implicit solvent or none, and no estimate takes them for frames of that."
 )
 BOX = "The data were made in a periodic box. If there was solvent in it, weights and free energies do not know of it."
 LEFT_OUT = "{n} of {n_seen} frames were left out of the data: their energies are no conformer's."
@@ -255,7 +255,7 @@ def _notes(checks: FrameChecks, match: Match, boxed: bool, energies: np.ndarray,
     if match.reordered:
         notes.append(REORDERED.format(name=system.name))
     if given is not None:
-        off = given - energies
-        if not (abs(off.mean()) < SAME_ENERGY and off.std() < SAME_ENERGY):
+        off, same = given - energies, SAME_ENERGY * math.sqrt(system.n_atoms)
+        if not (abs(off.mean()) < same and off.std() < same):
             notes.append(OTHER_ENERGIES.format(name=system.name, mean=off.mean(), spread=off.std()))
     return notes

@@ -91,6 +91,8 @@ def _refine_data(work: Workspace, member: System) -> None:
     if n and member.proxy is not None and work.frames_exist(member):
         folder, seed = work.folder.leave(work.samples("frames", member)), work.numpy_generator("frames", member)
         frames = work.unseen(member, work.frames(member))
+        if not frames.of_target:  # which annealing from the proxy begins with
+            return
         settings = dataclasses.replace(settings_of(work.config).from_proxy, n_walkers=n)
         refine_frames(member, frames, settings, seed=int(seed.integers(2**31)), folder=folder)
 
@@ -114,6 +116,7 @@ def _frames(
         frames = data and WeightedSamples(
             data.frames.positions, data.frames.energies, np.zeros(len(data.frames)), data.frames.log_weights
         )
+        frames = frames if data and data.whole.of_target else None
     if frames is None or system.state is None:
         return None, np.empty(0, dtype=np.int64)
     n = section.n_frames

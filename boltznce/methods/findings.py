@@ -193,13 +193,16 @@ class Findings:
 
     @cached_property
     def frames(self) -> Frames | None:
-        """The other side of the draws in two-sided estimates: refined walkers, or the data, whichever is asked for."""
+        """The other side of the draws in two-sided estimates: refined walkers, or the data, whichever is asked for.
+
+        None where there are none, or the data are not of the target.
+        """
         if self.refined_frames:
             walkers = self.refined
             if walkers is None:
                 return None
             return Frames(walkers.positions, walkers.energy, walkers.log_weights, walkers.ancestors)
-        if self.data is None:
+        if self.data is None or not self.data.whole.of_target:
             return None
         data = self.data.frames
         return Frames(data.positions, data.energies, data.log_weights, self.frame_groups)
@@ -244,9 +247,11 @@ class Findings:
     def md_units(self) -> np.ndarray | None:
         """A number (frames,) for what visits states independently in a simulation: blocks of time, or many walkers.
 
-        None of windows of umbrella sampling, say, whose weights have errors in common.
+        None of windows of umbrella sampling, say, whose weights have errors in common, and of what is not the target's.
         """
         if self.system.state is None or self.data is None or not self.data.is_simulated:
+            return None
+        if not self.data.whole.of_target:
             return None
         if self.data.is_time_series:
             inside = self.system.in_state(np.asarray(self.data.frames.positions))
