@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import mdtraj
 import numpy as np
+from mdtraj import open as open_trajectory
 
 from boltznce.errors import UserError
 
@@ -110,7 +111,7 @@ def open_frames(
         if length_unit != "nm":
             raise UserError(f"length_unit={length_unit} is for {', '.join(ARRAYS)}: {path} has the unit of its format.")
         _require_reader(path)
-        with _told(path), mdtraj.open(str(path)) as handle:
+        with _told(path), open_trajectory(str(path)) as handle:
             n_atoms = (handle.positions if ending == ".pdb" else handle.read(n_frames=1)[0]).shape[1]
             file = Trajectory(path, len(handle), n_atoms, topology)
     else:

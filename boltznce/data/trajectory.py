@@ -114,6 +114,7 @@ def import_trajectory(
         "files": [path.name for path in paths],
         "file_digests": [file_digest(path.expanduser()) for path in paths],
         **{name: value and Path(value).name for name, value in given.items()},
+        "length_unit": length_unit,
         "stride": stride,
         "software": "unknown",
     }
