@@ -15,7 +15,6 @@ from boltznce import UserError, WeightedSamples, load_system
 from boltznce.analysis.samples_io import read_samples
 from boltznce.config import compose
 from boltznce.data.dataset import Dataset, mode_balanced_indices
-from boltznce.data.simulate import _pdb
 from boltznce.methods import ladder, sections
 from boltznce.methods.findings import Data, Findings
 from boltznce.methods.models import make
@@ -27,7 +26,7 @@ from boltznce.systems.isomers import TURNED, allowed_conformers, excluded_confor
 from boltznce.systems.molecular import not_canonical
 from boltznce.systems.peptides import build_peptide
 from boltznce.systems.torsions import backbone_dihedrals, turning_dihedrals
-from boltznce.topologies import from_json, pdb_text, to_json
+from boltznce.topologies import from_json, pdb_text, system_pdb, to_json
 
 
 @pytest.fixture
@@ -327,7 +326,7 @@ def test_pdb_files_keep_bonds_and_residues_apart(tmp_path):
     assert {frozenset(pair) for pair in ((0, 11), (12, 23), (9, 10), (3, 5))} <= bonds
     for sequence in ("KW", "ACE-PHC-NME"):
         system = load_system(sequence, energy_backend="openmm")
-        assert bonds_in(_pdb(system)) == (
+        assert bonds_in(system_pdb(system)) == (
             {frozenset(pair) for pair in system.bonds},
             [residue.n_atoms for residue in system.topology.residues],
         )
@@ -340,7 +339,11 @@ def test_insertion_codes_and_links_reach_the_dataset(load):
     system = load(made)
     ids = [(residue.id, residue.insertionCode.strip()) for residue in system.openmm_topology().residues()]
     assert ids == [("51", ""), ("52", ""), ("52", "A"), ("53", "")]
-    assert [line[22:27] for line in _pdb(system).splitlines() if line[12:17] == " O   "] == ["  51 ", "  52 ", "  52A"]
+    assert [line[22:27] for line in system_pdb(system).splitlines() if line[12:17] == " O   "] == [
+        "  51 ",
+        "  52 ",
+        "  52A",
+    ]
 
 
 def test_files_that_would_be_read_as_another_molecule_are_refused(tmp_path):

@@ -66,8 +66,8 @@ def _solute(theirs: mdtraj.Topology, system) -> np.ndarray:
     there, here = (_formula(topology) for topology in (theirs.subset(atoms), system.topology))
     if there != here:
         raise UserError(
-            f"The trajectory is of another molecule than {system.name} ({there or 'no atoms'}, not {here}, without water and ions): "
-            "set system= to its molecule, with the same protonation and caps, all hydrogens among them."
+            f"The trajectory is of another molecule than {system.name} ({there or 'no atoms'}, not {here}, without "
+            "water and ions): set system= to its molecule, with the same protonation and caps, and all hydrogens."
         )
     return atoms
 
