@@ -12,7 +12,8 @@ from openmm_reference import absolute_terms, alone, distorted, energy_and_force,
 
 from boltznce import UserError, load_system
 from boltznce.systems.forcefield import TorchForceField
-from boltznce.systems.molecular import STRUCTURES, MolecularSystem
+from boltznce.systems.molecular import MolecularSystem
+from boltznce.systems.structures import STRUCTURES
 from boltznce.systems.terms.solvation import CustomGB
 
 N_ATOMS = 22

@@ -24,7 +24,7 @@ from boltznce.methods.stages import _check_isomers
 from boltznce.methods.views import views_of
 from boltznce.states import State
 from boltznce.systems.isomers import TURNED, allowed_conformers, excluded_conformers, require_some_left
-from boltznce.systems.molecular import not_canonical
+from boltznce.systems.openmm_checks import not_canonical
 from boltznce.systems.peptides import build_peptide
 from boltznce.systems.torsions import backbone_dihedrals, turning_dihedrals
 from boltznce.topologies import from_json, pdb_text, to_json

@@ -14,8 +14,8 @@ from openmm import app, unit
 
 from boltznce import UserError, load_system
 from boltznce.config import build, compose
-from boltznce.systems.molecular import read_structure
 from boltznce.systems.peptides import LETTERS, build_peptide, parse_sequence
+from boltznce.systems.structures import read_structure
 
 # every residue at either end
 PAIRS = [first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)]
