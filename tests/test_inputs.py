@@ -79,6 +79,11 @@ BUTANE = atoms_of(
     *"H" * 10,
     bonds=[(0, 1), (1, 2), (2, 3), *zip([0] * 3 + [1] * 2 + [2] * 2 + [3] * 3, range(4, 14), strict=True)],
 )
+BUTANENITRILE = atoms_of(
+    *"CCCCN",
+    *"H" * 7,
+    bonds=[(0, 1), (1, 2), (2, 3), (3, 4), *zip([0] * 3 + [1] * 2 + [2] * 2, range(5, 12), strict=True)],
+)
 
 
 def test_torsions_are_found_by_bonds_and_elements():
@@ -98,6 +103,7 @@ def test_torsions_are_found_by_bonds_and_elements():
     assert turning_dihedrals(ETHANEDIOL) == {"tors1": (2, 0, 1, 8), "tors2": (1, 0, 2, 3), "tors3": (0, 2, 3, 9)}
     assert turning_dihedrals(BUTANE) == {"tors1": (0, 1, 2, 3)}
     assert turning_dihedrals(Structure.of("ACE-NME").topology) == {}
+    assert turning_dihedrals(BUTANENITRILE) == {"tors1": (0, 1, 2, 3)}  # not to where C-C≡N is a line
 
 
 def findings(system, views=None):

@@ -112,7 +112,7 @@ class MolecularSystem(System):
             forcefield, given, nonbonded_method, self._nonbonded["cutoff_nm"], implicit_solvent
         )
         if given is not self._openmm_topology:
-            check_structure(self._openmm_topology, self._structure_nm, str(structure))
+            check_structure(self._openmm_topology, self._structure_nm, "The structure")
         self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers, compile)
 
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
