@@ -67,8 +67,7 @@ def ligand():
 @pytest.mark.parametrize("kind", READ)
 def test_energies_are_those_of_openmms_own_reader(kind):
     structure, files, solvent = READ[kind]
-    backend = "openmm" if kind == "CHARMM" else "torch"
-    system = read(structure, files, solvent, energy_backend=backend, n_workers=1)
+    system = read(structure, files, solvent)
     x = distorted(system.positions.double().repeat(3, 1, 1), 0.01)
     energies, forces = reference(made_by_openmm(files, solvent), x)
     kt = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin) * 300
@@ -165,11 +164,10 @@ def test_a_runs_folder_holds_the_files_of_its_molecule(kind, tmp_path):
     words = ["system=aldp", "system.name=mine", f"system.structure={tmp_path / 'files' / structure}"]
     words += [f"system.forcefield=[{places}]", "system.state=null", "method=tabg", "budget=smoke", "threads=1"]
     words += [f"+system.implicit_solvent={solvent}"] if solvent else []
-    words += ["system.energy_backend=openmm"] if kind == "CHARMM" else []
     run = start_folder(tmp_path / "run", compose("train", [*words, f"data_dir={tmp_path}"]))
     shutil.rmtree(tmp_path / "files")
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert bz.load_run(tmp_path / "moved").system.equals(read(structure, files, solvent, energy_backend="openmm"))
+    assert bz.load_run(tmp_path / "moved").system.equals(read(structure, files, solvent))
     assert run
 
 
