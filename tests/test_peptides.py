@@ -15,6 +15,7 @@ from openmm import app, unit
 
 from boltznce import UserError, load_system
 from boltznce.config import build, compose
+from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.peptides import FORMS, LETTERS, build_peptide, parse_sequence
 from boltznce.systems.structures import read_structure
 
@@ -122,11 +123,9 @@ def test_forms_of_residues_are_those_of_the_force_field(form, tmp_path):
     x = system.positions.numpy()
     path = Structure(system.topology, x).write(tmp_path / "made.pdb")
     again = load_system(f"ACE-A{form}G-NME", structure=path, energy_backend="openmm")
-    assert again.topology == system.topology
+    assert sorted(map(sorted, again.bonds)) == sorted(map(sorted, system.bonds))
     assert again.energy(x[None]) == pytest.approx(system.energy(x[None]), abs=1e-3)
-    if form in ("hid", "hip"):
-        dipeptides = load_system("dipeptides")
-        assert dipeptides.member(f"{form}A").features.shape == dipeptides.member("HA").features.shape
+    assert encode_atoms(mdtraj.Topology.from_openmm(build_peptide(f"A{form}")[0])).shape[1] == 76
 
 
 @pytest.mark.parametrize("letter", [letter for letter in LETTERS if letter != "G"])
