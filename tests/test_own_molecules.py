@@ -34,8 +34,8 @@ READ = {
 
 
 def made_by_openmm(files, solvent):
-    model = {} if solvent is None else {"implicitSolvent": getattr(app, solvent)}
-    first, *more = (str(FILES / file) for file in files)
+    model = {} if solvent is None else {"implicitSolvent": getattr(app, solvent), "sasaMethod": "ACE"}
+    first, *more = (str(FILES / file) for file in files)  # all but GROMACS's know solvents
     if first.endswith("prmtop"):
         return app.AmberPrmtopFile(first).createSystem(**FREE, **model)
     if first.endswith("psf"):
@@ -90,17 +90,19 @@ def test_ambers_file_is_openmms_force_field():
     torch.testing.assert_close(theirs.energy(x), ours.energy(x), rtol=0, atol=0.02)  # radii and charges are rounded
 
 
-def test_an_implicit_solvent_is_added_to_a_file_of_gromacs():
-    ours = load_system("aldp", forcefield=["amber99sbildn.xml", "implicit/obc2.xml"], compile=False)
+@pytest.mark.parametrize("cut", [{}, {"nonbonded_method": "CutoffNonPeriodic", "cutoff_nm": 0.6}])
+@pytest.mark.parametrize("model", ["OBC1", "GBn2"])
+def test_an_implicit_solvent_that_is_added_is_that_of_openmms_files(model, cut):
+    files = ["amber99sbildn.xml", f"implicit/{model.lower()}.xml"]
+    ours = load_system("aldp", forcefield=files, compile=False, **cut)
+    added = load_system("aldp", forcefield=files[:1], implicit_solvent=model, compile=False, **cut)
+    assert added.equals(ours)
+    alone = load_system("aldp", forcefield=files[:1], compile=False, **cut)
+    parts = alone.openmm_system(), alone.openmm_topology(), alone.positions
+    assert MolecularSystem.from_openmm(*parts, "mine", 300.0, implicit_solvent=model).equals(ours)
     x = distorted(ours.positions.double().repeat(3, 1, 1), 0.01)
-    theirs = read("aldp.gro", ["aldp.top"], "OBC2")
-    torch.testing.assert_close(theirs.energy(x), ours.energy(x), rtol=0, atol=0.02)
-    cut = {"nonbonded_method": "CutoffNonPeriodic", "cutoff_nm": 0.6}
-    theirs, ours = (
-        read("aldp.gro", ["aldp.top"], "GBn2", **cut),
-        load_system("aldp", forcefield=["amber99sbildn.xml", "implicit/gbn2.xml"], compile=False, **cut),
-    )
-    torch.testing.assert_close(theirs.energy(x), ours.energy(x), rtol=0, atol=0.02)
+    theirs = read("aldp.gro", ["aldp.top"], model, **cut)
+    torch.testing.assert_close(theirs.energy(x), ours.energy(x), rtol=0, atol=0.02)  # its numbers are rounded
 
 
 def test_coordinates_may_be_a_pdb_or_an_mmcif_file(tmp_path):
@@ -209,7 +211,7 @@ def with_box(prmtop):
         ("ligand.inpcrd", ["aldp.prmtop"], {}, r"positions of 13 atoms, and the molecule has 22"),
         ("aldp.inpcrd", ["aldp.prmtop", "amber14-all.xml"], {}, r"Amber's kind: leave the others out"),
         ("aldp.inpcrd", ["amber14-all.xml"], {}, r"needs a structure that has elements and bonds"),
-        ("aldp.pdb", ["amber14-all.xml"], {"implicit_solvent": "OBC2"}, r"implicit/obc2\.xml"),
+        ("aldp.pdb", ["amber99sb.xml", "amber99_obc.xml"], {"implicit_solvent": "OBC2"}, r"solvent already.*null"),
         ("aldp.inpcrd", ["aldp.prmtop"], {"implicit_solvent": "PB"}, r"HCT, OBC1, OBC2, GBn, GBn2"),
         ("ACE-A-NME", ["aldp.prmtop"], {}, r"not of the same atoms in the same order.*ACE 1 "),
         ("acetaldehyde.crd", ["acetaldehyde.psf"], {}, r"cannot be loaded, or does not fit"),

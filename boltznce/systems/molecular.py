@@ -52,7 +52,8 @@ class MolecularSystem(System):
         temperature: K.
         nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
         cutoff_nm: cutoff in nm for the methods that have one.
-        implicit_solvent: of files of Amber, CHARMM and GROMACS: HCT, OBC1, OBC2, GBn, GBn2, or None, a vacuum.
+        implicit_solvent: HCT, OBC1, OBC2, GBn or GBn2, for what has none of its own, as files of Amber, CHARMM and
+            GROMACS; None adds none, and leaves these in a vacuum.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
         encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.

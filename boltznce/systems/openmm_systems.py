@@ -13,6 +13,7 @@ from boltznce.errors import UserError
 from boltznce.systems.force_field_files import kind_of, shipped_file
 from boltznce.systems.openmm_checks import (
     misfit,
+    nonbonded_of,
     not_canonical,
     require_atoms,
     require_bonds,
@@ -39,6 +40,8 @@ def build_openmm_system(
         forcefield: OpenMM's force-field files, a serialized System, or itself, Amber's prmtop, GROMACS's top, or a PSF
             and parameter files of CHARMM's.
         topology: of the structure; None where that has positions alone. Files of Amber, CHARMM and GROMACS have theirs.
+        implicit_solvent: HCT, OBC1, OBC2, GBn or GBn2, to be added to what has none: with the radii of a prmtop, else
+            OpenMM's standard ones, as from ``implicit/obc2.xml``; with its surface term.
 
     Raises UserError for files that cannot be read or do not fit, and for what is no molecule in the canonical ensemble.
     """
@@ -49,11 +52,6 @@ def build_openmm_system(
     names = "The System" if isinstance(forcefield, openmm.System) else f"The force field {', '.join(forcefield)}"
     if kind in ("Amber", "GROMACS", "System") and len(kinds) > 1:
         raise UserError(f"{names} has a file that is a whole one, of {kind}'s kind: leave the others out.")
-    if implicit_solvent is not None and kind in ("OpenMM", "System"):
-        raise UserError(
-            f"implicit_solvent={implicit_solvent} is for files of Amber, CHARMM and GROMACS: leave it out, and with "
-            "OpenMM's files add one of its own to forcefield, as implicit/obc2.xml."
-        )
     if topology is None and kind in ("OpenMM", "System"):
         raise UserError(f"{names} needs a structure that has elements and bonds: give a PDB or mmCIF file.")
     method, cutoff = getattr(app, nonbonded_method), {}
@@ -76,7 +74,10 @@ def build_openmm_system(
         require_method(system, names, nonbonded_method, cutoff_nm)
         require_bonds(system, own, names)
     require_atoms(own, topology, names)
-    if kind not in ("Amber", "System"):
+    if implicit_solvent is not None and kind != "Amber":
+        _add_generalized_born(system, own, implicit_solvent, names)
+    radii_of_its_own = kind == "Amber" or (kind == "System" and implicit_solvent is None)
+    if not radii_of_its_own:
         require_radii(system, own)
     return system, own
 
@@ -136,17 +137,14 @@ def _of_charmm(
     psf = next(file for file in files if kind_of(file) == "CHARMM")
     made = app.CharmmPsfFile(str(Path(psf).expanduser()))
     parameters = app.CharmmParameterSet(*(str(Path(file).expanduser()) for file in files if file != psf))
-    return made.createSystem(parameters, implicitSolvent=solvent and getattr(app, solvent), **settings), made.topology
+    return made.createSystem(parameters, **settings), made.topology
 
 
 def _of_gromacs(
     files: Sequence[str], topology: app.Topology | None, settings: Mapping[str, Any], solvent: str | None
 ) -> Made:
     made = app.GromacsTopFile(str(Path(files[0]).expanduser()))
-    system = made.createSystem(**settings)
-    if solvent is not None:
-        _add_generalized_born(system, made.topology, solvent, settings)
-    return system, made.topology
+    return made.createSystem(**settings), made.topology
 
 
 _READERS: dict[str, Callable[..., Made]] = {
@@ -158,19 +156,23 @@ _READERS: dict[str, Callable[..., Made]] = {
 }
 
 
-def _add_generalized_born(
-    system: openmm.System, topology: app.Topology, model: str, settings: Mapping[str, Any]
-) -> None:
-    """As ``implicit/*.xml`` do: OpenMM's standard radii and the charges that there are."""
-    (nonbonded,) = (force for force in system.getForces() if isinstance(force, openmm.NonbondedForce))
-    cutoff = settings.get("nonbondedCutoff")
-    born = getattr(customgbforces, f"GBSA{model}Force")(
-        SA="ACE", cutoff=cutoff and cutoff.value_in_unit(unit.nanometer)
-    )
-    for atom, parameters in enumerate(born.getStandardParameters(topology)):
-        born.addParticle([nonbonded.getParticleParameters(atom)[0], *parameters])
-    born.finalize()
+def _add_generalized_born(system: openmm.System, topology: app.Topology, model: str, names: str) -> None:
+    """As ``implicit/*.xml`` do: OpenMM's standard radii, and the charges that there are."""
+    if any(isinstance(force, openmm.GBSAOBCForce | openmm.CustomGBForce) for force in system.getForces()):
+        raise UserError(f"{names} has an implicit solvent already: set implicit_solvent=null.")
+    nonbonded = next((force for force in system.getForces() if isinstance(force, openmm.NonbondedForce)), None)
+    if nonbonded is None:
+        raise UserError(f"{names} has no charges, which implicit_solvent={model} needs: set it to null.")
+    _, cutoff_nm = nonbonded_of(system)
+    born = getattr(customgbforces, f"GBSA{model}Force")(SA="ACE", cutoff=cutoff_nm)
+    try:
+        for atom, parameters in enumerate(born.getStandardParameters(topology)):
+            born.addParticle([nonbonded.getParticleParameters(atom)[0], *parameters])
+        born.finalize()
+    except ValueError as error:  # of GBn and GBn2, which know radii of 1 to 2 Å
+        raise UserError(f"{names} is not for implicit_solvent={model} ({error}): choose OBC2, or null.") from error
     born.setNonbondedMethod(nonbonded.getNonbondedMethod())
-    born.setCutoffDistance(nonbonded.getCutoffDistance())
+    if cutoff_nm is not None:
+        born.setCutoffDistance(cutoff_nm)
     nonbonded.setReactionFieldDielectric(1.0)
     system.addForce(born)
