@@ -11,12 +11,11 @@ from openmm import app, unit
 from openmm_reference import distorted, energy_and_force, reference, relative
 
 import boltznce as bz
-from boltznce import UserError, load_system
+from boltznce import MolecularSystem, UserError, load_system
 from boltznce.config import compose
 from boltznce.methods.preflight import preflight
 from boltznce.methods.views import views_of
 from boltznce.run import start_folder
-from boltznce.systems.molecular import MolecularSystem
 from boltznce.systems.structures import STRUCTURES
 from boltznce.trust import check_trusted
 
