@@ -2,7 +2,8 @@
 
 What a notebook needs is here:
 
-- `load_system`, `System`: a molecule, a peptide by its sequence, or a system in the plane, with its reduced energy.
+- `load_system`, `System`: a molecule, a peptide by its sequence, or a system in the plane, with its reduced energy;
+  `MolecularSystem.from_openmm`: a molecule of OpenMM's objects.
 - `train_run`: what ``boltznce train`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
   gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
 - `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
@@ -30,6 +31,7 @@ from typing import Any
 __version__ = "0.2.0"  # pyproject.toml and the wheel have it from here
 
 _HOMES = {  # each is imported when it is first asked for: torch alone takes seconds
+    "MolecularSystem": "systems.molecular",
     "Run": "run",
     "System": "systems.base",
     "UserError": "errors",

@@ -5,15 +5,14 @@ run is opened from elsewhere, or has been moved, or the original has changed. Fo
 """
 
 import shutil
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from boltznce.errors import UserError
 from boltznce.io import atomic_file, file_digest
 from boltznce.settings import leaves
-from boltznce.systems.molecular import STRUCTURES, structure_file
+from boltznce.systems.force_field_files import with_included
+from boltznce.systems.structures import STRUCTURES, structure_file
 
 __all__ = ["changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
 
@@ -53,7 +52,8 @@ def keep_inputs(config: Config) -> dict[str, Path]:
         folder = PurePosixPath(INPUTS, name)
         section[key] = str(folder / source.name)
         if name.startswith("system.forcefield"):
-            sources |= {str(folder / inside): path for inside, path in _with_included(source.absolute(), source.name)}
+            files = with_included(source.absolute(), source.name)
+            sources |= {str(folder / inside): path for inside, path in files.items()}
         else:
             sources[section[key]] = source.absolute()
     return sources
@@ -102,18 +102,3 @@ def _paths(config: Config) -> Iterator[tuple[Any, Any, str]]:
         for k, file in enumerate(files):
             if isinstance(file, str):
                 yield files, k, f"system.forcefield.{k}"
-
-
-def _with_included(path: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """A force-field file and those that it includes from beside it, by their names in its folder."""
-    yield name, path
-    try:
-        included = [element.attrib.get("file", "") for element in ElementTree.parse(path).getroot().findall("Include")]
-    except (ElementTree.ParseError, OSError):
-        return  # OpenMM will tell
-    for file in filter(None, included):
-        if not (path.parent / file).is_file():
-            continue  # one of OpenMM's own
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(f"{path} includes {file}, from outside its folder: put that file beside it.")
-        yield from _with_included(path.parent / file, str(PurePosixPath(name).parent / file))

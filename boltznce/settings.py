@@ -124,6 +124,7 @@ RULES: dict[str, Rule] = {
     "temperature": POSITIVE,
     "nonbonded_method": _one_of("NoCutoff", "CutoffNonPeriodic"),
     "cutoff_nm": POSITIVE | NULL,
+    "implicit_solvent": _one_of("HCT", "OBC1", "OBC2", "GBn", "GBn2") | NULL,
     "system.state": STATE | NULL,
     "encoding": _one_of("elements", "backbone", "full", "numbered") | NULL,
     "n_places": COUNT,

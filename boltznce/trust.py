@@ -75,10 +75,15 @@ def is_plain_name(name: object) -> bool:
 
 
 def _check_force_field(files: Any, source: Path | str) -> None:
-    from boltznce.systems.force_field_files import has_scripts, shipped_file  # OpenMM is slow to import
+    # OpenMM is slow to import
+    from boltznce.systems.force_field_files import has_scripts, kind_of, shipped_file, with_included
 
-    for file in files if isinstance(files, list) else [files]:
-        if shipped_file(str(file)) is None and has_scripts(Path(str(file))):
+    files = [str(file) for file in (files if isinstance(files, list) else [files])]
+    kinds = [kind_of(file) for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind == "GROMACS":
+            with_included(Path(file), file)  # nothing from outside is read
+        elif kind == "OpenMM" and "CHARMM" not in kinds and shipped_file(file) is None and has_scripts(Path(file)):
             raise UserError(
                 f"{source} names the force field {file}, which runs scripts: say trust=true if you trust it."
             )

@@ -78,6 +78,7 @@ def test_members_are_the_systems_of_their_names():
         ({"selections": {"tiny": {"test": ["AG"]}}}, "no peptides to train on"),
         ({"selections": {"tiny": {"train": ["AG"], "tests": ["GA"]}}}, "Unknown list of peptides tests"),
         ({"colour": "red"}, "no setting colour"),
+        ({"selections": {"tiny": {"train": ["AG", "AdA"]}}}, r"D-residue \(dA\).*system=AdA"),
         ({"selections": {"tiny": {"train": ["AZ"]}}}, "Z in 'AZ' is no amino acid"),
     ],
 )

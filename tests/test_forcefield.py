@@ -12,7 +12,8 @@ from openmm_reference import absolute_terms, alone, distorted, energy_and_force,
 
 from boltznce import UserError, load_system
 from boltznce.systems.forcefield import TorchForceField
-from boltznce.systems.molecular import STRUCTURES, MolecularSystem
+from boltznce.systems.molecular import MolecularSystem
+from boltznce.systems.structures import STRUCTURES
 from boltznce.systems.terms.solvation import CustomGB
 
 N_ATOMS = 22
@@ -67,7 +68,23 @@ def torsions():
         cmap.addMap(size, (10 * torch.randn(size * size, generator=random)).tolist())
     for number, (a, b) in enumerate([(0, 1), (1, 2), (3, 0)]):
         cmap.addTorsion(number % 2, *chain[a : a + 4], *chain[b : b + 4])
-    return with_forces(rb, cmap)
+    return with_forces(rb, cmap, *(harmonic(chain, expression) for expression in IMPROPERS))
+
+
+IMPROPERS = (  # as OpenMM's readers write them of files of CHARMM and GROMACS
+    f"k*min(dtheta, 2*pi-dtheta)^2; dtheta = abs(theta-theta0);pi = {math.pi!r}",
+    "0.5*k*(thetap-theta0)^2; thetap = step(-(theta-theta0+pi))*2*pi+theta+step(theta-theta0-pi)*(-2*pi); "
+    f"pi = {math.pi!r}",
+)
+
+
+def harmonic(chain, expression):
+    force = openmm.CustomTorsionForce(expression)
+    force.addPerTorsionParameter("theta0")
+    force.addPerTorsionParameter("k")
+    for n, angle in enumerate((0.0, math.pi, -2.0, 3.0)):
+        force.addTorsion(*chain[n % 3 : n % 3 + 4], [angle, 10.0 + n])
+    return force
 
 
 def random_born(model):
@@ -380,3 +397,10 @@ def test_fused_equals_eager(name, thermal):
     kernels = fused._fused.compiled
     assert len(kernels) == 2
     assert all(kernel is not fused._fused.eager[kind] for (kind, *_), kernel in kernels.items())
+
+
+@pytest.mark.parametrize("expression", ["k*(theta-theta0)^4", "k*(theta-theta0)^2"])
+def test_other_torsions_are_refused(expression):
+    system = with_forces(harmonic([1, 4, 6, 8, 14, 16, 18], expression))
+    with pytest.raises(UserError, match=r"CustomTorsionForce.*energy_backend=openmm"):
+        TorchForceField(system)

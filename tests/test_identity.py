@@ -27,7 +27,7 @@ from boltznce.methods.provenance import data_in_words, energy_in_words, referenc
 from boltznce.methods.workspace import Workspace
 from boltznce.run_folder import RunFolder
 from boltznce.systems.identity import openmm_digest
-from boltznce.systems.molecular import STRUCTURES
+from boltznce.systems.structures import STRUCTURES
 
 AMBER = Path(app.__file__).parent / "data"
 CUTOFF = {"nonbonded_method": "CutoffNonPeriodic", "cutoff_nm": 0.5}

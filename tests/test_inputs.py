@@ -23,7 +23,7 @@ from boltznce.methods.stages import _check_isomers
 from boltznce.methods.views import views_of
 from boltznce.states import State
 from boltznce.systems.isomers import TURNED, allowed_conformers, excluded_conformers, require_some_left
-from boltznce.systems.molecular import not_canonical
+from boltznce.systems.openmm_checks import not_canonical
 from boltznce.systems.peptides import build_peptide
 from boltznce.systems.torsions import backbone_dihedrals, turning_dihedrals
 from boltznce.topologies import from_json, pdb_text, system_pdb, to_json
@@ -78,6 +78,11 @@ BUTANE = atoms_of(
     *"H" * 10,
     bonds=[(0, 1), (1, 2), (2, 3), *zip([0] * 3 + [1] * 2 + [2] * 2 + [3] * 3, range(4, 14), strict=True)],
 )
+BUTANENITRILE = atoms_of(
+    *"CCCCN",
+    *"H" * 7,
+    bonds=[(0, 1), (1, 2), (2, 3), (3, 4), *zip([0] * 3 + [1] * 2 + [2] * 2, range(5, 12), strict=True)],
+)
 
 
 def test_torsions_are_found_by_bonds_and_elements():
@@ -97,6 +102,7 @@ def test_torsions_are_found_by_bonds_and_elements():
     assert turning_dihedrals(ETHANEDIOL) == {"tors1": (2, 0, 1, 8), "tors2": (1, 0, 2, 3), "tors3": (0, 2, 3, 9)}
     assert turning_dihedrals(BUTANE) == {"tors1": (0, 1, 2, 3)}
     assert turning_dihedrals(Structure.of("ACE-NME").topology) == {}
+    assert turning_dihedrals(BUTANENITRILE) == {"tors1": (0, 1, 2, 3)}  # not to where C-C≡N is a line
 
 
 def findings(system, views=None):

@@ -11,6 +11,7 @@ from openmm import app
 from boltznce import UserError, load_system
 from boltznce.systems import molecular, reference
 from boltznce.systems.reference import load_reference
+from boltznce.systems.structures import STRUCTURES
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_stereocentres_of_residues(residue, centres):
 
 
 def test_residue_that_cannot_be_typed_is_named(tmp_path):
-    lines = (molecular.STRUCTURES / "aldp.pdb").read_text().splitlines()
+    lines = (STRUCTURES / "aldp.pdb").read_text().splitlines()
     path = tmp_path / "broken.pdb"
     path.write_text("\n".join(line for line in lines if line[12:16].strip() != "HB2" and not line.startswith("CONECT")))
     with pytest.raises(UserError, match=r"residue ALA 2 "):

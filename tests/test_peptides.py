@@ -10,12 +10,14 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from inputs import Structure
 from openmm import app, unit
 
 from boltznce import UserError, load_system
 from boltznce.config import build, compose
-from boltznce.systems.molecular import read_structure
-from boltznce.systems.peptides import LETTERS, build_peptide, parse_sequence
+from boltznce.systems.encodings import encode_atoms
+from boltznce.systems.peptides import FORMS, LETTERS, build_peptide, parse_sequence
+from boltznce.systems.structures import read_structure
 
 # every residue at either end
 PAIRS = [first + last for first, last in zip(LETTERS, LETTERS[7:] + LETTERS[:7], strict=True)]
@@ -56,13 +58,15 @@ def cip_labels(topology, x):
     return labels
 
 
-def assert_sound(system):
-    """Minimized: L, trans, no strained bond (as of a pierced ring), no contact of atoms over three bonds apart."""
+def assert_sound(system, mirrored=()):
+    """Minimized: L (but numbers of residues ``mirrored`` D), trans, no strained bond (as of a pierced ring), no contact
+    of atoms over three bonds apart."""
     x = system.positions
     assert (system.chirality(x[None]) == 1).all()
     labels = cip_labels(system.topology, x.numpy())
     assert sorted(labels) == [centre for centre, *_ in system.stereocentres]
-    assert all(labels.values())
+    for centre, is_l in labels.items():
+        assert is_l == (system.topology.atom(centre).residue.index not in mirrored)
     assert all(system.dihedral(x[None], name).abs() > 2.8 for name in system.omegas)
     near = np.eye(system.n_atoms, dtype=bool)
     for a, b in system.bonds:
@@ -96,10 +100,51 @@ def test_dipeptides(sequence):
 def test_longer_and_capped_chains(sequence):
     system = load(sequence)
     letters, capped = parse_sequence(sequence)
-    assert "".join(residue.code or "" for residue in system.topology.residues) == letters
+    assert [residue.code for residue in system.topology.residues if residue.code] == letters
     assert total_charge(system) == pytest.approx(sum(CHARGES.get(letter, 0) for letter in letters), abs=1e-3)
     assert len(system.omegas) == len(letters) - 1 + 2 * capped
     assert_sound(system)
+
+
+FORMS_AND_CHARGES = {"hid": 0, "hie": 0, "hip": 1, "ash": 0, "glh": 0, "lyn": 0, "cym": -1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_residues_are_those_of_the_force_field(form, tmp_path):
+    """By sequence, as L- and as D-residue, and by a PDB file."""
+    system = load(f"ACE-A{form}G-NME")
+    residue = system.topology.residue(2)
+    assert residue.name == form.upper()
+    template = app.ForceField("amber14-all.xml")._templates[residue.name]
+    assert sorted(atom.name for atom in residue.atoms) == sorted(atom.name for atom in template.atoms)
+    assert total_charge(system) == pytest.approx(FORMS_AND_CHARGES[form], abs=1e-3)
+    assert_sound(system)
+    assert_sound(load(f"ACE-d{form}A-NME"), mirrored=[1])
+    x = system.positions.numpy()
+    path = Structure(system.topology, x).write(tmp_path / "made.pdb")
+    again = load_system(f"ACE-A{form}G-NME", structure=path, energy_backend="openmm")
+    assert sorted(map(sorted, again.bonds)) == sorted(map(sorted, system.bonds))
+    assert again.energy(x[None]) == pytest.approx(system.energy(x[None]), abs=1e-3)
+    assert encode_atoms(mdtraj.Topology.from_openmm(build_peptide(f"A{form}")[0])).shape[1] == 76
+
+
+@pytest.mark.parametrize("letter", [letter for letter in LETTERS if letter != "G"])
+def test_a_d_residue_is_the_mirror_image_of_the_l_residue(letter):
+    l_residue, d_residue = (load(f"ACE-{prefix}{letter}-NME") for prefix in ("", "d"))
+    (topology, x), (mirrored, y) = (build_peptide(f"ACE-{prefix}{letter}-NME") for prefix in ("", "d"))
+    assert mdtraj.Topology.from_openmm(topology) == mdtraj.Topology.from_openmm(mirrored)
+    assert not any(cip_labels(d_residue.topology, y).values())
+    both = l_residue.energy(np.stack([x, -x, y]))
+    np.testing.assert_allclose(both, both[0], rtol=0, atol=1e-3)  # the same atoms, those of a CH2 exchanged
+    assert not d_residue.equals(l_residue)
+    assert_sound(d_residue, mirrored=[1])
+
+
+@pytest.mark.parametrize(
+    ("sequence", "mirrored"), [("dAK", [0]), ("ACE-AdPIdTdW-NME", [2, 4, 5]), ("RdWDdWdhip", [1, 3, 4])]
+)
+def test_chains_of_both_hands(sequence, mirrored):
+    assert_sound(load(sequence), mirrored)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +261,12 @@ def test_building_is_deterministic_and_survives_pickling():
         ("ACE-AAA", "one cap: give both, ACE-AAA-NME"),
         ("AAA-NME", "one cap"),
         ("ACE-AXA-NME", "X in"),
+        ("AdXA", "X in .*forms hid, hie, hip"),
+        ("AdGA", "D-glycine.*write G"),
+        ("CcyxAcyx", "bound to each other: give a PDB file"),
+        ("ACE-hip", "one cap: give both, ACE-hip-NME"),
+        ("hip", "too short"),
+        ("Ahi", "Unknown system 'Ahi'"),
         ("ak", "Unknown system 'ak': choose one of aldp.*tetrapeptide.*sequence of a peptide"),
         ("ACE--NME", "Unknown system"),
         ("", "Unknown system"),
@@ -232,6 +283,8 @@ def test_sequence_on_the_command_line():
     assert config.name == "AK_metadynamics"
     assert build(config.system, energy_backend="openmm").name == "AK"
     assert compose("simulate", ["system=ACE-AA-NME", "system.temperature=300"]).system.temperature == 300
+    mirrored = compose("train", ["system=ACE-dAhip-NME", "budget=smoke"]).system
+    assert mirrored.name == mirrored.structure == "ACE-dAhip-NME"
     for word, message in (("system=AB", "B in 'AB'"), ("system=nope", "aldp.*sequence of a peptide")):
         with pytest.raises(UserError, match=message):
             compose("simulate", [word])

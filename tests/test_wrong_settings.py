@@ -104,6 +104,7 @@ WRONG = {
             "system.nonbonded_method=PME",
             "system.cutoff_nm=1.0",
             "system.energy_backend=gromacs",
+            "+system.implicit_solvent=PB",
         ),
         *("system.compile=perhaps", "system.forcefield=[none.xml]", "system.forcefield=amber99sbildn.xml"),
         *("system.structure=nowhere.pdb", "+system.n_workers=0", "+system.colour=red", "+system.encoding=atoms"),

@@ -27,7 +27,8 @@ class PeptideFamily:
         encoding, n_places: see `encodings.encode_atoms`; the model's input for every member.
         settings: those of `MolecularSystem` that all members share.
 
-    Raises UserError for selections and sequences that do not exist, and for peptides that stand in two lists.
+    Raises UserError for selections and sequences that do not exist, for peptides that stand in two lists, and for
+    D-residues.
     """
 
     dim = 3
@@ -63,7 +64,7 @@ class PeptideFamily:
         roles: dict[str, str] = {}
         for role, sequences in self.sequences.items():
             for sequence in sequences:
-                parse_sequence(sequence)
+                _check_sequence(sequence)
                 if sequence in roles:
                     raise UserError(f"{sequence} is both a {roles[sequence]} and a {role} peptide: leave one out.")
                 if sequence in never_trained and role != "test":
@@ -88,7 +89,7 @@ class PeptideFamily:
 
     def settings_of(self, sequence: str) -> dict[str, Any]:
         """Those of a peptide as a `MolecularSystem` of its own."""
-        parse_sequence(sequence)
+        _check_sequence(sequence)
         encoding = {"encoding": self.encoding, "n_places": self.n_places}
         return {"name": sequence, "structure": sequence, **encoding, **self.settings}
 
@@ -142,3 +143,12 @@ class PeptideFamily:
     def n_features(self) -> int:
         """Width of the atom features, the same for all members."""
         return self.example.features.shape[1]
+
+
+def _check_sequence(sequence: str) -> None:
+    residues, _ = parse_sequence(sequence)
+    if mirrored := [residue for residue in residues if residue[0] == "d"]:
+        raise UserError(
+            f"{sequence} has a D-residue ({mirrored[0]}), which the atom encodings of a family do not tell from an "
+            f"L-residue: leave it out, or train on it alone, system={sequence}."
+        )

@@ -23,6 +23,7 @@ TERMS = {
     "PeriodicTorsionForce": terms.PeriodicTorsions,
     "RBTorsionForce": terms.RyckaertBellemansTorsions,
     "CMAPTorsionForce": terms.CMAPTorsions,
+    "CustomTorsionForce": terms.HarmonicTorsions,
     "NonbondedForce": terms.Nonbonded,
     "GBSAOBCForce": terms.GBSAOBC,
     "CustomGBForce": terms.CustomGB,

@@ -1,10 +1,9 @@
 """A molecule: structure + force field -> energy, topology, named dihedrals, atom features, chirality."""
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import mdtraj
 import numpy as np
@@ -21,20 +20,19 @@ from boltznce.systems.base import System, as_tensor, check_name
 from boltznce.systems.dihedral import dihedral_angle
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
-from boltznce.systems.force_field_files import shipped_file
 from boltznce.systems.forcefield import TorchForceField
 from boltznce.systems.identity import molecule_identity, openmm_digest
+from boltznce.systems.molecule_files import save_molecule
+from boltznce.systems.openmm_checks import nonbonded_of, total_charge
 from boltznce.systems.openmm_energy import OpenMMEnergy
-from boltznce.systems.peptides import build_peptide, looks_like_sequence
+from boltznce.systems.openmm_systems import build_openmm_system
 from boltznce.systems.semiempirical import XTBEnergy
+from boltznce.systems.structures import Structure, check_structure, read_structure
 from boltznce.systems.torsions import backbone_dihedrals, neighbours, turning_dihedrals
 from boltznce.units import GAS_CONSTANT
 
-__all__ = ["STRUCTURES", "MolecularSystem", "structure_file"]
+__all__ = ["MolecularSystem"]
 
-STRUCTURES = Path(__file__).parent / "structures"
-MOST_BYTES = 2**26  # of a structure
-LONGEST_BOND = 0.5  # nm, of a structure; real ones have 0.25 at most
 XTB = ["GFN2-xTB", "ALPB water"]
 
 Four = tuple[int, int, int, int]
@@ -46,12 +44,16 @@ class MolecularSystem(System):
 
     Args:
         name: what to call it; also names its reference file.
-        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, or a peptide's sequence
-            (``AK``, ``ACE-AAA-NME``; see `build_peptide`).
-        forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``.
+        structure: a PDB file with all hydrogens, the name of one in ``systems/structures``, a peptide's sequence
+            (``AK``, ``ACE-AAA-NME``; see `boltznce.systems.peptides.build_peptide`), or another file, or topology and
+            positions: see `boltznce.systems.structures.read_structure`.
+        forcefield: OpenMM force-field files, as for ``openmm.app.ForceField``; or a System, serialized or itself, or
+            files of Amber, CHARMM or GROMACS: see `boltznce.systems.openmm_systems.build_openmm_system`.
         temperature: K.
         nonbonded_method: name of an OpenMM nonbonded method (``NoCutoff``, ``CutoffNonPeriodic``).
         cutoff_nm: cutoff in nm for the methods that have one.
+        implicit_solvent: HCT, OBC1, OBC2, GBn or GBn2, for what has none of its own, as files of Amber, CHARMM and
+            GROMACS; None adds none, and leaves these in a vacuum.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
         state: dihedral and interval (radians) of the state whose free energy is asked for.
         encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.
@@ -78,11 +80,12 @@ class MolecularSystem(System):
     def __init__(
         self,
         name: str,
-        structure: str | Path,
-        forcefield: Sequence[str],
+        structure: Structure,
+        forcefield: Sequence[str] | openmm.System,
         temperature: float,
         nonbonded_method: str = "NoCutoff",
         cutoff_nm: float | None = None,
+        implicit_solvent: str | None = None,
         dihedrals: Mapping[str, Sequence[int]] | None = None,
         state: tuple[str, tuple[float, float]] | None = None,
         encoding: str | None = None,
@@ -91,20 +94,26 @@ class MolecularSystem(System):
         n_workers: int | None = None,
         compile: str | bool = "auto",
     ):
-        settings = {key: value for key, value in locals().items() if key != "self"}
+        self._settings = settings = {key: value for key, value in locals().items() if key != "self"}
         check_name(name)
         require("system", name=name, temperature=temperature, nonbonded_method=nonbonded_method, cutoff_nm=cutoff_nm)
         require(encoding=encoding, n_places=n_places, energy_backend=energy_backend, n_workers=n_workers)
-        require(compile=compile)
+        require(compile=compile, implicit_solvent=implicit_solvent)
         self.name, self.temperature = name, float(temperature)
         self.energy_backend, self.compile = energy_backend, compile
         if energy_backend == "xtb":
             self.proxy = type(self)(**settings | {"energy_backend": "torch"})
-        self.forcefield = list(XTB) if energy_backend == "xtb" else list(forcefield)
+        files = ["openmm.System"] if isinstance(forcefield, openmm.System) else list(forcefield)
+        files += [implicit_solvent] if implicit_solvent else []
+        self.forcefield = list(XTB) if energy_backend == "xtb" else files
         self._files = [Path(name).name if Path(name).is_file() else name for name in self.forcefield]
         self._nonbonded = {"nonbonded": nonbonded_method, "cutoff_nm": cutoff_nm and float(cutoff_nm)}
-        self._openmm_topology, self._structure_nm = read_structure(structure)
-        self._openmm_system = build_openmm_system(self._openmm_topology, list(forcefield), nonbonded_method, cutoff_nm)
+        given, self._structure_nm = read_structure(structure)
+        self._openmm_system, self._openmm_topology = build_openmm_system(
+            forcefield, given, nonbonded_method, self._nonbonded["cutoff_nm"], implicit_solvent
+        )
+        if given is not self._openmm_topology:
+            check_structure(self._openmm_topology, self._structure_nm, "The structure")
         self._potential = make_potential(energy_backend, self._openmm_system, self._openmm_topology, n_workers, compile)
 
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
@@ -125,6 +134,49 @@ class MolecularSystem(System):
         if state is not None:
             self.state = State.of(state)
             self._atoms(self.state.coordinate)
+
+    @classmethod
+    def from_openmm(
+        cls,
+        system: openmm.System,
+        topology: app.Topology,
+        positions: np.ndarray | unit.Quantity,
+        name: str,
+        temperature: float,
+        **settings: Any,
+    ) -> Self:
+        """The molecule that OpenMM's own objects describe.
+
+        Args:
+            system: without constraints, box, barostat and virtual sites; with or without an implicit solvent.
+            topology: of the same atoms, with an element each and all bonds.
+            positions: (n_atoms, 3), in nm where they have no unit.
+            settings: more of the class's own, as ``state`` and ``energy_backend``; nonbonded method and cutoff are the
+                System's.
+
+        A run's config names files: `save` writes them.
+
+        >>> from boltznce import load_system
+        >>> aldp = load_system("aldp")
+        >>> parts = aldp.openmm_system(), aldp.openmm_topology(), aldp.positions
+        >>> again = MolecularSystem.from_openmm(*parts, name="mine", temperature=300)
+        >>> again, again.equals(aldp)
+        (MolecularSystem(mine, 22 atoms, 300 K, openmm.System), True)
+        """
+        method, cutoff_nm = nonbonded_of(system)
+        return cls(name, (topology, positions), system, temperature, method, cutoff_nm, **settings)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``<name>.pdb``, ``<name>.xml`` (the System) and ``<name>.yaml``, a config that names the two.
+
+        The path of the last, which is returned, goes as ``system=`` into a run, and into `load_system`. UserError for a
+        folder that has anything else in it.
+        """
+        nonbonded = {"nonbonded_method": self._nonbonded["nonbonded"], "cutoff_nm": self._nonbonded["cutoff_nm"]}
+        kept = ("dihedrals", "encoding", "n_places", "energy_backend", "n_workers", "compile")
+        settings = {"temperature": self.temperature, **nonbonded, "state": self.state}
+        settings |= {key: self._settings[key] for key in kept}
+        return save_molecule(Path(folder), self.name, self.topology, self._structure_nm, self._openmm_system, settings)
 
     def __repr__(self) -> str:
         energy = " + ".join(self.forcefield)
@@ -216,109 +268,6 @@ class MolecularSystem(System):
         return self.dihedrals[name]
 
 
-def structure_file(structure: str | Path) -> Path | None:
-    """The PDB file that a structure names: a shipped one or one of the user's; None for a sequence and for no file.
-
-    What reads as a sequence is none of the files that happen to lie in the working directory.
-    """
-    shipped = STRUCTURES / f"{structure}.pdb"
-    if shipped.is_file():
-        return shipped
-    path = Path(structure).expanduser()
-    return path if path.is_file() and not looks_like_sequence(str(structure)) else None
-
-
-def read_structure(structure: str | Path) -> tuple[app.Topology, np.ndarray]:
-    """Topology, and positions (n_atoms, 3) in nm, of a shipped structure, a PDB file or a peptide's sequence."""
-    path = structure_file(structure)
-    if path is None:
-        if looks_like_sequence(str(structure)):
-            return build_peptide(str(structure))
-        names = ", ".join(sorted(p.stem for p in STRUCTURES.glob("*.pdb")))
-        raise UserError(
-            f"There is no structure file {structure}: give the path of a PDB file, one of the shipped structures "
-            f"({names}), or the sequence of a peptide, as AK or ACE-AAA-NME."
-        )
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} is too large to be a molecule's PDB file: give another structure.")
-    try:
-        pdb = app.PDBFile(str(path))
-        n_given = count_atoms(path.read_text(encoding="utf-8", errors="replace"))
-    except Exception as error:  # OpenMM's reader fails in as many ways as a file can be wrong
-        raise UserError(f"{path} cannot be read as a PDB file ({error}): export it again.") from error
-    topology, positions = pdb.topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-    if topology.getNumAtoms() != n_given:
-        raise UserError(
-            f"{path} has {n_given} atoms, of which {topology.getNumAtoms()} have a name of their own in their residue: "
-            "give neighbouring residues different numbers or insertion codes, and atoms of one residue different names."
-        )
-    for a, b in topology.bonds():
-        if (length := float(np.linalg.norm(positions[a.index] - positions[b.index]))) > LONGEST_BOND:
-            raise UserError(
-                f"{path} has a bond of {length:.2f} nm between {a.residue.name} {a.residue.id} {a.name} and "
-                f"{b.residue.name} {b.residue.id} {b.name}: separate molecules by a TER record, or give all atoms of "
-                "the molecule whole."
-            )
-    return topology, positions
-
-
-def count_atoms(text: str) -> int:
-    """ATOM and HETATM records of a PDB file's first model, one of each that has alternate places."""
-    lines = text.split("\nENDMDL")[0].splitlines()
-    return sum(line.startswith(("ATOM", "HETATM")) and line[16:17] in (" ", "A", "1", "") for line in lines)
-
-
-def build_openmm_system(
-    topology: app.Topology, files: Sequence[str], nonbonded_method: str, cutoff_nm: float | None
-) -> openmm.System:
-    """An OpenMM System with every degree of freedom: no constraints, no removal of the centre-of-mass motion."""
-    method = getattr(app, nonbonded_method, None)
-    if (cutoff_nm is None) != (nonbonded_method == "NoCutoff"):
-        raise UserError("nonbonded_method=CutoffNonPeriodic needs cutoff_nm, and NoCutoff takes none.")
-    cutoff = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}
-    try:
-        forcefield = app.ForceField(*(str(shipped_file(file) or file) for file in files))
-    except Exception as error:
-        raise UserError(f"The force field {', '.join(files)} cannot be loaded ({error}).") from error
-    try:
-        system = forcefield.createSystem(
-            topology, nonbondedMethod=method, constraints=None, rigidWater=False, removeCMMotion=False, **cutoff
-        )
-    except Exception as error:
-        raise _misfit(forcefield, topology, files, error) from error
-    if what := not_canonical(system):
-        raise UserError(
-            f"The force field {', '.join(files)} gives the molecule {what}, which is not simulated here: choose one "
-            "without, for one molecule of real atoms at constant temperature."
-        )
-    return system
-
-
-def _misfit(forcefield: app.ForceField, topology: app.Topology, files: Sequence[str], error: Exception) -> UserError:
-    """Why OpenMM could not make a system: residues without a template, if these are the cause; else its own words."""
-    untyped = forcefield.getUnmatchedResidues(topology)
-    # patches of termini (charmm36) are tried by createSystem only, whose message names the residue that is left
-    if not untyped or "template" not in str(error):
-        return UserError(f"The force field {', '.join(files)} does not fit the structure: {error}")
-    residues = ", ".join(f"{residue.name} {residue.id} (chain {residue.chain.id})" for residue in untyped)
-    return UserError(
-        f"The force field {', '.join(files)} has no template for residue {residues}: "
-        "check that its atoms, hydrogens and caps are complete and named as in the force field, or use another."
-    )
-
-
-def not_canonical(system: openmm.System) -> str | None:
-    """What makes an OpenMM System other than atoms that all move by one energy at constant temperature, if anything."""
-    if any(system.isVirtualSite(n) for n in range(system.getNumParticles())):
-        return "virtual sites"
-    if system.getNumConstraints():
-        return "constraints"
-    if any(system.getParticleMass(n)._value == 0 for n in range(system.getNumParticles())):
-        return "particles without mass"
-    names = [type(force).__name__ for force in system.getForces()]
-    return next((name for name in names if re.search("Barostat|Thermostat|Drude", name)), None)
-
-
 def make_potential(
     backend: str, system: openmm.System, topology: app.Topology, n_workers: int | None, compile: str | bool
 ) -> TorchForceField | ExternalEnergy:
@@ -328,17 +277,6 @@ def make_potential(
     if backend == "openmm":
         return OpenMMEnergy(system, n_workers)
     return XTBEnergy([atom.element.atomic_number for atom in topology.atoms()], total_charge(system), n_workers)
-
-
-def total_charge(system: openmm.System) -> int:
-    """Sum of a force field's charges, in e."""
-    forces = [force for force in system.getForces() if isinstance(force, openmm.NonbondedForce)]
-    charges = [
-        force.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge)
-        for force in forces
-        for i in range(system.getNumParticles())
-    ]
-    return round(sum(charges))
 
 
 def attached_hydrogens(topology: mdtraj.Topology) -> dict[int, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from boltznce.errors import UserError
 
 log = logging.getLogger(__name__)
 
-__all__ = ["LETTERS", "build_peptide", "looks_like_sequence", "parse_sequence"]
+__all__ = ["FORMS", "LETTERS", "build_peptide", "looks_like_sequence", "parse_sequence"]
 
 
 class Residue(NamedTuple):
@@ -30,12 +30,14 @@ class Residue(NamedTuple):
         glycine.
     hydrogens: named after the heavy atom that they are on.
     rings: bonds that close rings.
+    hand: 1 of an L-residue, -1 of a D-residue, in which every dihedral has the other sign.
     """
 
     name: str
     side_chain: str
     hydrogens: str
     rings: str = ""
+    hand: int = 1
 
 
 _PHENYL = "CG .151 114 -65, CD1 .139 120 90, CE1 .139 120 180, CZ .139 120 0"
@@ -96,6 +98,17 @@ RESIDUES = {
     ),
 }
 LETTERS = "".join(RESIDUES)
+RESIDUES |= {  # in other forms than at pH 7, by Amber's names
+    "hid": RESIDUES["H"]._replace(name="HID", hydrogens="H HA HB2 HB3 HD1 HE1 HD2"),
+    "hie": RESIDUES["H"]._replace(name="HIE"),
+    "hip": RESIDUES["H"]._replace(name="HIP", hydrogens="H HA HB2 HB3 HD1 HE1 HE2 HD2"),
+    "ash": RESIDUES["D"]._replace(name="ASH", hydrogens="H HA HB2 HB3 HD2"),
+    "glh": RESIDUES["E"]._replace(name="GLH", hydrogens="H HA HB2 HB3 HG2 HG3 HE2"),
+    "lyn": RESIDUES["K"]._replace(name="LYN", hydrogens="H HA HB2 HB3 HG2 HG3 HD2 HD3 HE2 HE3 HZ2 HZ3"),
+    "cym": RESIDUES["C"]._replace(name="CYM", hydrogens="H HA HB2 HB3"),
+}
+FORMS = tuple(name for name in RESIDUES if name not in LETTERS)
+RESIDUE = rf"d?(?:[A-Z]|{'|'.join(FORMS)}|cyx)"
 CAPS = {"ACE": Residue("ACE", "", "HH31 HH32 HH33"), "NME": Residue("NME", "", "H HH31 HH32 HH33")}
 CAPS_ALONE = "ACE-NME"  # N-methylacetamide
 # those that read as sequences too
@@ -115,38 +128,53 @@ Array = np.ndarray
 
 
 def looks_like_sequence(text: str) -> bool:
-    """Whether a name is meant as a sequence, right or wrong: upper-case letters, perhaps with a cap; or caps alone."""
-    return text == CAPS_ALONE or re.fullmatch(r"(ACE-)?[A-Z]+(-NME)?", text) is not None
+    """Whether a name is meant as a sequence, right or wrong: residues, perhaps with a cap; or caps alone."""
+    return text == CAPS_ALONE or re.fullmatch(rf"(ACE-)?(?:{RESIDUE})+(-NME)?", text) is not None
 
 
-def parse_sequence(sequence: str) -> tuple[str, bool]:
-    """The one-letter codes of a peptide such as ``AK`` or ``ACE-AAA-NME``, and whether it is capped.
+def parse_sequence(sequence: str) -> tuple[list[str], bool]:
+    """The residues of a peptide such as ``AK`` or ``ACE-AdAhip-NME``, and whether it is capped.
 
-    ``ACE-NME``, the caps alone, has none. Letters are one-letter codes always, also where
+    >>> parse_sequence("ACE-AdAhip-NME")
+    (['A', 'dA', 'hip'], True)
+
+    ``ACE-NME``, the caps alone, has none. Capital letters are one-letter codes always, also where
     they are the three-letter code of one residue (``ACE-ALA-NME`` is Ala-Leu-Ala); `build_peptide` then warns.
 
     Raises UserError for anything else, naming what is wrong with it.
     """
     if sequence == CAPS_ALONE:
-        return "", True
+        return [], True
     capped, ends = sequence.startswith("ACE-"), sequence.endswith("-NME")
-    letters = sequence.removeprefix("ACE-").removesuffix("-NME")
-    if unknown := sorted(set(letters) - set(LETTERS)):
-        raise UserError(f"{', '.join(unknown)} in {sequence!r} is no amino acid: letters of a sequence are {LETTERS}.")
+    inside = sequence.removeprefix("ACE-").removesuffix("-NME")
+    residues = re.findall(f"{RESIDUE}|.", inside)
+    names = [residue.removeprefix("d") for residue in residues]
+    if "cyx" in names:
+        raise UserError(
+            f"{sequence!r} does not tell which cyx are bound to each other: give a PDB file with the bridge."
+        )
+    if unknown := sorted(set(names) - set(RESIDUES)):
+        raise UserError(
+            f"{', '.join(unknown)} in {sequence!r} is no amino acid: letters of a sequence are {LETTERS}, and forms "
+            f"{', '.join(FORMS)}."
+        )
+    if "dG" in residues:
+        raise UserError(f"{sequence!r} has a D-glycine, which there is not: write G.")
     if capped != ends:
-        raise UserError(f"{sequence!r} has one cap: give both, ACE-{letters}-NME, or none.")
-    if len(letters) < 2 - capped:
+        raise UserError(f"{sequence!r} has one cap: give both, ACE-{inside}-NME, or none.")
+    if len(residues) < 2 - capped:
         raise UserError(f"{sequence!r} is too short: give two residues, as AK, or one between caps, as ACE-A-NME.")
-    return letters, capped
+    return residues, capped
 
 
 def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
-    """Topology and ideal structure of a peptide of L-residues with trans peptide bonds.
+    """Topology and ideal structure of a peptide with trans peptide bonds.
 
     Args:
         sequence: one-letter codes. ``AK`` has charged ends (NH3+, COO-), ``ACE-AAA-NME`` is capped, ``ACE-NME`` is the
-            caps alone. Asp and Glu are
-            negative, Lys and Arg positive, His has its hydrogen on NE2, Cys is reduced.
+            caps alone. Asp and Glu are negative, Lys and Arg positive, His has its hydrogen on NE2, Cys is reduced;
+            other forms are three small letters, Amber's name: ``hid``, ``hie``, ``hip``, ``ash``, ``glh``, ``lyn``,
+            ``cym`` (``AhipA``). A ``d`` makes the next residue a D-residue (``ACE-dA-NME``, ``dhipA``).
 
     Returns:
         The topology, with all bonds, Amber's atom names and each heavy atom before its hydrogens; the positions,
@@ -154,16 +182,16 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
 
     Raises UserError for what is no sequence.
     """
-    letters, capped = parse_sequence(sequence)
-    if letters in THREE_LETTER_CODES:
+    residues, capped = parse_sequence(sequence)
+    if (letters := "".join(residues)) in THREE_LETTER_CODES:
         read = "-".join(RESIDUES[letter].name.capitalize() for letter in letters)
         alone = f"ACE-{THREE_LETTER_CODES[letters]}-NME"
         log.warning(
             "%s is read as %s, by one-letter codes; the residue %s alone is %s.", sequence, read, letters, alone
         )
-    chain = _residues(letters, capped)
+    chain = _chain(residues, capped)
     heavy, bonds = {}, []  # an atom is (place of its residue in the chain, name)
-    for i, (residue, backbone) in enumerate(zip(chain, _backbone(len(chain)), strict=True)):
+    for i, (residue, backbone) in enumerate(zip(chain, _backbone(chain), strict=True)):
         positions, pairs = _heavy_atoms(residue, *backbone, end=i == len(chain) - 1)
         heavy |= {(i, name): position for name, position in positions.items()}
         bonds += [((i, a), (i, b)) for a, b in pairs]
@@ -180,16 +208,16 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
 
     topology = app.Topology()
     molecule = topology.addChain()
-    residues = [topology.addResidue(residue.name, molecule) for residue in chain]
-    atoms = {(i, name): topology.addAtom(name, app.Element.getBySymbol(name[0]), residues[i]) for i, name in x}
+    made = [topology.addResidue(residue.name, molecule) for residue in chain]
+    atoms = {(i, name): topology.addAtom(name, app.Element.getBySymbol(name[0]), made[i]) for i, name in x}
     for a, b in bonds + to_hydrogens:
         topology.addBond(atoms[a], atoms[b])
     return topology, np.array(list(x.values()))
 
 
-def _residues(letters: str, capped: bool) -> list[Residue]:
+def _chain(residues: list[str], capped: bool) -> list[Residue]:
     """The residues with their caps, or with the first one's ammonium group."""
-    chain = [RESIDUES[letter] for letter in letters]
+    chain = [RESIDUES[name.removeprefix("d")]._replace(hand=-1 if name[0] == "d" else 1) for name in residues]
     if capped:
         return [CAPS["ACE"], *chain, CAPS["NME"]]
     first = chain[0]
@@ -197,13 +225,16 @@ def _residues(letters: str, capped: bool) -> list[Residue]:
     return [first._replace(hydrogens=f"{ammonium} {first.hydrogens.removeprefix('H ')}"), *chain[1:]]
 
 
-def _backbone(n: int) -> list[list[Array]]:
-    """N, CA and C of n residues."""
+def _backbone(chain: list[Residue]) -> list[list[Array]]:
+    """N, CA and C of the residues."""
     points = list(0.1 * np.eye(3))  # three points to start from, where the residue before would be
-    for _ in range(n):
-        for how in BACKBONE.values():
-            points.append(_place(*points[-3:], *how))
-    return [points[3 * i : 3 * i + 3] for i in range(1, n + 1)]
+    before = 1
+    for residue in chain:
+        for name, (length, angle, dihedral) in BACKBONE.items():
+            hand = before if name == "N" else residue.hand  # N is placed by the ψ of the residue before
+            points.append(_place(*points[-3:], length, angle, hand * dihedral))
+        before = residue.hand
+    return [points[3 * i : 3 * i + 3] for i in range(1, len(chain) + 1)]
 
 
 def _heavy_atoms(
@@ -211,18 +242,22 @@ def _heavy_atoms(
 ) -> tuple[dict[str, Array], list[tuple[str, str]]]:
     """Name -> position of a residue's heavy atoms, and its bonds, the one nearer to N first; ``end``: with OXT."""
     x, parent = {"N": n, "CA": ca}, {"CA": "N"}
+
+    def place(a: Array, b: Array, c: Array, length: float, angle: float, dihedral: float) -> Array:
+        return _place(a, b, c, length, angle, residue.hand * dihedral)
+
     if "HB" in residue.hydrogens:
-        x["CB"], parent["CB"] = _place(c, n, ca, *BETA_CARBON), "CA"
+        x["CB"], parent["CB"] = place(c, n, ca, *BETA_CARBON), "CA"
     last = "CB"
     for row in filter(None, residue.side_chain.split(", ")):
         bond, *numbers = row.split()
         name, _, other = bond.partition("-")
         b = other or last
-        x[name] = _place(x[parent[parent[b]]], x[parent[b]], x[b], *map(float, numbers))
+        x[name] = place(x[parent[parent[b]]], x[parent[b]], x[b], *map(float, numbers))
         parent[name], last = b, name
     x["C"], parent["C"] = c, "CA"
     for name in ("O", "OXT") if end else ("O",):
-        x[name], parent[name] = _place(n, ca, c, *OXYGENS[name]), "C"
+        x[name], parent[name] = place(n, ca, c, *OXYGENS[name]), "C"
     bonds = [*parent.items(), *(tuple(bond.split("-")) for bond in residue.rings.split())]
     if (kept := CAP_ATOMS.get(residue.name)) is not None:
         x = {kept[name]: position for name, position in x.items() if name in kept}
@@ -244,8 +279,9 @@ def _place_hydrogens(atom: tuple[int, str], n: int, heavy: dict, bonds: list) ->
     centre, length = heavy[atom], HYDROGEN_DISTANCE[atom[1][0]]
     if not others:
         beyond = next(heavy[b if a == near else a] for a, b in bonds if near in (a, b) and atom not in (a, b))
-        angle = 120 if n == 2 else TETRAHEDRAL
-        return [_place(beyond, heavy[near], centre, length, angle, 180 + 360 * k / n) for k in range(1, n + 1)]
+        planar = n == 2 and sum(near in bond for bond in bonds) == 3  # amides and guanidinium, not an amine
+        angle, fold = (120, 2) if planar else (TETRAHEDRAL, 3 if n > 1 else 1)
+        return [_place(beyond, heavy[near], centre, length, angle, 180 + 360 * k / fold) for k in range(1, n + 1)]
     directions = [_unit(heavy[other] - centre) for other in (near, *others)]
     away = -_unit(sum(directions))
     if n == 1:

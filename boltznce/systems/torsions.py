@@ -62,14 +62,18 @@ def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
 
 
 def turning_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
-    """A torsion about every bond that turns, tors1, tors2, ...; each between the heavy atoms with the lowest numbers.
+    """A torsion about every bond that turns, tors1, tors2, ... in the order of their atoms' numbers.
 
-    Not about bonds to groups of equivalent hydrogens alone (CH3, NH3+), whose turning changes nothing.
+    Bonds that turn are those of `rotatable_bonds`, but not bonds to groups of equivalent hydrogens alone (CH3, NH3+),
+    whose turning changes nothing, nor those of a carbon with two neighbours, which are on a line with it. Each torsion
+    is between the heavy neighbours with the lowest numbers, or the one hydrogen that there is.
     """
-    bonded = neighbours(topology)
+    bonded, atoms = neighbours(topology), list(topology.atoms)
 
     def end(atom: int, across: int) -> int | None:
         others = [other for other in bonded[atom] if other.index != across]
+        if atoms[atom].element.symbol == "C" and len(others) == 1:
+            return None
         heavy = [other.index for other in others if other.element.symbol != "H"]
         return heavy[0] if heavy else others[0].index if len(others) == 1 else None
 

@@ -4,6 +4,7 @@ from boltznce.systems.terms.bonded import (
     CMAPTorsions,
     HarmonicAngles,
     HarmonicBonds,
+    HarmonicTorsions,
     PeriodicTorsions,
     RyckaertBellemansTorsions,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Geometry",
     "HarmonicAngles",
     "HarmonicBonds",
+    "HarmonicTorsions",
     "Nonbonded",
     "PeriodicTorsions",
     "RyckaertBellemansTorsions",

@@ -8,11 +8,21 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
-from boltznce.systems.terms.geometry import TINY, Geometry, Term, column, columns, cross, dot, edges_between
+from boltznce.systems.terms.geometry import TINY, Geometry, Term, column, columns, cross, dot, edges_between, unknown
 
-__all__ = ["CMAPTorsions", "HarmonicAngles", "HarmonicBonds", "PeriodicTorsions", "RyckaertBellemansTorsions"]
+__all__ = [
+    "CMAPTorsions",
+    "HarmonicAngles",
+    "HarmonicBonds",
+    "HarmonicTorsions",
+    "PeriodicTorsions",
+    "RyckaertBellemansTorsions",
+]
 
 Four = tuple[int, int, int, int]
+# energies of harmonic torsions, up to the first semicolon, and the factor of k
+UNWRAPPED = "k*(theta-theta0)^2"
+HARMONIC = {"k*min(dtheta,2*pi-dtheta)^2": 1.0, "0.5*k*(thetap-theta0)^2": 0.5, UNWRAPPED: 1.0}
 
 
 class HarmonicBonds(Term):
@@ -88,6 +98,34 @@ class RyckaertBellemansTorsions(TorsionSeries):
             cosine = chebyshev.poly2cheb(polynomial)  # cos nφ is the n-th Chebyshev polynomial of cos φ
             series[i, j, k, l][0, : len(cosine)] += torch.from_numpy(cosine)
         super().__init__(series, n_atoms)
+
+
+class HarmonicTorsions(Term):
+    """Σ k (φ - φ₀)², the difference taken on the circle: CHARMM's and GROMACS's impropers, a CustomTorsionForce.
+
+    Recognized by the expressions that OpenMM's readers of their files write. Raises UserError for another one.
+    """
+
+    def __init__(self, force: openmm.CustomTorsionForce, n_atoms: int):
+        super().__init__()
+        expression = force.getEnergyFunction().replace(" ", "").partition(";")[0]
+        names = [force.getPerTorsionParameterName(n) for n in range(force.getNumPerTorsionParameters())]
+        if expression not in HARMONIC or sorted(names) != ["k", "theta0"] or force.getNumGlobalParameters():
+            raise unknown("CustomTorsionForce of another expression than a harmonic improper's")
+        *atoms, values = columns(force.getTorsionParameters, force.getNumTorsions())
+        given = dict(zip(names, map(column, zip(*values, strict=True)), strict=True))
+        if expression == UNWRAPPED and given["theta0"].any():
+            raise unknown("a CustomTorsionForce whose angles are not taken on the circle")
+        k, angle = HARMONIC[expression] * given["k"], given["theta0"][:, None]
+        self.table(edges=edges_between(rows(atoms), n_atoms), k=k, cosine=angle.cos(), sine=angle.sin())
+
+    def forward(self, geometry: Geometry) -> Tensor:
+        cos, sin = geometry.torsions(self.edges)
+        # atoms on a line: any angle will do, as long as its gradient is finite
+        undefined = cos.square() + sin.square() < 0.5
+        cos, sin = cos.masked_fill(undefined, 1.0), sin.masked_fill(undefined, 0.0)
+        away = torch.atan2(sin * self.cosine - cos * self.sine, cos * self.cosine + sin * self.sine)
+        return self.k @ away.square()
 
 
 class CMAPTorsions(Term):
