@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_known_answers.py", "tests/test_refinement.py")
+TESTS = ("tests/test_known_answers.py", "tests/test_refinement.py", "tests/test_sections.py")
 
 
 class Mutant(NamedTuple):
@@ -349,6 +349,22 @@ MUTANTS = (
         "GAS_CONSTANT * system.temperature",
         "1.0",
         "refin or molecule",
+    ),
+    mutant(
+        17,
+        "walkers of one ancestor counted for independent frames",
+        FINDINGS,
+        "walkers.log_weights, walkers.ancestors)",
+        "walkers.log_weights, np.arange(len(walkers)))",
+        "two_sided or other_side",
+    ),
+    mutant(
+        17,
+        "data for the other side where walkers are asked for",
+        EVALUATION,
+        'if section.frames == "data":',
+        "if True:",
+        "two_sided or other_side",
     ),
 )
 
