@@ -17,7 +17,7 @@ from boltznce.benchmarks.run import BENCHMARKS
 from boltznce.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = (r"\.ci", "boltznce", "configs", "docs", "notebooks", "scripts", "tests")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,6 +47,7 @@ def lines(page: Path) -> list[str]:
 
 def test_there_are_pages_and_commands():
     named = {"README", "CHANGELOG", "CONTRIBUTING", "results", "benchmarks", "choices", "equations"}
+    named |= {"boltznce", "tbg", "tabg"}  # docs/papers
     assert named <= {page.stem for page in PAGES}
     assert len([command for page in PAGES for command in commands(page)]) > 40
 
