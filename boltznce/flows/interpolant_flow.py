@@ -1,6 +1,6 @@
 """A stochastic-interpolant flow: training losses, sampling along its ODE, exact and Hutchinson log-likelihood.
 
-Source: BoltzNCE (arXiv 2507.00846), section 3; likelihood of a continuous flow: Chen et al. 2018 (arXiv 1806.07366).
+Source: BoltzNCE (arXiv 2507.00846); likelihood of a continuous flow: Chen et al. 2018 (arXiv 1806.07366).
 """
 
 import math
