@@ -136,25 +136,20 @@ def atomic_folder(path: Path, check: Callable[[], None] = lambda: None) -> Itera
     """
     path = Path(path)
     check()
-    with disk_errors_told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-    temporary = _beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with disk_errors_told(path):
-            temporary.mkdir()
-            yield temporary
-            check()
-            put_in_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _empty_folder(path) as temporary:
+        yield temporary
+        check()
+        put_in_place(temporary, path)
+
+
+def scratch_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """Give an empty folder beside ``path`` that goes with the block; those of killed processes go now."""
+    return _empty_folder(Path(path).with_name(f"{Path(path).name}.scratch"))
 
 
 @contextlib.contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``path`` that goes with the block; those of killed processes go now."""
-    path = Path(path).with_name(f"{Path(path).name}.scratch")
+def _empty_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``, which goes with the block if it is still there."""
     with disk_errors_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)

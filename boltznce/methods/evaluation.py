@@ -113,10 +113,10 @@ def _frames(
     section, frames = work.config.evaluation, refined
     if section.frames == "data":
         data, _ = held_out_data(work, member, system)
-        frames = data and WeightedSamples(
-            data.frames.positions, data.frames.energies, np.zeros(len(data.frames)), data.frames.log_weights
-        )
-        frames = frames if data and data.whole.of_target else None
+        frames = None
+        if data is not None and data.whole.of_target:
+            kept = data.frames
+            frames = WeightedSamples(kept.positions, kept.energies, np.zeros(len(kept)), kept.log_weights)
     if frames is None or system.state is None:
         return None, np.empty(0, dtype=np.int64)
     n = section.n_frames
