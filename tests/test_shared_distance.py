@@ -113,7 +113,7 @@ def test_divergences_are_the_change_of_density_along_the_flow(molecules):
     # the integral of the exact divergence. Both follow one path, a piece of it that the solver resolves to 1e-4, so
     # what is left between them is float32.
     flow = flow_of(field(), molecules[0]).eval()
-    solver, d, n, begin, end = SolverSettings("rk4", steps=4, grid_power=1), flow.dimension, 24, 0.6, 0.5
+    solver, d, n, begin, end = SolverSettings("rk4", steps=32, grid_power=1), flow.dimension, 24, 0.6, 0.5
     start = flow.prior.sample(1, torch.Generator().manual_seed(0))
     through = lambda x: flow._flow(x, begin, end, solver, "none", 1, None)[0]  # noqa: E731
     with torch.no_grad():

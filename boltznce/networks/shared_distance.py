@@ -1,10 +1,10 @@
 """Distance networks that many molecules share: each molecule's rows of weights are made from what its atoms are.
 
 A network of `networks.distance` has rows of weights for every distance and signed volume of its one molecule. Here they
-are functions of an embedding of the distance, made from the features of its two atoms and the number of bonds between
-them (of the volume: from its four atoms), as hypernetworks make weights (Ha et al. 2017, arXiv 1609.09106). They are
-computed once a batch of one molecule, so that a conformer costs what it costs the network of one molecule. What lies
-between, and the dependence on time, is shared.
+are linear functions of an embedding of the distance, made from the features of its two atoms and the number of bonds
+between them (of the volume: from its four atoms), as hypernetworks make weights (Ha et al. 2017, arXiv 1609.09106).
+Embeddings are made once a batch of one molecule; values are first multiplied by them, so that the rows themselves,
+which are many more, never are made. What lies between, and the dependence on time, is shared.
 
 ``bind`` makes the network of one molecule. It shares all parameters and has only its `MolecularGeometry` to itself,
 which wants calibrating on rough conformers of the molecule (`systems.conformers.random_conformers`), for which no
@@ -126,31 +126,30 @@ class SharedDistanceVectorField(_MadeRows, VectorFieldTrunk):
         chiral: bool = True,
     ) -> None:
         super().__init__(n_features, embedding_width, chiral)
-        self.width = width
         self.time = TimeEmbedding(N_TIME)
+        self.inlets = nn.ModuleList(nn.Linear(embedding_width, width) for _ in range(n_rounds))
         self.blocks = nn.ModuleList(ResidualBlocks(width, N_TIME, n_blocks) for _ in range(n_rounds))
+        self.outlets = nn.ModuleList(nn.Linear(width, embedding_width) for _ in range(n_rounds))
         self.shrink = nn.Linear(N_TIME, n_rounds)
-        self.into = nn.Linear(embedding_width, width * n_rounds)
-        self.out = nn.Linear(embedding_width, width * n_rounds)
         self.linear = nn.Linear(embedding_width, 2 * (N_TIME + 1) * n_rounds)
         # starts at zero, as the network of one molecule does
-        for layer in (self.shrink, self.out, self.linear):
+        for layer in (self.shrink, self.linear, *self.outlets):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (n_values, ·) of weights from embeddings (n_values, embedding_width)."""
+        """The ways in and out (n_values, embedding_width), and what a and b are made of (n_values, ·)."""
         scale = len(embedded) ** -0.5
         # weights made by a layer: without 1 / width a step of Adam would change them width times as strongly as it
         # changes a layer's; and n_values pulls add up on 3 n_atoms coordinates
         made = 3 * len(self.features) / len(embedded) / embedded.shape[1]
-        return scale * self.into(embedded), made * self.out(embedded), made * self.linear(embedded)
+        return scale * embedded, made * embedded, made * self.linear(embedded)
 
     def rows(self, time: Tensor) -> Iterable[tuple[Layer, Layer, Tensor, Tensor]]:
         into, out, linear = self.weights()
         a_and_b = _of_time(linear, time)
-        inlets = [lambda z, w=w: z @ w for w in into.split(self.width, dim=-1)]
-        outlets = [lambda h, w=w: h @ w.T for w in out.split(self.width, dim=-1)]
+        inlets = [lambda z, layer=layer: layer(z @ into) for layer in self.inlets]
+        outlets = [lambda h, layer=layer: layer(h) @ out.T for layer in self.outlets]
         return zip(inlets, outlets, a_and_b[::2], a_and_b[1::2], strict=True)
 
 
@@ -163,29 +162,30 @@ class SharedDistanceEnergy(_MadeRows, EnergyTrunk):
         super().__init__(n_features, embedding_width, chiral)
         self.time = TimeEmbedding(N_TIME)
         self.mlp = ResidualMLP(embedding_width, 1, N_TIME, width, n_blocks)
-        self.squares = nn.Linear(embedding_width, width)
+        self.squares = nn.Linear(embedding_width, width, bias=False)
         self.quadratic = nn.Linear(embedding_width, 2 * (N_TIME + 1))
         self.level = nn.Linear(N_TIME, embedding_width)
-        self.along = nn.Linear(embedding_width, N_MODES)
+        self.along = nn.Linear(embedding_width, N_MODES, bias=False)
         self.modes = nn.Linear(N_TIME, N_MODES)
         for layer in (self.quadratic, self.level, self.modes):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of weights for z and z² (2 n_values, width), modes and well (n_values, ·); the molecule's embedding."""
+    def make_weights(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The way in (n_values, embedding_width), what the well is made of (n_values, ·), the molecule's embedding."""
         made, scale = 1 / embedded.shape[1], len(embedded) ** -0.5
-        return (
-            scale * torch.cat([self.mlp.inlet(embedded), self.squares(embedded)]),
-            0.5 * scale * self.along(embedded),  # modes begin soft
-            made * self.quadratic(embedded),
-            made * embedded.mean(0),
-        )
+        return scale * embedded, made * self.quadratic(embedded), made * embedded.mean(0)
 
     def rows(self, time: Tensor) -> tuple[Layer, Layer, Tensor, Tensor, Tensor]:
-        into, along, quadratic, molecule = self.weights()
+        into, quadratic, molecule = self.weights()
         a, b = _of_time(quadratic, time)
-        return lambda z: z @ into, lambda z: z @ along, a, b, self.level(time) @ molecule
+
+        def inlet(z_and_squares: Tensor) -> Tensor:
+            z, squares = z_and_squares.chunk(2, dim=-1)
+            return self.mlp.inlet(z @ into) + self.squares(squares @ into)
+
+        # modes begin soft
+        return inlet, lambda z: 0.5 * self.along(z @ into), a, b, self.level(time) @ molecule
 
 
 def _of_time(rows: Tensor, time: Tensor) -> list[Tensor]:
