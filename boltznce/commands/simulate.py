@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from boltznce.command_line import command_line
 from boltznce.config import build
 from boltznce.data.members import simulate_members
+from boltznce.data.packed import pack
 from boltznce.data.reference import (
     REFERENCE_FOLDER,
     check_reference_place,
@@ -48,3 +49,12 @@ def main(config: DictConfig) -> None:
             command = command_line("simulate", *sys.argv[1:])
             save_reference(make_reference(member, dataset.meta, result, command), output)
             print(f"reference in {output}")
+    if config.packed.file is not None:
+        members = system.all_members()
+        pack(
+            Path(config.packed.file),
+            [(member.cheap, datasets[member.name]) for member in members],
+            config.packed.n_frames,
+            config.seed,
+        )
+        print(f"{len(members)} molecules in {config.packed.file}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from boltznce.data.dataset import DATASET, Dataset
 from boltznce.data.matching import made_here, require_settings, require_system
+from boltznce.data.packed import PackedFrames
 from boltznce.data.simulate import Plan, plan, run_plans
 from boltznce.errors import UserError
 from boltznce.folders import claim, only_process
@@ -32,10 +33,12 @@ def make_data(
     n_samples: int | None = None,
     seed: int = 0,
     accept: str = "same",
+    packed: Path | str | None = None,
 ) -> dict[str, Dataset]:
     """The datasets of all members, by name; those that are not there yet are made first.
 
     Args:
+        packed: a file of thinned frames (`boltznce.data.packed`), which are taken where it has them.
         simulation: settings of `simulate_members`; None draws ``n_samples`` exactly, with ``seed``.
         accept: "same": data that are there must have been made with these settings; "any": however they were made.
 
@@ -49,6 +52,11 @@ def make_data(
         claim(_place(system, member, folder), DATASET, "another data.folder")
     with only_process(folder, beside=True, wait=True) if missing else contextlib.nullcontext():
         missing = _unfinished(system, everyone, folder)  # another process may have made some
+        frames = PackedFrames(packed) if packed and missing else {}
+        for member in missing:
+            if member.name in frames:
+                frames.unpack(member.cheap, _place(system, member, folder))
+        missing = _unfinished(system, missing, folder)
         there = {member.name: load_data(system, member, folder) for member in everyone if member not in missing}
         compared = [member for member in everyone if accept == "same" and _made_here(there.get(member.name))]
         if simulation is None:

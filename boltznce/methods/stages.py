@@ -45,7 +45,7 @@ def make_data(work: Workspace) -> dict:
         if not work.frames_exist(member):
             work.folder.check_writes(place)
         work.folder.leave(place)
-    how = {key: section[key] for key in ("n_samples", "seed", "accept") if key in section}
+    how = {key: section[key] for key in ("n_samples", "seed", "accept", "packed") if key in section}
     made = members.make_data(work.system, Path(section.folder), simulation=simulation, **how)
     for member in work.system.all_members():
         _check_isomers(member, made[member.name], section.folder)
