@@ -40,7 +40,7 @@ def _of_report(run: Run, system: System) -> Path:
     if is_shipped(run.path):
         draw = command_line("sample", f"run={run.folder}", f"system={label}", "refine=true")
         raise UserError(
-            f"{run.folder} ships without samples: {draw} makes some, and a report with ΔF; then set samples=."
+            f"{run.folder} ships without samples: {draw} makes some, with a report of ΔF; samples= takes their folder."
         )
     own = "weighted" if system.proxy is None else "refined"  # draws are weighted to the proxy
     return run.path / "samples" / own / label
