@@ -6,6 +6,7 @@ What a notebook needs is here:
   `MolecularSystem.from_openmm`: a molecule of OpenMM's objects.
 - `train_run`: what ``boltznce train`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
   gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
+  `load_pretrained`: a run that ships with the package.
 - `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
 - `register`: lets run folders and files of systems name a network, a system or a method of your own.
 - `UserError`: what is raised for a mistake that one can mend; its message says how.
@@ -39,6 +40,7 @@ _HOMES = {  # each is imported when it is first asked for: torch alone takes sec
     "corrected_free_energy_difference": "analysis.free_energy",
     "free_energy_difference": "analysis.free_energy",
     "free_energy_profile": "analysis.free_energy",
+    "load_pretrained": "run",
     "load_run": "run",
     "load_system": "config",
     "register": "trust",

@@ -20,6 +20,7 @@ from boltznce.config import available, compose, config_dir, explain, normalize, 
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import disk_reason
+from boltznce.pretrained import located
 from boltznce.run_folder import RUN, RunFolder
 from boltznce.settings import check
 from boltznce.signals import Stopped, listening
@@ -87,13 +88,19 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     words = normalize(overrides, default_budget if config_name == "train" else None)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if config_name == "train" and "resume" in given and "hydra.run.dir" not in given:
-        folder = unquoted(given["resume"])
-        if not Path(folder).is_dir():
-            raise UserError(f"There is no run folder {folder}: give resume= the folder of a run that was started.")
-        RunFolder(Path(folder), trust=given.get("trust", "").lower() == "true").check_links()  # Hydra writes there
-        words += [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]  # .hydra stays that of the start
+        run = RunFolder(located(unquoted(given["resume"])), trust=given.get("trust", "").lower() == "true")
+        if not run.path.is_dir():
+            raise UserError(f"There is no run folder {run}: give resume= the folder of a run that was started.")
+        run.check_own()  # Hydra writes there
+        run.check_links()
+        words += [
+            f"hydra.run.dir={quoted(str(run.path))}",
+            "hydra.output_subdir=null",
+        ]  # .hydra stays that of the start
     elif config_name == "train" and "${" not in given.get("hydra.run.dir", "${"):
-        claim(unquoted(given["hydra.run.dir"]), RUN, "another hydra.run.dir")  # before Hydra writes there
+        folder = unquoted(given["hydra.run.dir"])
+        RunFolder(Path(folder)).check_own()  # before Hydra writes there
+        claim(folder, RUN, "another hydra.run.dir")
     if "hydra.sweep.dir" in given and "${" not in given["hydra.sweep.dir"]:
         claim(unquoted(given["hydra.sweep.dir"]), SWEEP, "another hydra.sweep.dir")
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):

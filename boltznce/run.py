@@ -18,13 +18,14 @@ from boltznce.methods import refinement
 from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches, draw_to_folder
 from boltznce.methods.preflight import preflight
 from boltznce.methods.workspace import Workspace, make_fabric
+from boltznce.pretrained import folder_of
 from boltznce.records import damaged
 from boltznce.run_folder import REMEDY, RunFolder
 from boltznce.settings import require
 from boltznce.signals import Stopped
 from boltznce.systems.base import System
 
-__all__ = ["Run", "RunFolder", "load_run", "refined_folder", "start_folder", "train", "train_run"]
+__all__ = ["Run", "RunFolder", "load_pretrained", "load_run", "refined_folder", "start_folder", "train", "train_run"]
 
 
 def train_run(path: Path | str, *overrides: str) -> "Run":
@@ -63,8 +64,9 @@ def train(folder: RunFolder) -> str:
 
     The last stage, the report, is made anew of a finished run too: there may be data now to compare with. What can be
     known to fail is told as a UserError before the first stage (see `preflight`), and so is another process at work in
-    the folder.
+    the folder, and a run that ships with the package.
     """
+    folder.check_own()
     try:
         with only_process(folder.path):
             return _train(folder)
@@ -103,9 +105,8 @@ class Run:
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{name}{'' if self.folder.stage_done(name) else ' (begun)'}" for name in self.folder.stages)
-        return (
-            f"Run({self.path}, {self.config.method.name} of {self.config.system.name}, {self.config.budget}: {stages})"
-        )
+        what = f"{self.config.method.name} of {self.config.system.name}, {self.config.budget}"
+        return f"Run({self.folder}, {what}: {stages})"
 
     @property
     def path(self) -> Path:
@@ -208,9 +209,22 @@ def load_run(path: Path | str, device: str = "auto", trust: bool = False) -> Run
     """Open a run folder that `train_run` or ``boltznce train`` has made; raises UserError if it is none.
 
     Its config may name the library's classes and those that `boltznce.trust.register` was called on; with ``trust``
-    any, which are then imported, and so executed.
+    any, which are then imported, and so executed. ``pretrained/<name>`` is one that ships (see `load_pretrained`).
     """
     return Run(path, device, trust)
+
+
+def load_pretrained(name: str, device: str = "auto") -> Run:
+    """A trained run that ships with the package, by its name; nothing is ever written to its folder.
+
+    A run of many molecules draws any peptide of the residues that it was trained on, in its lists or not:
+
+    >>> run = load_pretrained("dipeptides")  # doctest: +SKIP
+    >>> samples = run.sample(10_000, system="KS", refine=True)  # doctest: +SKIP
+
+    Raises UserError, listing those that there are, for another name.
+    """
+    return Run(folder_of(name), device)
 
 
 def _config(folder: RunFolder) -> DictConfig:

@@ -20,6 +20,7 @@ from boltznce.command_line import command_line
 from boltznce.errors import UserError, first_few
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
+from boltznce.pretrained import is_shipped, located, outputs_of, shown
 from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
 from boltznce.run_inputs import changed_settings, copy_inputs, keep_inputs, open_inputs, replaced_inputs
 from boltznce.signals import stop_if_asked
@@ -52,14 +53,17 @@ class RunFolder:
 
     What the config of an opened folder names is not imported unless it is the library's, registered or ``trust`` is
     true (see `boltznce.trust`). A folder that was not started where it lies is ``foreign``: it is written, but nothing
-    outside of it.
+    outside of it. One that ships with the package (`boltznce.pretrained`) is trusted as that is, and never written.
     """
 
     def __init__(self, path: Path, trust: bool = False):
-        self.path, self.trust = Path(path), trust
+        self.path, self.trust = Path(path), trust or is_shipped(path)
         self.checked = False  # whether its config has passed `boltznce.methods.preflight`, in this process
         self._lock = threading.Lock()  # the heartbeat and the stage both write
         self._running: str | None = None
+
+    def __str__(self) -> str:
+        return shown(self.path)
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, system: str) -> "RunFolder":
@@ -69,6 +73,7 @@ class RunFolder:
         files that are not a run's, and where another process is at work.
         """
         run, settings = cls(path, trust=True), OmegaConf.to_container(config, resolve=True)
+        run.check_own()
         sources = keep_inputs(settings)
         if not run._record_path.exists():
             claim(path, RUN, "another hydra.run.dir, or output")
@@ -88,8 +93,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, trust: bool = False) -> "RunFolder":
-        """The run in an existing folder. Raises UserError where there is none, or one of another version."""
-        run = cls(path, trust)
+        """The run in an existing folder, or one that ships, by ``pretrained/<name>`` (see `boltznce.pretrained`).
+
+        Raises UserError where there is none, or one of another version.
+        """
+        run = cls(located(path), trust)
         if not run.path.is_dir():
             raise UserError(f"There is no folder {path}: give the folder of a run that train.py has started.")
         missing = [file.name for file in (run._config_path, run._record_path) if not file.is_file()]
@@ -129,6 +137,20 @@ class RunFolder:
             if "metrics.json" in stage.get("leaves", {}):
                 self.check_left(name)
         return read_json(path, AGAIN)
+
+    @property
+    def outputs(self) -> Path:
+        """Where what is made of the run goes, if nothing else is said: its folder, unless that is only read."""
+        return outputs_of(self.path)
+
+    def check_own(self) -> None:
+        """Raise UserError for a run that ships with the package: it is finished, and only read."""
+        if is_shipped(self.path):
+            start = command_line("finetune", f"run={self}", "peptide=...")
+            raise UserError(
+                f"{self} ships with the package, where nothing is written: fine-tune it to a molecule with {start}, or "
+                "train a run of your own in another folder."
+            )
 
     @property
     def foreign(self) -> bool:
@@ -349,6 +371,7 @@ class RunFolder:
         return record
 
     def _write(self, record: dict) -> None:
+        self.check_own()
         with atomic_file(self._record_path) as temporary:
             temporary.write_text(json.dumps(sealed(record), indent=2) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ from boltznce.settings import leaves
 from boltznce.systems.force_field_files import with_included
 from boltznce.systems.structures import STRUCTURES, structure_file
 
-__all__ = ["changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
+__all__ = ["INPUTS", "changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
 
 INPUTS = "inputs"
 FILES = ("flow.start", "ebm.start", "flow.published_weights")  # and system.structure, system.forcefield

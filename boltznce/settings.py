@@ -300,6 +300,13 @@ RULES: dict[str, Rule] = {
     "ebm_steps": WHOLE,
     # ---- samples, evaluation, free energies
     "run": PATH,
+    "parent": SECTION | NULL,
+    "parent.trained_on": TEXTS,
+    "parent.notes": _list_of(TEXT, "sentences"),
+    "parent.costs": SECTION,
+    "costs.cpu_seconds": NUMBER,
+    "costs.seconds": NUMBER,
+    "sample.report": COMPILE,
     "output": PATH | NULL,
     "free_energy.samples": PATH | NULL,
     "peptide": TEXT,

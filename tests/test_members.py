@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import TINY, accept_everything, config_of, fake_data, finish
 from omegaconf import OmegaConf
 
 import boltznce as bz
 from boltznce import UserError
 from boltznce.checkpoint import load_weights
 from boltznce.config import compose
-from boltznce.data.dataset import Dataset
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.methods import boltznce as boltznce_method
 from boltznce.methods import models, tbg
@@ -22,36 +22,7 @@ from boltznce.methods.models import FlowGenerator, make, solver_settings
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
-from boltznce.systems.bond_graph import BondGraph, GraphCheck
 from boltznce.systems.conformers import random_conformers
-
-N_FRAMES = 60
-TINY = [
-    "budget=smoke",
-    "threads=1",
-    "flow.fit.steps=4",
-    "flow.fit.validate_every=2",
-    "flow.network.width=16",
-    "flow.network.embedding_width=8",
-    "flow.solver.steps=2",
-    "flow.n_train=200",
-    "flow.n_validation=8",
-    "flow.batch_size=16",
-    "samples.n_train=16",
-    "samples.n_validation=4",
-    "samples.batch_size=16",
-    "ebm.network.width=16",
-    "ebm.network.embedding_width=8",
-    "ebm.fit.steps=2",
-    "ebm.fit.validate_every=2",
-    "ebm.batch_size=16",
-    "evaluation.n_samples=40",
-    "evaluation.n_exact=4",
-    "evaluation.batch_size=32",
-    "evaluation.exact_batch_size=4",
-    "evaluation.n_bootstrap=20",
-    "evaluation.n_torus=30",
-]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,17 +33,6 @@ def few_conformers():
         yield
 
 
-def fake_data(folder, sequences):
-    """Rough conformers in place of a simulation: whatever a dataset's frames are, the stages must run on them."""
-    for k, sequence in enumerate(sequences):
-        system = bz.load_system(sequence)
-        x = random_conformers(system.positions, system.bonds, 8 * N_FRAMES, torch.Generator().manual_seed(k))
-        energies = system.energy(x.double()).numpy()
-        best = np.sort(np.argsort(energies)[:N_FRAMES])
-        meta = {"system": system.identity, "settings": {"method": "replica_exchange"}, "cpu_seconds": 10.0}
-        Dataset.write(folder / sequence, x[best].numpy(), energies[best], window=np.arange(N_FRAMES) % 2, meta=meta)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -80,31 +40,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def config_of(data, *words):
-    return compose("train", ["system=dipeptides", *TINY, f"data_dir={data}", *words])
-
-
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A finished tiny run.
-
-    Its flow has learned next to nothing, so draws keep few conformers: the check of bonds is let through.
-    """
-    config = config_of(data)
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        accept_everything(patch)
-        train(RunFolder.create(folder, config, config.system.name))
-    return folder
-
-
-def accept_everything(patch):
-    def check(self, x, batch_size=1024):
-        n, atoms = x.shape[:2]
-        right, reordered = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-        return GraphCheck(right, torch.arange(atoms).repeat(n, 1), reordered)
-
-    patch.setattr(BondGraph, "check", check)
+    """A finished tiny run."""
+    return finish(tmp_path_factory.mktemp("run"), data)
 
 
 def test_the_stages_leave_a_report_of_the_unseen_peptide(run):

@@ -48,6 +48,8 @@ def test_it_is_whole(site):
     assert about.name == f"boltznce-{boltznce.__version__}.dist-info"
     assert (about / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert (site / "boltznce" / "py.typed").exists()
+    models = [path for path in (ROOT / "boltznce" / "pretrained").rglob("*") if path.suffix not in ("", ".pyc")]
+    assert all((site / path.relative_to(ROOT)).is_file() for path in models)
 
 
 def test_a_system_loads_in_an_empty_folder(site, tmp_path):

@@ -7,20 +7,24 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from boltznce.command_line import command_line
 from boltznce.config import build
+from boltznce.errors import UserError
 from boltznce.methods.free_energy import write_free_energy
-from boltznce.run import load_run
+from boltznce.pretrained import is_shipped
+from boltznce.run import Run, load_run
+from boltznce.systems.base import System
 
 
 def main(config: DictConfig) -> None:
     run = load_run(config.run, config.device, config.trust)
     system = run.system.choose(build(config.system) if "system" in config else None)
-    own = "weighted" if system.proxy is None else "refined"  # draws are weighted to the proxy
+    label = run.system.label(system)
     print(
         write_free_energy(
             system,
-            Path(config.samples or run.path / "samples" / own / run.system.label(system)),
-            Path(config.output),
+            Path(config.samples or _of_report(run, system)),
+            Path(config.output or run.folder.outputs / "free_energy" / label),
             coordinate=config.coordinate,
             state=None if config.state is None else tuple(config.state),
             n_bins=config.n_bins,
@@ -28,3 +32,15 @@ def main(config: DictConfig) -> None:
             seed=config.seed,
         )
     )
+
+
+def _of_report(run: Run, system: System) -> Path:
+    """The samples of the run's report. Raises UserError for a run that ships, which goes without."""
+    label = run.system.label(system)
+    if is_shipped(run.path):
+        draw = command_line("sample", f"run={run.folder}", f"system={label}", "refine=true")
+        raise UserError(
+            f"{run.folder} ships without samples: {draw} makes some, with a report of ΔF; samples= takes their folder."
+        )
+    own = "weighted" if system.proxy is None else "refined"  # draws are weighted to the proxy
+    return run.path / "samples" / own / label

@@ -1,28 +1,42 @@
 """Weighted samples of a trained run. `boltznce sample run=outputs/... n_samples=100000 likelihood=ebm`
 
 With refine=true they are annealed to the target, from the likelihood that the run has learned.
-Of a run for many molecules: `boltznce sample run=outputs/... system=KS`
+Of a run for many molecules, or one that ships: `boltznce sample run=pretrained/dipeptides system=KS refine=true`, with
+a report of that molecule.
 """
 
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.samples_io import SAMPLES
 from boltznce.config import build
 from boltznce.folders import claim
-from boltznce.run import load_run, refined_folder
+from boltznce.methods.finetune import start_report
+from boltznce.run import Run, load_run, refined_folder, train
+from boltznce.systems.base import System
 
 
 def main(config: DictConfig) -> None:
-    output = Path(config.output)
+    run = load_run(config.run, config.device, config.trust)
+    system = run.system.choose(build(config.system) if "system" in config else None)
+    name = f"{config.likelihood}-{config.n_samples}-seed{config.seed}"
+    output = Path(config.output or run.folder.outputs / "samples" / run.system.label(system) / name)
+    reports = config.refine and run.system.is_family if config.report == "auto" else config.report
+    samples, place = (_reported if reports else _drawn)(run, system, output, config)
+    print(f"{len(samples)} samples in {place}: ESS {samples.ess:.2%}, Pareto-k {samples.pareto_k:.2f}")
+
+
+def _drawn(run: Run, system: System, output: Path, config: DictConfig) -> tuple[WeightedSamples, Path]:
+    """The samples, and where they are: draws in ``output``, refined ones beside them."""
     places = [output, refined_folder(output)][: 1 + config.refine]
     for place in places:
         claim(place, SAMPLES, "another output")
-    samples = load_run(config.run, config.device, config.trust).sample(
+    samples = run.sample(
         config.n_samples,
         config.likelihood,
-        system=build(config.system) if "system" in config else None,
+        system=system,
         seed=config.seed,
         batch_size=config.batch_size,
         n_probes=config.n_probes,
@@ -30,4 +44,12 @@ def main(config: DictConfig) -> None:
         folder=output,
         format=config.format,
     )
-    print(f"{len(samples)} samples in {places[-1]}: ESS {samples.ess:.2%}, Pareto-k {samples.pareto_k:.2f}")
+    return samples, places[-1]
+
+
+def _reported(run: Run, system: System, output: Path, config: DictConfig) -> tuple[WeightedSamples, Path]:
+    """The samples, and where they are: in the run folder ``output`` of the molecule alone, which has a report."""
+    how = {key: config[key] for key in ("likelihood", "refine", "seed", "batch_size", "device", "format")}
+    print(train(start_report(run.folder, run.generator(system), output, n=config.n_samples, **how)), end="\n\n")
+    place = output / "samples" / ("refined" if config.refine else "weighted")
+    return WeightedSamples.load(place), place

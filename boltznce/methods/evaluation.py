@@ -48,7 +48,12 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     section, generator = work.config.evaluation, work.models.of(member)
     likelihood, draws = generator.default_likelihood, work.folder.leave(work.samples("weighted", member))
     samples = draw_to_folder(
-        generator, draws, section.n_samples, likelihood, lambda k: work.generator("evaluation", member, k)
+        generator,
+        draws,
+        section.n_samples,
+        likelihood,
+        lambda k: work.generator("evaluation", member, k),
+        format=section.get("format", "npy"),
     )
     excluded = excluded_conformers(member, samples.positions)
     require_some_left(member, excluded, len(samples), "samples", "train the flow longer (flow.fit.steps)")
@@ -82,7 +87,8 @@ def _refined(work: Workspace, member: System, generator: Generator, conformers: 
     n = work.config.evaluation.refine.n_walkers
     folder = work.folder.leave(work.samples("refined", member))
     seed = int(work.numpy_generator("refinement", member).integers(2**31))
-    return refine(generator, conformers, settings_of(work.config), seed=seed, n_walkers=n, folder=folder)
+    how = {"seed": seed, "n_walkers": n, "folder": folder, "format": work.config.evaluation.get("format", "npy")}
+    return refine(generator, conformers, settings_of(work.config), **how)
 
 
 def _refine_data(work: Workspace, member: System) -> None:

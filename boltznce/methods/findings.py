@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from boltznce.analysis.convergence import time_blocks
 from boltznce.analysis.free_energy import FreeEnergyDifference, free_energy_difference
@@ -27,10 +26,22 @@ from boltznce.systems.isomers import allowed_conformers, excluded_conformers
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "ExactSubset", "Findings", "Frames", "gather", "held_out_data", "training_seconds", "walker_of"]
+__all__ = [
+    "COSTS",
+    "Data",
+    "ExactSubset",
+    "Findings",
+    "Frames",
+    "gather",
+    "held_out_data",
+    "training_costs",
+    "training_seconds",
+    "walker_of",
+]
 
 MANY_WALKERS = 20  # of metadynamics, which can be taken for independent visits to states
 NO_FRAMES = "There is no comparison with data of {}: no frames of its proxy were refined to it (evaluation.n_frames)."
+COSTS = ("cpu_seconds", "seconds")  # of a stage, by the CPU's clock and by that on the wall
 N_GROUPS = 1000  # of frames that can be taken for independent surroundings, walkers or blocks of their time
 
 
@@ -326,17 +337,22 @@ def gather(work: Workspace, member: System) -> Findings:
         work.config.evaluation,
         work.config.seed,
         (*generator.notes, *missing),
-        training_seconds=training_seconds(work.folder.stages, work.device),
+        training_seconds=training_seconds(work),
         refined=refined,
     )
 
 
-def training_seconds(stages: Mapping[str, Mapping[str, Any]], device: torch.device) -> float:
+def training_seconds(work: Workspace) -> float:
+    """Of a run and the one that its models come from: of the CPU, or by the wall clock where the device is a GPU."""
+    key = COSTS[work.device.type != "cpu"]
+    return training_costs(work.folder.stages, key) + work.parent.get("costs", {}).get(key, 0.0)
+
+
+def training_costs(stages: Mapping[str, Mapping[str, Any]], key: str) -> float:
     """Of all stages before the evaluation; of the data, what their simulation took, in whichever run that was.
 
-    ``stages``: a run's records; its seconds of the CPU, or by the wall clock where the ``device`` is a GPU.
+    ``stages``: a run's records; ``key``: which of `COSTS`.
     """
-    key = "cpu_seconds" if device.type == "cpu" else "seconds"
     before = itertools.takewhile(lambda name: name != "evaluation", stages)
     spent = sum(stages[name].get(key, np.nan) for name in before if name != "data")
     return spent + stages.get("data", {}).get("simulation_seconds", 0.0)
@@ -348,7 +364,7 @@ def held_out_data(work: Workspace, member: System, system: System) -> tuple[Data
     And a sentence where data were there once, or are no data of this run: they are not compared with, and that is all.
     """
     section, missing = work.config.evaluation, ()
-    if "data" in work.folder.stages and not work.frames_exist(member):
+    if member.name in work.folder.stages.get("data", {}).get("datasets", {}) and not work.frames_exist(member):
         folder = work.config.data.folder
         missing = (f"There is no comparison with the data of {member.name}, which are no longer in {folder}.",)
     n = section.n_reference or sys.maxsize

@@ -38,6 +38,7 @@ __all__ = [
     "check_flow",
     "check_refinement",
     "check_training_data",
+    "needs_data",
     "preflight",
 ]
 
@@ -70,7 +71,7 @@ def check_training_data(config: DictConfig, system: System) -> None:
     missing = _missing(config, system)
     require_keywords(check_shares, section.split, "data.split")
     check_shares(**section.split)
-    if not missing:
+    if not missing or not needs_data(config, system):
         return
     require_writable(Path(section.folder))
     if section.simulation is None:
@@ -85,6 +86,11 @@ def check_training_data(config: DictConfig, system: System) -> None:
     for more in (given, given | of_tests):
         require_keywords(jobs_of, more := simulation_settings(system, more), "data.simulation")
         jobs_of(system.example, **more)
+
+
+def needs_data(config: DictConfig, system: System) -> bool:
+    """Whether there have to be data: to train on, or as it is said how to simulate, or draw, those to compare with."""
+    return bool(config.flow.fit.steps or config.data.simulation is not None or system.example.cheap.exact)
 
 
 def check_comparison(config: DictConfig, system: System) -> None:

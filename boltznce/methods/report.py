@@ -104,7 +104,7 @@ def curves_figure(curves: Mapping) -> dict:
 
 
 def _of_whole_run(work: Workspace, settings: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
-    config, stages, trained = work.config, work.folder.stages, work.system.members("train")
+    config, stages = work.config, work.folder.stages
     frames = stages.get("data", {}).get("frames")
     return {
         "system": work.system.name,
@@ -114,15 +114,15 @@ def _of_whole_run(work: Workspace, settings: Mapping[str, str], notes: list[str]
             "stages": {name: record["seconds"] for name, record in stages.items() if name != "report"},
             "peak_memory_mib": max(record["peak_memory"] for record in stages.values()),
         },
-        "counts": {"molecules trained on": len(trained)} | ({"frames of the data": frames} if frames else {}),
+        "counts": {"molecules trained on": len(work.trained_on)} | ({"frames of the data": frames} if frames else {}),
         "settings": settings | provenance(work) | {"seed": str(config.seed)},
         "notes": notes,
     }
 
 
 def _notes(work: Workspace, rows: Mapping[str, Mapping]) -> list[str]:
-    notes, tests, trained = [], work.system.members("test"), work.system.members("train")
-    if not any(member in trained for member in tests):
+    notes, tests, trained = list(work.parent.get("notes", ())), work.system.members("test"), work.trained_on
+    if not any(member.name in trained for member in tests):
         notes.append("No molecule that was tested was trained on or looked at before the evaluation.")
     notes += data_notes(work)
     missing = work.folder.stages.get("flow", {}).get("not_balanced")

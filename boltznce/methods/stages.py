@@ -18,6 +18,7 @@ from boltznce.data.batching import Batches
 from boltznce.data.dataset import Dataset, boltzmann_indices, mode_balanced_indices
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.models import load_trained, make, weights_path
+from boltznce.methods.preflight import needs_data
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System
 from boltznce.systems.isomers import excluded_conformers, require_some_left
@@ -37,9 +38,14 @@ Rows = Mapping[
 
 
 def make_data(work: Workspace) -> dict:
-    """Simulate the members that have no data yet, or draw them where they can be drawn exactly."""
+    """Simulate the members that have no data yet, or draw them where they can be drawn exactly.
+
+    Where nothing is trained on data, and no simulation of them is asked for, there need not be any.
+    """
     section, simulation = work.config.data, work.config.data.simulation
     simulation = OmegaConf.to_container(simulation, resolve=True) if simulation else None
+    if not needs_data(work.config, work.system) and not all(map(work.frames_exist, work.system.all_members())):
+        return {"frames": 0, "datasets": {}, "simulation_seconds": 0.0}
     for member in work.system.all_members():
         place = Path(section.folder) / work.system.label(member)
         if not work.frames_exist(member):
@@ -106,6 +112,8 @@ def train_flow(work: Workspace) -> dict:
 def draw_training_samples(work: Workspace) -> dict:
     """What the EBM is trained and validated on: draws of the members to train on, with likelihoods to regress onto."""
     section, counts = work.config.samples, {}
+    if not work.config.ebm.fit.steps:
+        return counts
     for name, n in (("train", section.n_train), ("validation", section.n_validation)):
         for member in work.system.members("train"):
             numbers = lambda k, name=name, member=member: work.generator(f"samples {name}", member, k)  # noqa: E731

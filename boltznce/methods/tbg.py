@@ -35,11 +35,10 @@ def report(work: Workspace) -> dict:
 
 def flow_settings(work: Workspace) -> dict[str, str]:
     """Those of the flow, in words."""
-    section, system, model = work.config.flow, work.system, work.config.flow.model
-    trained, validated = (system.members(role) for role in ("train", "validation"))
-    names = {"trained on": trained, "validated on": [member for member in validated if member not in trained]}
-    chosen = {key: " ".join(member.name for member in part) for key, part in names.items() if part}
-    return chosen | {
+    section, model, trained = work.config.flow, work.config.flow.model, work.trained_on
+    validated = [] if work.parent else [member.name for member in work.system.members("validation")]
+    names = {"trained on": trained, "validated on": [name for name in validated if name not in trained]}
+    return {key: " ".join(part) for key, part in names.items() if part} | {
         "flow network": network_in_words(work, "flow"),
         "flow": f"{model.interpolant} interpolant, {model.coupling} coupling, scales of {section.scales}",
         "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(section.solver)).items()),
@@ -47,9 +46,13 @@ def flow_settings(work: Workspace) -> dict[str, str]:
 
 
 def network_in_words(work: Workspace, name: str) -> str:
-    """Class, steps and batch size."""
-    section, steps = work.config[name], work.folder.stages[name]["steps"]
-    return f"{section.network._target_.rpartition('.')[2]}, {steps} steps of {section.batch_size}"
+    """Class, where its weights come from, steps and batch size."""
+    section, steps = work.config[name], work.steps(name)
+    parts = [
+        section.network._target_.rpartition(".")[2],
+        *([f"weights of {work.parent['run']}"] if work.parent else []),
+    ]
+    return ", ".join([*parts, *([f"{steps} steps of {section.batch_size}"] if steps or not work.parent else [])])
 
 
 STAGES = {"data": make_data, "flow": train_flow, "evaluation": evaluate, "report": report}

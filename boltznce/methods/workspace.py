@@ -1,5 +1,6 @@
 """What the stages of a method share: the run's folder, config, system, device and random streams."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,24 @@ class Workspace:
         method = locate(self.config.method._target_, ModuleType)
         return method.load_models(self.folder.path, self.config, self.system, self.device)
 
+    @property
+    def parent(self) -> Mapping[str, Any]:
+        """What is known of the run that this one's models come from (see `boltznce.methods.finetune`), if any."""
+        return self.config.get("parent") or {}
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Names of the molecules that the models have learned from, here or before."""
+        own = [member.name for member in self.system.members("train")]
+        if not self.parent:
+            return own
+        before, here = list(self.parent["trained_on"]), any(map(self.steps, ("flow", "ebm")))
+        return before + [name for name in own if here and name not in before]
+
+    def steps(self, name: str) -> int:
+        """How many a model has been trained for in this run."""
+        return self.folder.stages.get(name, {}).get("steps", 0)
+
     def frames_exist(self, member: System) -> bool:
         """Whether there are data of the member."""
         section = self.config.data
@@ -82,7 +101,7 @@ class Workspace:
 
     def unseen(self, member: System, frames: Dataset) -> Dataset:
         """Those of a member's data that no flow of this run was trained on: the test part, or all where none was."""
-        trained = self.folder.stages.get("flow", {}).get("steps", 0) and member in self.system.members("train")
+        trained = self.steps("flow") and member in self.system.members("train")
         return frames.split(**self.config.data.split)[2] if trained else frames
 
     def samples(self, what: str, member: System) -> Path:

@@ -130,6 +130,23 @@ class PeptideFamily:
             raise UserError(f"{system.name} has another force field or temperature than this run: give its sequence.")
         return member
 
+    def strangeness(self, sequence: str) -> list[str]:
+        """Sentences on what a peptide has and none that is trained on: residues, as many of them, its ends.
+
+        >>> from boltznce.config import load_system
+        >>> load_system("dipeptides").strangeness("AK")
+        ['No peptide that the model was trained on has the residue K.']
+        """
+        known, (residues, capped) = list(map(parse_sequence, self.sequences["train"])), parse_sequence(sequence)
+        seen = {residue for each, _ in known for residue in each}
+        new = [residue for residue in dict.fromkeys(residues) if residue not in seen]
+        told = [f"No peptide that the model was trained on has the residue {residue}." for residue in new]
+        if len(residues) not in {len(each) for each, _ in known}:
+            told.append(f"No peptide that the model was trained on has {len(residues)} residues.")
+        if capped not in {ends for _, ends in known}:
+            told.append(f"No peptide that the model was trained on has such ends as {sequence}.")
+        return told
+
     @property
     def temperature(self) -> float:
         return float(self.settings["temperature"])
