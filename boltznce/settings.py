@@ -150,6 +150,9 @@ RULES: dict[str, Rule] = {
     # ---- data
     "folder": PATH | NULL,
     "accept": _one_of("same", "any"),
+    "packed": PATH | NULL,
+    "packed.file": PATH | NULL,
+    "packed.n_frames": COUNT,
     "split": SECTION | NULL,
     "split.train": PART,
     "split.validation": PART,

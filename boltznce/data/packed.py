@@ -19,8 +19,9 @@ from boltznce.systems.base import System
 from boltznce.systems.isomers import own_isomers
 from boltznce.topologies import system_pdb
 
-__all__ = ["PackedFrames", "pack"]
+__all__ = ["PackedFrames", "pack", "packed_path"]
 
+FOLDER = Path(__file__).parent / "frames"  # files that ship, known by their names
 STEP = 5e-4  # nm, to which positions are rounded
 COLUMNS = ("log_weights", "time", "window", "repeat")
 
@@ -46,13 +47,13 @@ def pack(path: Path, datasets: Sequence[tuple[System, Dataset]], n_frames: int =
 
 
 class PackedFrames:
-    """The molecules of a file that `pack` wrote. Raises UserError if it is damaged, or no such file."""
+    """The molecules of a file that `pack` wrote: its path, or the name of one that ships.
+
+    Raises UserError if it is damaged, or no such file.
+    """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"There are no packed frames at {path}: correct data.packed, or set it to null.")
-        self.tensors, self.about = load_weights(self.path)
+        self.tensors, self.about = load_weights(packed_path(path))
 
     def __contains__(self, name: str) -> bool:
         return name in self.about
@@ -65,6 +66,15 @@ class PackedFrames:
         meta: Mapping = self.about[system.name]
         topology = None if system.topology is None else system_pdb(system)
         return Dataset.write(folder, positions, energies.numpy(), **columns, topology=topology, meta=dict(meta))
+
+
+def packed_path(path: Path | str) -> Path:
+    """The file of packed frames that is meant by its path, or by its name among those that ship; UserError if none."""
+    shipped = FOLDER / f"{path}.safetensors"
+    found = shipped if shipped.is_file() else Path(path)
+    if not found.is_file():
+        raise UserError(f"There are no packed frames at {path}: correct data.packed, or set it to null.")
+    return found
 
 
 def _thinned(system: System, dataset: Dataset, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

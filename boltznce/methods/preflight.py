@@ -16,6 +16,7 @@ from boltznce.config import build, locate
 from boltznce.data.dataset import check_shares, mode_balanced_indices
 from boltznce.data.jobs import jobs_of
 from boltznce.data.members import load_data, simulation_settings
+from boltznce.data.packed import packed_path
 from boltznce.errors import UserError
 from boltznce.flows.solvers import SolverSettings
 from boltznce.io import require_writable
@@ -74,6 +75,8 @@ def check_training_data(config: DictConfig, system: System) -> None:
     if not missing or not needs_data(config, system):
         return
     require_writable(Path(section.folder))
+    if section.get("packed") is not None:
+        packed_path(section.packed)
     if section.simulation is None:
         if not system.example.cheap.exact:
             raise UserError(f"{section.folder} has no data of {missing[0]}: set data.simulation, how to simulate it.")
