@@ -31,10 +31,13 @@ OF_A_RUN = ("likelihood", "free_energy")
 def run_benchmark(config: DictConfig) -> str:
     """Measure ``config.what`` with its section of the config; returns the table that is also written to ``output``.
 
-    Raises UserError for an unknown benchmark, an output with files of others, and one where another process works.
+    Raises UserError for an unknown benchmark, a run that it is not of, an output with files of others, and one where another process works.
     """
     if config.what not in BENCHMARKS:
         raise UserError(f"Unknown what={config.what}: choose one of {', '.join(BENCHMARKS)}.")
+    of_a_run = config.what in OF_A_RUN
+    if config.run is not None and not of_a_run:
+        raise UserError(f"what={config.what} is not of a run: leave run out, or set what to {' or '.join(OF_A_RUN)}.")
     folder = Path(config.output)
     others = "|".join(what for what in BENCHMARKS if what != config.what)
     keys = frozenset({"machine", "settings", "rows"})
@@ -43,7 +46,6 @@ def run_benchmark(config: DictConfig) -> str:
     set_threads(config.threads)
     device = make_fabric(config.device).device
     settings = OmegaConf.to_container(config[config.what], resolve=True)
-    of_a_run = config.what in OF_A_RUN
     how = {"run": config.run, "trust": config.trust} if of_a_run else {"min_seconds": config.min_seconds}
     with only_process(folder):
         rows = measure(**settings, **how, device=device, seed=config.seed)
