@@ -31,7 +31,8 @@ OF_A_RUN = ("likelihood", "free_energy")
 def run_benchmark(config: DictConfig) -> str:
     """Measure ``config.what`` with its section of the config; returns the table that is also written to ``output``.
 
-    Raises UserError for an unknown benchmark, a run that it is not of, an output with files of others, and one where another process works.
+    Raises UserError for an unknown benchmark, a run that it is not of, an output with files of others, and one where
+    another process works.
     """
     if config.what not in BENCHMARKS:
         raise UserError(f"Unknown what={config.what}: choose one of {', '.join(BENCHMARKS)}.")
