@@ -87,8 +87,8 @@ class Geometry:
 class SquaredDistances(torch.autograd.Function):
     """r²ᵢⱼ = |xᵢ - xⱼ|², at least CLOSEST².
 
-    Where w is an energy's gradient by it, Σⱼ 2 (wᵢⱼ + wⱼᵢ) (xᵢ - xⱼ) is that by xᵢ: one sum for each atom, where autograd
-    would keep the terms in memory and sum them twice.
+    If w is an energy's gradient by it, Σⱼ 2 (wᵢⱼ + wⱼᵢ) (xᵢ - xⱼ) is that by xᵢ: one sum for each atom, where autograd
+    would keep all terms in memory and sum them twice.
     """
 
     @staticmethod

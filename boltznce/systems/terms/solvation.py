@@ -84,7 +84,7 @@ class GeneralizedBorn(Term):
 
     def forward(self, geometry: Geometry) -> Tensor:
         inverse_born = self.inverse_born_radii(geometry)
-        pair = StillDistance.apply(geometry.squared_distances, 1 / inverse_born).rsqrt()
+        pair = StillDistance.apply(geometry.squared_distances, inverse_born).rsqrt()
         own = inverse_born
         if self.kappa:
             own, screening = own * self.screening(own), self.screening(pair)
@@ -170,27 +170,28 @@ class Descreening(torch.autograd.Function):
 
 
 class StillDistance(torch.autograd.Function):
-    """f² = r² + BᵢBⱼ exp(-r²/4BᵢBⱼ), (n_atoms, n_atoms, batch), of r² and of Born radii (n_atoms, batch).
+    """f² = r² + exp(-r² p / 4) / p, p = 1/BᵢBⱼ, of r² (n_atoms, n_atoms, batch) and of 1/B (n_atoms, batch).
 
-    By hand because BᵢBⱼ is symmetric: its gradient needs one sum for each atom, where autograd takes two products of two.
+    By hand because p is symmetric: one sum for each atom gives its gradient, where autograd sums over rows and columns.
     """
 
     @staticmethod
-    def forward(ctx, r2: Tensor, born: Tensor) -> Tensor:
-        ctx.save_for_backward(r2, born)
-        return r2 + born.unsqueeze(0) * born.unsqueeze(1) * StillDistance.decay(r2, born)
+    def forward(ctx, r2: Tensor, inverse_born: Tensor) -> Tensor:
+        ctx.save_for_backward(r2, inverse_born)
+        return r2 + StillDistance.parts(r2, inverse_born)[1]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        r2, born = ctx.saved_tensors
-        decayed = grad * StillDistance.decay(r2, born)
-        both = decayed + decayed.transpose(0, 1)
-        return grad - 0.25 * decayed, (both * (born + 0.25 * r2 / born.unsqueeze(1))).sum(1)
+        r2, inverse_born = ctx.saved_tensors
+        p, decay = StillDistance.parts(r2, inverse_born)
+        part = grad * decay
+        both = part + part.transpose(0, 1)
+        return grad - 0.25 * p * part, -(both * (1 + 0.25 * r2 * p)).sum(1) / inverse_born
 
     @staticmethod
-    def decay(r2: Tensor, born: Tensor) -> Tensor:
-        inverse = 1 / born
-        return torch.exp(-0.25 * r2 * inverse.unsqueeze(0) * inverse.unsqueeze(1))
+    def parts(r2: Tensor, inverse_born: Tensor) -> tuple[Tensor, Tensor]:
+        p = inverse_born.unsqueeze(0) * inverse_born.unsqueeze(1)
+        return p, torch.exp(-0.25 * r2 * p) / p
 
 
 class GBSAOBC(GeneralizedBorn):
