@@ -135,8 +135,8 @@ class Descreening(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r2: Tensor, own: Tensor, scaled: Tensor, buried: bool) -> Tensor:
         r, inverse_r, start, lower, upper = Descreening.limits(r2, own, scaled)
-        squares, log_ratio = upper * upper - lower * lower, torch.log(start * upper)
-        integral = lower - upper + 0.25 * (r - scaled * scaled * inverse_r) * squares + 0.5 * log_ratio * inverse_r
+        spheres = (upper - lower) * (0.25 * (r - scaled * scaled * inverse_r) * (upper + lower) - 1)
+        integral = spheres + 0.5 * torch.log(start * upper) * inverse_r
         if buried:
             integral = integral + 2 * (r < scaled) * (1 / own - lower)
         ctx.save_for_backward(r2, own, scaled, integral)
@@ -145,20 +145,21 @@ class Descreening(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """By r: (U² - L²) / 2 - (I - L + U) / r, in which the integral I stands for its logarithm."""
+        """By r: (U² - L²) / 2 - (I + U - L) / r, in which the integral I stands for its logarithm."""
         r2, own, scaled, integral = ctx.saved_tensors
         r, inverse_r, _, lower, upper = Descreening.limits(r2, own, scaled)
         if ctx.buried:
             integral = integral - 2 * (r < scaled) * (1 / own - lower)
-        slope = 0.5 * (upper * upper - lower * lower) - (integral - lower + upper) * inverse_r
+        gap = upper - lower
+        slope = 0.5 * gap * (upper + lower) - (integral + gap) * inverse_r
         if not ctx.buried:
             # Inside the other sphere the lower limit does enter, unless the buried volume is added, which cancels it.
             slope = slope + 2 * (r < scaled - own) * lower * lower
         return 0.5 * grad * slope * inverse_r, None, None, None
 
     @staticmethod
-    def limits(r2: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """r, 1/r and the inverse limits L and U of the integral, by a single division.
+    def limits(r2: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """r, 1/r, 1/L, and the inverse limits L and U of the integral, by a single division.
 
         The limits are equal, so that it is zero, for a neighbour inside the own sphere.
         """
@@ -166,7 +167,8 @@ class Descreening(torch.autograd.Function):
         start, end = torch.maximum((r - scaled).abs(), own), torch.maximum(r + scaled, own)
         product = start * end
         inverse = 1 / (r * product)
-        return r, product * inverse, start, end * r * inverse, start * r * inverse
+        factor = r * inverse
+        return r, product * inverse, start, end * factor, start * factor
 
 
 class StillDistance(torch.autograd.Function):
