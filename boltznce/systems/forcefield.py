@@ -13,7 +13,7 @@ from boltznce.compiling import wants_compiling
 from boltznce.precision import ordinary_tensors
 from boltznce.systems import terms
 from boltznce.systems.fused import FusedKernels, energy_and_gradient
-from boltznce.systems.terms.geometry import Geometry, Term, unknown
+from boltznce.systems.terms.geometry import Chained, Geometry, Term, unknown
 
 __all__ = ["TorchForceField"]
 
@@ -56,8 +56,10 @@ class TorchForceField(nn.Module):
         if any(system.isVirtualSite(n) for n in range(self.n_atoms)):
             raise unknown("virtual sites")
         known = nn.ModuleList(term_of(force, self.n_atoms) for force in system.getForces() if not is_empty(force))
+        edges = [term.edges for term in known if isinstance(term, Chained)]
+        edges = torch.cat([*edges, torch.zeros(0, self.n_atoms, dtype=torch.float64)])
         # A plain dict, not submodules: the float64 tables must survive a .float() of whatever module holds this one.
-        self._tables = {(torch.float64, torch.device("cpu")): known}
+        self._tables = {(torch.float64, torch.device("cpu")): (known, edges)}
         self._fused = FusedKernels(self._energy) if wants_compiling(compile) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,15 +89,16 @@ class TorchForceField(nn.Module):
             return self._energy(x) if kind == "energy" else energy_and_gradient(self._energy, x)
 
     def _energy(self, x: Tensor) -> Tensor:
-        geometry = Geometry(x)
-        return sum((term(geometry) for term in self._terms_like(x)), x.new_zeros(len(x)))
+        known, edges = self._terms_like(x)
+        geometry = Geometry(x, [term for term in known if isinstance(term, Chained)], edges)
+        return sum((term(geometry) for term in known), x.new_zeros(len(x)))
 
-    def _terms_like(self, x: Tensor) -> nn.ModuleList:
+    def _terms_like(self, x: Tensor) -> tuple[nn.ModuleList, Tensor]:
         key = (x.dtype, x.device)
         if key not in self._tables:
             with ordinary_tensors():  # kept for later calls, in which they may need a gradient
-                known = self._tables[torch.float64, torch.device("cpu")]
-                self._tables[key] = copy.deepcopy(known).to(x.device, x.dtype)
+                known, edges = self._tables[torch.float64, torch.device("cpu")]
+                self._tables[key] = copy.deepcopy(known).to(x.device, x.dtype), edges.to(x.device, x.dtype)
         return self._tables[key]
 
 

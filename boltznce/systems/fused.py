@@ -5,11 +5,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = ["FusedKernels", "energy_and_gradient", "fuse"]
 
 log = logging.getLogger(__name__)
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}  # one instruction for a b + c
 Energy = Callable[[Tensor], Tensor]
 
 
@@ -26,9 +30,11 @@ def fuse(function: Callable, *example: Tensor) -> Callable:
     """``function`` compiled for tensors like the examples; itself, with a warning, where that fails."""
     function(*example)  # tables made at the first call are no part of the graph
     try:
-        # torch.compile would not fuse a gradient with what it is of; once the operations of both are written out, it
-        # does
-        kernel = torch.compile(make_fx(lambda *inputs: function(*inputs))(*example), dynamic=False)
+        # torch.compile would not fuse a gradient with what it is of, but its compiler does where the operations of both
+        # are written out. Without torch.compile around it a call costs less; its cache asks for a ShapeEnv.
+        graph = make_fx(lambda *inputs: function(*inputs))(*example)
+        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))):
+            kernel = torch._inductor.compile(graph, list(example), OPTIONS)
         kernel(*example)
     except Exception as error:  # the compiler's failures have no common class
         log.warning("torch.compile failed on the energy (%s); going on without it.", error)

@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
-from boltznce.systems.terms.geometry import TINY, Geometry, Term, column, columns, cross, dot, edges_between, unknown
+from boltznce.systems.terms.geometry import TINY, Chained, Geometry, column, columns, cross, dot, unknown
 
 __all__ = [
     "CMAPTorsions",
@@ -25,54 +25,54 @@ UNWRAPPED = "k*(theta-theta0)^2"
 HARMONIC = {"k*min(dtheta,2*pi-dtheta)^2": 1.0, "0.5*k*(thetap-theta0)^2": 0.5, UNWRAPPED: 1.0}
 
 
-class HarmonicBonds(Term):
+class HarmonicBonds(Chained):
     """Σ ½ k (r - r₀)² (Cornell et al., J. Am. Chem. Soc. 117, 5179 (1995), eq. 1, whose k is half of this one)."""
 
     def __init__(self, force: openmm.HarmonicBondForce, n_atoms: int):
-        super().__init__()
         *atoms, length, k = columns(force.getBondParameters, force.getNumBonds())
-        self.table(edges=edges_between(rows(atoms), n_atoms), length=column(length)[:, None], half_k=0.5 * column(k))
+        super().__init__(rows(atoms), n_atoms)
+        self.table(rest=column(length)[:, None], half_k=0.5 * column(k)[:, None])
 
     def forward(self, geometry: Geometry) -> Tensor:
-        (d,) = geometry.vectors(self.edges)
+        (d,) = geometry.vectors(self)
         r = (dot(d, d) + TINY).sqrt()
-        return self.half_k @ (r - self.length).square()
+        return (self.half_k * (r - self.rest).square()).sum(0)
 
 
-class HarmonicAngles(Term):
+class HarmonicAngles(Chained):
     """Σ ½ k (θ - θ₀)² (Cornell et al. 1995, eq. 1), with θ from sine and cosine, which is accurate at 180° as well."""
 
     def __init__(self, force: openmm.HarmonicAngleForce, n_atoms: int):
-        super().__init__()
         *atoms, angle, k = columns(force.getAngleParameters, force.getNumAngles())
-        self.table(edges=edges_between(rows(atoms), n_atoms), angle=column(angle)[:, None], half_k=0.5 * column(k))
+        super().__init__(rows(atoms), n_atoms)
+        self.table(angle=column(angle)[:, None], half_k=0.5 * column(k)[:, None])
 
     def forward(self, geometry: Geometry) -> Tensor:
-        a, b = geometry.vectors(self.edges)
+        a, b = geometry.vectors(self)
         normal = cross(a, b)
         theta = torch.atan2((dot(normal, normal) + TINY).sqrt(), -dot(a, b))
-        return self.half_k @ (theta - self.angle).square()
+        return (self.half_k * (theta - self.angle).square()).sum(0)
 
 
-class TorsionSeries(Term):
+class TorsionSeries(Chained):
     """Σ aₙ cos nφ + bₙ sin nφ: one Fourier series for each four atoms, whatever number of terms it came from."""
 
     def __init__(self, series: dict[Four, Tensor], n_atoms: int):
         """``series``: four atoms -> (2, orders) float64, the aₙ and the bₙ, n from 0, in kJ/mol."""
-        super().__init__()
+        super().__init__(list(series), n_atoms)
         cosine, sine = torch.stack(list(series.values()), dim=-1)
-        self.table(edges=edges_between(list(series), n_atoms), cosine=cosine, sine=sine)
+        self.table(cosine=cosine[..., None], sine=sine[..., None])
         self.constant = float(cosine[0].sum())
 
     def forward(self, geometry: Geometry) -> Tensor:
-        cos, sin = geometry.torsions(self.edges)
-        total = self.constant
+        cos, sin = geometry.torsions(self)
+        total = 0.0
         cos_n, sin_n = cos, sin  # of nφ, by the addition theorems
         for order in range(1, len(self.cosine)):
             if order > 1:
                 cos_n, sin_n = cos_n * cos - sin_n * sin, sin_n * cos + cos_n * sin
-            total = total + self.cosine[order] @ cos_n + self.sine[order] @ sin_n
-        return total
+            total = total + self.cosine[order] * cos_n + self.sine[order] * sin_n
+        return self.constant + total.sum(0)
 
 
 class PeriodicTorsions(TorsionSeries):
@@ -100,14 +100,13 @@ class RyckaertBellemansTorsions(TorsionSeries):
         super().__init__(series, n_atoms)
 
 
-class HarmonicTorsions(Term):
+class HarmonicTorsions(Chained):
     """Σ k (φ - φ₀)², the difference taken on the circle: CHARMM's and GROMACS's impropers, a CustomTorsionForce.
 
     Recognized by the expressions that OpenMM's readers of their files write. Raises UserError for another one.
     """
 
     def __init__(self, force: openmm.CustomTorsionForce, n_atoms: int):
-        super().__init__()
         expression = force.getEnergyFunction().replace(" ", "").partition(";")[0]
         names = [force.getPerTorsionParameterName(n) for n in range(force.getNumPerTorsionParameters())]
         if expression not in HARMONIC or sorted(names) != ["k", "theta0"] or force.getNumGlobalParameters():
@@ -116,27 +115,28 @@ class HarmonicTorsions(Term):
         given = dict(zip(names, map(column, zip(*values, strict=True)), strict=True))
         if expression == UNWRAPPED and given["theta0"].any():
             raise unknown("a CustomTorsionForce whose angles are not taken on the circle")
+        super().__init__(rows(atoms), n_atoms)
         k, angle = HARMONIC[expression] * given["k"], given["theta0"][:, None]
-        self.table(edges=edges_between(rows(atoms), n_atoms), k=k, cosine=angle.cos(), sine=angle.sin())
+        self.table(k=k[:, None], cosine=angle.cos(), sine=angle.sin())
 
     def forward(self, geometry: Geometry) -> Tensor:
-        cos, sin = geometry.torsions(self.edges)
+        cos, sin = geometry.torsions(self)
         # atoms on a line: any angle will do, as long as its gradient is finite
         undefined = cos.square() + sin.square() < 0.5
         cos, sin = cos.masked_fill(undefined, 1.0), sin.masked_fill(undefined, 0.0)
         away = torch.atan2(sin * self.cosine - cos * self.sine, cos * self.cosine + sin * self.sine)
-        return self.k @ away.square()
+        return (self.k * away.square()).sum(0)
 
 
-class CMAPTorsions(Term):
+class CMAPTorsions(Chained):
     """Σ E(φ, ψ): energy maps over pairs of torsions (MacKerell, Feig & Brooks, J. Comput. Chem. 25, 1400 (2004)).
 
     Bicubic between the points of a map, with the slopes there of periodic cubic splines through them.
     """
 
     def __init__(self, force: openmm.CMAPTorsionForce, n_atoms: int):
-        super().__init__()
         number, *atoms = columns(force.getTorsionParameters, force.getNumTorsions())
+        super().__init__(rows(atoms[:4]) + rows(atoms[4:]), n_atoms)
         maps = [force.getMapParameters(n) for n in range(force.getNumMaps())]
         sizes = torch.tensor([size for size, _ in maps])
         starts = (sizes**2).cumsum(0) - sizes**2
@@ -144,14 +144,13 @@ class CMAPTorsions(Term):
         patches = [bicubic(column(tuple(energy._value)).view(size, size).T).flatten(2) for size, energy in maps]
         number = torch.tensor(number)
         self.table(
-            edges=edges_between(rows(atoms[:4]) + rows(atoms[4:]), n_atoms),
             size=sizes[number].repeat(2)[:, None],
             start=starts[number][:, None],
             coefficients=torch.cat(patches, dim=2),
         )
 
     def forward(self, geometry: Geometry) -> Tensor:
-        cos, sin = geometry.torsions(self.edges)
+        cos, sin = geometry.torsions(self)
         # atoms on a line: any angle will do, as long as its gradient is finite
         undefined = cos.square() + sin.square() < 0.5
         angle = torch.atan2(sin.masked_fill(undefined, 0.0), cos.masked_fill(undefined, 1.0))

@@ -19,6 +19,7 @@ from boltznce.errors import UserError
 __all__ = [
     "COULOMB",
     "TINY",
+    "Chained",
     "Geometry",
     "Term",
     "column",
@@ -26,7 +27,6 @@ __all__ = [
     "cross",
     "cutoff_of",
     "dot",
-    "edges_between",
     "plain",
     "unknown",
 ]
@@ -39,23 +39,27 @@ Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
 
 
 class Geometry:
-    """Coordinates (3, n_atoms, batch) of conformers (batch, n_atoms, 3) in nm, and distances that terms share."""
+    """Coordinates (3, n_atoms, batch) of conformers (batch, n_atoms, 3) in nm, and what terms share of their distances.
 
-    def __init__(self, x: Tensor):
+    ``edges``: those of the ``chained`` terms, one below the other, so that a single matrix product serves all.
+    """
+
+    def __init__(self, x: Tensor, chained: Sequence["Chained"], edges: Tensor):
         self.xyz = x.permute(2, 1, 0).contiguous()
+        vectors = (edges @ self.xyz).split([term.length * term.count for term in chained], dim=1)
+        self._vectors = dict(zip(chained, vectors, strict=True))
         self._within: dict[float, Tensor] = {}
 
-    def vectors(self, edges: Tensor) -> tuple[Tensor, ...]:
-        """Vectors along ``edges_between`` atoms (k, n, n_atoms), as k tensors (3, n, batch)."""
-        vectors = edges.flatten(0, 1) @ self.xyz
-        return vectors.unflatten(1, edges.shape[:2]).unbind(1)
+    def vectors(self, term: "Chained") -> tuple[Tensor, ...]:
+        """Vectors from each atom of a term's chains to the next, as many as a chain has, each (3, n, batch)."""
+        return self._vectors[term].unflatten(1, (term.length, term.count)).unbind(1)
 
-    def torsions(self, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of dihedrals (IUPAC sign) from the edges (3, n, n_atoms) of their chains, each (n, batch).
+    def torsions(self, term: "Chained") -> tuple[Tensor, Tensor]:
+        """Cosine and sine of dihedrals (IUPAC sign) of a term's chains of four, each (n, batch).
 
         Both 0 where three atoms lie on a line.
         """
-        a, b, c = self.vectors(edges)
+        a, b, c = self.vectors(term)
         m, n = cross(a, b), cross(b, c)
         scale = (dot(m, m) + TINY).rsqrt() * (dot(n, n) + TINY).rsqrt()
         return dot(m, n) * scale, dot(a, n) * (dot(b, b) + TINY).sqrt() * scale
@@ -63,8 +67,7 @@ class Geometry:
     @cached_property
     def squared_distances(self) -> Tensor:
         """Of every atom and every other, (n_atoms, n_atoms, batch), nm²; CLOSEST² of an atom and itself."""
-        d = (self.xyz.unsqueeze(1) - self.xyz.unsqueeze(2)).unbind()
-        return dot(d, d).clamp(min=CLOSEST**2)
+        return SquaredDistances.apply(self.xyz)
 
     @cached_property
     def distances(self) -> Tensor:
@@ -72,7 +75,7 @@ class Geometry:
 
     @cached_property
     def inverse_distances(self) -> Tensor:
-        return 1 / self.distances
+        return self.squared_distances.rsqrt()
 
     def within(self, cutoff: float) -> Tensor:
         """1 for pairs closer than the cutoff, else 0, (n_atoms, n_atoms, batch)."""
@@ -81,14 +84,25 @@ class Geometry:
         return self._within[cutoff]
 
 
-def edges_between(chains: Sequence[Sequence[int]], n_atoms: int) -> Tensor:
-    """Vectors from each atom of a chain to the next, as matrices of -1 and +1: (length - 1, n, n_atoms).
+class SquaredDistances(torch.autograd.Function):
+    """r²ᵢⱼ = |xᵢ - xⱼ|², at least CLOSEST².
 
-    A matrix product takes the differences and hands back the forces, where gathering and scattering rows would take
-    several times as long.
+    If w is an energy's gradient by it, Σⱼ 2 (wᵢⱼ + wⱼᵢ) (xᵢ - xⱼ) is that by xᵢ: one sum for each atom, where autograd
+    would keep all terms in memory and sum them twice.
     """
-    one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
-    return (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1).contiguous()
+
+    @staticmethod
+    def forward(ctx, xyz: Tensor) -> Tensor:
+        d = (xyz.unsqueeze(2) - xyz.unsqueeze(1)).unbind()
+        r2 = dot(d, d).clamp(min=CLOSEST**2)
+        ctx.save_for_backward(xyz, r2)
+        return r2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        xyz, r2 = ctx.saved_tensors
+        weight = (grad + grad.transpose(0, 1)).masked_fill(r2 <= CLOSEST**2, 0.0)
+        return torch.stack([2 * (weight * (x.unsqueeze(1) - x.unsqueeze(0))).sum(1) for x in xyz])
 
 
 def dot(a: Vectors, b: Vectors) -> Tensor:
@@ -106,6 +120,23 @@ class Term(nn.Module):
         """Register each column, as a tensor, under its name."""
         for name, values in columns.items():
             self.register_buffer(name, torch.as_tensor(values))
+
+
+class Chained(Term):
+    """A term along chains of atoms, which takes its `vectors` from the geometry.
+
+    Args:
+        chains: (n, length + 1) atoms. The buffer ``edges`` (length * n, n_atoms) has a row of -1 and +1 for each
+            vector, those at the start of the chains first: a matrix product takes the differences and hands back the
+            forces, where gathering and scattering rows would take several times as long.
+    """
+
+    def __init__(self, chains: Sequence[Sequence[int]], n_atoms: int):
+        super().__init__()
+        one_hot = torch.nn.functional.one_hot(torch.tensor(chains, dtype=torch.long), n_atoms).double()
+        edges = (one_hot[:, 1:] - one_hot[:, :-1]).transpose(0, 1)
+        self.length, self.count = edges.shape[:2]
+        self.table(edges=edges.flatten(0, 1))
 
 
 def columns(get: Callable[[int], list], count: int) -> list[tuple]:

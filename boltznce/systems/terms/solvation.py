@@ -84,9 +84,7 @@ class GeneralizedBorn(Term):
 
     def forward(self, geometry: Geometry) -> Tensor:
         inverse_born = self.inverse_born_radii(geometry)
-        inverse_product = inverse_born.unsqueeze(0) * inverse_born.unsqueeze(1)
-        r2 = geometry.squared_distances
-        pair = (r2 + torch.exp(-0.25 * r2 * inverse_product) / inverse_product).rsqrt()
+        pair = StillDistance.apply(geometry.squared_distances, inverse_born).rsqrt()
         own = inverse_born
         if self.kappa:
             own, screening = own * self.screening(own), self.screening(pair)
@@ -107,12 +105,11 @@ class GeneralizedBorn(Term):
 
         I is half the descreening by all others, and in GBn and GBn2 what fills necks too narrow for water.
         """
-        r = geometry.distances
-        integral = Descreening.apply(r, self.own[:, None], self.scaled, self.buried)
+        integral = Descreening.apply(geometry.squared_distances, self.own[:, None], self.scaled, self.buried)
         if self.negative:
-            integral = integral * (r + self.scaled > self.own[:, None])
+            integral = integral * (geometry.distances + self.scaled > self.own[:, None])
         if self.neck:
-            integral = integral + 2 * self.neck_integral(r)
+            integral = integral + 2 * self.neck_integral(geometry.distances)
         if self.cutoff is not None:
             integral = integral * geometry.within(self.cutoff)
         psi = 0.5 * self.own * integral.sum(1)
@@ -136,32 +133,67 @@ class Descreening(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, r: Tensor, own: Tensor, scaled: Tensor, buried: bool) -> Tensor:
-        ctx.save_for_backward(r, own, scaled)
+    def forward(ctx, r2: Tensor, own: Tensor, scaled: Tensor, buried: bool) -> Tensor:
+        r, inverse_r, start, lower, upper = Descreening.limits(r2, own, scaled)
+        spheres = (upper - lower) * (0.25 * (r - scaled * scaled * inverse_r) * (upper + lower) - 1)
+        integral = spheres + 0.5 * torch.log(start * upper) * inverse_r
+        if buried:
+            integral = integral + 2 * (r < scaled) * (1 / own - lower)
+        ctx.save_for_backward(r2, own, scaled, integral)
         ctx.buried = buried
-        lower, upper = Descreening.limits(r, own, scaled)
-        squares, log_ratio = upper * upper - lower * lower, torch.log(upper / lower)
-        integral = lower - upper + 0.25 * (r - scaled * scaled / r) * squares + 0.5 * log_ratio / r
-        return integral + 2.0 * (r < scaled).to(r) * (1 / own - lower) if buried else integral
+        return integral
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        r, own, scaled = ctx.saved_tensors
-        lower, upper = Descreening.limits(r, own, scaled)
-        inverse_r = 1 / r
-        ratio = scaled * inverse_r
-        square = lower * lower
-        of_logs = 0.5 * torch.log(upper / lower) * inverse_r * inverse_r
-        slope = 0.25 * (1 + ratio * ratio) * (upper * upper - square) - of_logs
+        """By r: (U² - L²) / 2 - (I + U - L) / r, in which the integral I stands for its logarithm."""
+        r2, own, scaled, integral = ctx.saved_tensors
+        r, inverse_r, _, lower, upper = Descreening.limits(r2, own, scaled)
+        if ctx.buried:
+            integral = integral - 2 * (r < scaled) * (1 / own - lower)
+        gap = upper - lower
+        slope = 0.5 * gap * (upper + lower) - (integral + gap) * inverse_r
         if not ctx.buried:
             # Inside the other sphere the lower limit does enter, unless the buried volume is added, which cancels it.
-            slope = slope.addcmul((r < scaled - own).to(r.dtype), square, value=2.0)
-        return grad * slope, None, None, None
+            slope = slope + 2 * (r < scaled - own) * lower * lower
+        return 0.5 * grad * slope * inverse_r, None, None, None
 
     @staticmethod
-    def limits(r: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse limits of the integral; equal, so that it is zero, for a neighbour inside the own sphere."""
-        return 1 / torch.maximum((r - scaled).abs(), own), 1 / torch.maximum(r + scaled, own)
+    def limits(r2: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """r, 1/r, 1/L, and the inverse limits L and U of the integral, by a single division.
+
+        The limits are equal, so that it is zero, for a neighbour inside the own sphere.
+        """
+        r = r2.sqrt()
+        start, end = torch.maximum((r - scaled).abs(), own), torch.maximum(r + scaled, own)
+        product = start * end
+        inverse = 1 / (r * product)
+        factor = r * inverse
+        return r, product * inverse, start, end * factor, start * factor
+
+
+class StillDistance(torch.autograd.Function):
+    """f² = r² + exp(-r² p / 4) / p, p = 1/BᵢBⱼ, of r² (n_atoms, n_atoms, batch) and of 1/B (n_atoms, batch).
+
+    By hand because p is symmetric: one sum for each atom gives its gradient, where autograd sums over rows and columns.
+    """
+
+    @staticmethod
+    def forward(ctx, r2: Tensor, inverse_born: Tensor) -> Tensor:
+        ctx.save_for_backward(r2, inverse_born)
+        return r2 + StillDistance.parts(r2, inverse_born)[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        r2, inverse_born = ctx.saved_tensors
+        p, decay = StillDistance.parts(r2, inverse_born)
+        part = grad * decay
+        both = part + part.transpose(0, 1)
+        return grad - 0.25 * p * part, -(both * (1 + 0.25 * r2 * p)).sum(1) / inverse_born
+
+    @staticmethod
+    def parts(r2: Tensor, inverse_born: Tensor) -> tuple[Tensor, Tensor]:
+        p = inverse_born.unsqueeze(0) * inverse_born.unsqueeze(1)
+        return p, torch.exp(-0.25 * r2 * p) / p
 
 
 class GBSAOBC(GeneralizedBorn):
