@@ -232,6 +232,15 @@ def figures():
     yield plotting.plot_weights({"EBM": log_weights, "equal": np.zeros(300)}), 1
 
 
+def test_a_profile_that_is_not_reliable_is_told_from_one_that_is():
+    angles = np.random.default_rng(0).uniform(-3, 3, 500)
+    profiles = {name: free_energy_profile(angles, n_bins=20, n_bootstrap=20) for name in ("EBM", "refined")}
+    figure = plotting.plot_profiles(profiles, unreliable=["EBM"])
+    (ax,) = figure.axes
+    styles = {line.get_label(): line.get_linestyle() for line in ax.lines}
+    assert styles == {"EBM: not reliable": ":", "refined": "-"}
+
+
 def test_every_figure_can_be_drawn(tmp_path):
     for number, (figure, n_axes) in enumerate(figures()):
         assert isinstance(figure, Figure)

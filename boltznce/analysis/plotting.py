@@ -1,6 +1,6 @@
 """The figures of a run, each a function of arrays that returns a matplotlib Figure; nothing is shown or saved here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -198,12 +198,14 @@ def plot_profiles(
     highest: float | None = None,
     limits: tuple[float, float] | None = None,
     reference_name: str = "reference",
+    unreliable: Collection[str] = (),
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black.
 
-    The ``state`` is shaded. Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it
-    has a gap; other gaps stay gaps, and the legend says of a curve that is nothing but gaps that it is not known.
-    ``highest``: upper end of the axis in kT, if a curve reaches it.
+    The ``state`` is shaded. Profiles named in ``unreliable`` are dotted, without a band, and the legend says so. Where
+    a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps,
+    and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in
+    kT, if a curve reaches it.
     """
     curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
     for position, (label, profile) in enumerate(profiles.items()):
@@ -212,12 +214,15 @@ def plot_profiles(
     if state is not None:
         ax.axvspan(*np.clip(state, *limits or state), color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
     top = 1.0
-    for label, profile, style in curves:
+    for name, profile, style in curves:
+        label = name
         known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
         values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
+        if name in unreliable:
+            label, band, style = f"{name}: not reliable", np.zeros_like(band), style | {"linestyle": ":"}
         ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
         upper = (values + np.nan_to_num(band))[np.isfinite(values)]
-        ax.plot(profile.centres, values, label=label if len(upper) else f"{label}: not known", **style)
+        ax.plot(profile.centres, values, label=label if len(upper) else f"{name}: not known", **style)
         top = upper.max(initial=top)
     top = top if highest is None else min(top, highest)
     ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))

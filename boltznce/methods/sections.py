@@ -171,7 +171,7 @@ def free_energies(f: Findings) -> Part:
     if (costs := _speed_up(f, rows, headline.row)) is not None:
         results["md"] = costs
         notes.append(SPEED_UP)
-    return Part(results, {"profile": _profile(f)}, tuple(notes))
+    return Part(results, {"profile": _profile(f, rows)}, tuple(notes))
 
 
 def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
@@ -233,7 +233,8 @@ def _error(row: FreeEnergyDifference, reference) -> float:
     return row.value - known if np.isfinite([row.value, known]).all() else np.nan
 
 
-def _profile(f: Findings) -> Figure:
+def _profile(f: Findings, rows: Mapping[str, Any]) -> Figure:
+    """With the curves of ``rows`` that are not reliable told."""
     name, interval = f.system.state
     limits = f.system.coordinate_range(name)
     curves = {"flow, unweighted": None} | ({WEIGHTS[f.likelihood]: f.samples.log_weights} if f.weighed else {})
@@ -245,10 +246,12 @@ def _profile(f: Findings) -> Figure:
     if f.refined is not None:
         given = f.refined_values, f.refined.log_weights, N_BINS
         profiles["refined"] = free_energy_profile(*given, walkers=f.refined.ancestors, limits=limits)
+    row_of = {WEIGHTS[f.likelihood]: f.likelihood, "refined": "refined"}
     return plotting.plot_profiles(
         profiles,
         reference,
         interval,
+        unreliable=[label for label, row in row_of.items() if row in rows and not rows[row].reliable],
         angle_name=symbol_of(name),
         highest=HIGHEST,
         limits=limits,
