@@ -202,10 +202,10 @@ def plot_profiles(
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black.
 
-    The ``state`` is shaded. Profiles named in ``unreliable`` are dotted, without a band, and the legend says so. Where
-    a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps stay gaps,
-    and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of the axis in
-    kT, if a curve reaches it.
+    The ``state`` is shaded. Profiles named in ``unreliable`` are dotted, without a band, and the legend says so.
+    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps
+    stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of
+    the axis in kT, if a curve reaches it.
     """
     curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
     for position, (label, profile) in enumerate(profiles.items()):
