@@ -8,14 +8,11 @@ import torch
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
-from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
 from boltznce.analysis.free_energy import (
     FreeEnergyDifference,
     corrected_free_energy_difference,
-    ebm_bias,
     free_energy_difference,
     free_energy_profile,
-    judged_by_exact,
     stratified_free_energy_difference,
     stratum_log_weights,
 )
@@ -27,6 +24,7 @@ from boltznce.analysis.weights import effective_sample_size, log_importance_weig
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.provenance import energy_in_words
+from boltznce.methods.torsion_states import TOTAL, judge, of_each_phi, two_sided
 from boltznce.methods.views import View, symbol_of
 from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
@@ -35,7 +33,6 @@ from boltznce.systems.isomers import TURNED
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
-TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total, and "refined" from an exact likelihood
 FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
@@ -140,8 +137,9 @@ def free_energies(f: Findings) -> Part:
         exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
         rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
     if f.sides is not None:
-        rows["two_sided"] = _two_sided(f)
-    bias = {name: _judged(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
+        of_frames = f.system.in_state(np.asarray(f.frames.positions))
+        rows["two_sided"] = two_sided(f, f.inside, of_frames).difference([True], [False])
+    bias = {name: judge(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         whole, title = f.data.whole, f"data ({f.data_name})"
@@ -174,6 +172,11 @@ def free_energies(f: Findings) -> Part:
     return Part(results, {"profile": _profile(f)}, tuple(notes))
 
 
+def torsion_states(f: Findings) -> Part:
+    """ΔF of the same interval of every φ, and populations of the states by all of them, where there are several."""
+    return Part(of_each_phi(f))
+
+
 def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
     """What the result cost, and a simulation that knows ΔF as well; None where one of them cannot be relied on."""
     md, reference = f.md_difference, rows.get("reference")
@@ -196,31 +199,6 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
     md_seconds = simulated * share * (md.std_error / error) ** 2
     result = {"error": error, "flow_seconds": spent, "training_seconds": training, "md_seconds": md_seconds}
     return result | {"speed_up": md_seconds / spent, "speed_up_trained": md_seconds / (spent + training)}
-
-
-def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
-    """BAR in each state, between draws and frames whose exact likelihoods are known."""
-    draws, subset, log_weights = f.sides
-    frames = f.frames
-    return two_sided_free_energy_difference(
-        f.values,
-        draws.index,
-        f.samples.energy[draws.index] + draws.log_prob,
-        f.coordinate(frames.positions[subset.index]),
-        frames.energies[subset.index] + subset.log_prob,
-        frames_log_weights=log_weights,
-        groups=frames.groups[subset.index],
-        state=f.system.state.interval,
-    )
-
-
-def _judged(rows: dict, name: str) -> dict | None:
-    """Take a row that an EBM's likelihood made for reliable only where exact ones do; its bias, by them."""
-    ebm, known = rows[name], [rows[name] for name in TOTAL if name in rows]
-    reliable = [row for row in known if row.reliable]
-    exact = min(reliable or known[:1], key=lambda row: ebm_bias(ebm, row)[1], default=None)
-    rows[name] = judged_by_exact(ebm, exact)
-    return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
 
 
 def _value(row, key: str) -> float:
@@ -460,6 +438,7 @@ def costs(f: Findings) -> Part:
 
 COMMON = (
     free_energies,
+    torsion_states,
     mean_energies,
     refinement,
     weights,
