@@ -11,7 +11,7 @@ from boltznce import WeightedSamples
 from boltznce.analysis.report import write_report
 from boltznce.data.dataset import Dataset
 from boltznce.methods.findings import Data, ExactSubset, Findings
-from boltznce.methods.torsion_states import of_each_phi
+from boltznce.methods.torsion_states import of_each_phi, rebalanced
 from boltznce.states import State, patterns
 
 WORDS = np.array(["---", "+--", "-+-", "--+", "++-"])
@@ -126,6 +126,27 @@ def test_one_phi_or_another_state_has_none(found):
     other = SimpleNamespace(**vars(SYSTEM) | {"state": State("psi", (0.0, 2.0))})
     stateless = SimpleNamespace(**vars(SYSTEM) | {"state": None})
     assert [of_each_phi(replace(found, system=system)) for system in (one, other, stateless)] == [{}] * 3
+
+
+def test_regions_of_refined_walkers_are_rebalanced(found):
+    """The EBM is wrong in one region of three: by weight its walkers are, and by BAR no more."""
+    one = SimpleNamespace(**vars(SYSTEM) | {"dihedrals": {"phi": (0, 1, 2, 3), "psi": (1, 2, 3, 4)}})
+    columns = {"phi": 0, "psi": 2}  # so that --+ alone is β
+    one.coordinate = lambda x, name: x[:, columns[name], 0]
+    log_weights = rebalanced(replace(found, system=one))
+    weights, was = np.exp(log_weights) / np.exp(log_weights).sum(), found.refined.weights
+    x = found.refined.positions[:, :, 0]
+    beta, state = (x[:, 0] < 0) & (x[:, 2] > 0), x[:, 0] > 0
+    assert was[beta].sum() > 0.09
+    assert weights[beta].sum() == pytest.approx(0.03, abs=0.006)
+    assert weights[state].sum() == pytest.approx(0.11, abs=0.02)
+    assert np.ptp(log_weights[beta]) < 1e-9  # within a region nothing changes
+    few = {name: ExactSubset(subset.index[::40], subset.log_prob[::40]) for name, subset in found.subsets.items()}
+    assert rebalanced(replace(found, system=one, subsets=few)) is None
+    assert rebalanced(replace(found, system=one, refined=None)) is None
+    assert rebalanced(replace(found, system=one, subsets={})) is None
+    more = one.dihedrals | {"phi2": (5, 6, 7, 8), "psi2": (6, 7, 8, 9)}
+    assert rebalanced(replace(found, system=SimpleNamespace(**vars(one) | {"dihedrals": more}))) is None
 
 
 def test_the_report_has_a_table_of_each(found, tmp_path):

@@ -27,7 +27,8 @@ ebm_bias     {"ebm" | "refined": {value, std_error}} of that ΔF less the one by
 refinement   {steps: "leg", where it began, and fields of `boltznce.smc.Step`,
              lineages: {state: {walkers, ancestors, effective}}}
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
-distances    {name: {unweighted, weighted, refined, floor}}, numbers or SampledDistances; "missing": why one is NaN
+distances    {name: {unweighted, weighted, refined, rebalanced, floor}}, numbers or SampledDistances; "missing": why one
+             is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
 excluded     {conformers left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
 energy_cut   {"cut": kT, "shares": {whose energies: share above the cut}}
@@ -72,7 +73,7 @@ _FREE_ENERGY_ROWS = {
 _GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
 _NO_TOTAL = "of the rows below none has a total error and is reliable"
 _SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
-_SIDES = ("unweighted", "weighted", "refined", "floor")
+_SIDES = ("unweighted", "weighted", "refined", "rebalanced", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
 headline | The result
@@ -119,7 +120,9 @@ renaming equal atoms; and of what was kept the share with a peptide bond turned 
 distances | Distances to the reference data
 Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where
 given, is KL(data ‖ flow) in nats. The floor is the value between two halves of the reference data; the last column is
-(weighted − floor) / (unweighted − floor), of refined samples where there are any.
+(weighted − floor) / (unweighted − floor), of refined samples where there are any. Rebalanced: refined samples whose
+weights in the state, and of the rest in −2 < ψ < 0.8 and out of it, are scaled to the populations of the two-sided
+estimate, where these are reliable.
 
 held_out | Likelihood of held-out data
 Mean negative log-likelihood over the data inside the flow's domain, in nats (positions in nm). Outside it there is no
@@ -416,8 +419,9 @@ def _made_rows(results: Results) -> Rows:
 
 
 def _distance_rows(results: Results) -> Rows:
-    rows, refined = [], any("refined" in row for _, row in _items(results, "distances"))
-    sides = [side for side in _SIDES if side != "refined" or refined]
+    table, rows = results.get("distances") or {}, []
+    there = {side for row in table.values() for side in row}
+    sides = [side for side in _SIDES if side in there or side not in ("refined", "rebalanced")]
     for name, row in _items(results, "distances"):
         best = "refined" if "refined" in row else "weighted"
         unweighted, weighted, floor = (_mean(row.get(side)) for side in ("unweighted", best, "floor"))

@@ -24,7 +24,7 @@ from boltznce.analysis.weights import effective_sample_size, log_importance_weig
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.provenance import energy_in_words
-from boltznce.methods.torsion_states import TOTAL, judge, of_each_phi, two_sided
+from boltznce.methods.torsion_states import TOTAL, judge, of_each_phi, rebalanced, two_sided
 from boltznce.methods.views import View, symbol_of
 from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
@@ -332,7 +332,9 @@ def distances(f: Findings) -> Part:
     """E-W2 and W2 of the first view's points between samples and data, and the shares of energies above E-W2's cut."""
     if f.data is None:
         return Part()
-    energies, found = f.data.resampled.energies, {"E-W2 (kT)": _energy_distances(f)}
+    balanced = rebalanced(f)
+    balanced = None if balanced is None else normalized_weights(balanced)
+    energies, found = f.data.resampled.energies, {"E-W2 (kT)": _energy_distances(f, balanced)}
     for view in f.views[:1]:
         subsets = {"n_points": f.settings.n_torus, "generator": np.random.default_rng(f.seed)}
         ours, theirs = view.points(f.samples.positions), view.points(f.data.resampled.positions)
@@ -345,6 +347,8 @@ def distances(f: Findings) -> Part:
         if f.refined is not None:
             refined = view.points(f.refined.positions)
             found[view.distance]["refined"] = view.w2(refined, theirs, f.refined.weights, **subsets)
+        if balanced is not None:
+            found[view.distance]["rebalanced"] = view.w2(refined, theirs, balanced, **subsets)
     shares = {f.data_name: share_above(energies, f.cut)}
     if f.weighed:
         shares["flow"] = share_above(f.samples.energy, f.cut)
@@ -352,12 +356,14 @@ def distances(f: Findings) -> Part:
     return Part({"distances": found, "energy_cut": {"cut": f.cut, "shares": shares}})
 
 
-def _energy_distances(f: Findings) -> dict:
+def _energy_distances(f: Findings, balanced: np.ndarray | None) -> dict:
     """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
     energy, data, cut, found, empty = f.samples.energy, f.data.resampled.energies, f.cut, {}, []
     sets = {"unweighted": (energy, None), "weighted": (energy, f.samples.weights)} if f.weighed else {}
     if f.refined is not None:
         sets["refined"] = (f.refined.energy, f.refined.weights)
+    if balanced is not None:
+        sets["rebalanced"] = (f.refined.energy, balanced)
     for kind, (values, shares) in sets.items():
         if share_above(values, cut, shares) < 1:
             found[kind] = energy_w2(values, data, shares, cut=cut)

@@ -10,15 +10,17 @@ from boltznce.analysis.free_energy import ebm_bias, free_energy_difference, judg
 from boltznce.analysis.populations import population_of
 from boltznce.analysis.weights import normalized_weights
 from boltznce.methods.findings import Findings
+from boltznce.methods.views import residues
 from boltznce.smc import refined_free_energy_difference
-from boltznce.states import patterns
+from boltznce.states import in_interval, patterns
 from boltznce.systems.base import System
 
-__all__ = ["TOTAL", "judge", "of_each_phi", "two_sided"]
+__all__ = ["TOTAL", "judge", "of_each_phi", "rebalanced", "two_sided"]
 
 TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total, and "refined" from an exact likelihood
 LEAST = 0.01  # of a population that is told of
 ABOVE_ZERO = (0.0, np.inf)
+ALPHA = (-2.0, 0.8)  # of ψ, rad, where helices are
 
 Masks = Mapping[str, np.ndarray]  # of "draws", "refined" and "data", each as long as there are
 
@@ -61,6 +63,28 @@ def two_sided(f: Findings, of_draws: np.ndarray, of_frames: np.ndarray) -> TwoSi
         frames_log_weights=log_weights,
         groups=frames.groups[subset.index],
     )
+
+
+def rebalanced(f: Findings) -> np.ndarray | None:
+    """Log weights (refined,) of walkers whose three regions have the populations by BAR; within one as they were.
+
+    The state of φ, and of the rest what has ψ in `ALPHA`, and what has not. For molecules whose one residue with φ and
+    ψ has the state; None for others, and where one of the regions is not reliable.
+    """
+    pairs = residues(f.system.dihedrals)
+    if f.refined is None or f.sides is None or [phi for phi, _ in pairs] != [f.system.state.coordinate]:
+        return None
+
+    def regions(positions: np.ndarray) -> np.ndarray:
+        positions = np.asarray(positions)
+        rest = np.where(in_interval(f.system.coordinate(positions, pairs[0][1]), ALPHA), "alpha", "beta")
+        return np.where(f.system.in_state(positions), "state", rest)
+
+    ours, sides = regions(f.refined.positions), two_sided(f, regions(f.samples.positions), regions(f.frames.positions))
+    own, known = _shares(ours, f.refined.log_weights), dict(zip(sides.labels.tolist(), sides.populations, strict=True))
+    if set(own) != set(known) or not all(own.values()) or not all(sides.difference([k]).reliable for k in known):
+        return None
+    return f.refined.log_weights + sum((ours == region) * np.log(known[region] / own[region]) for region in known)
 
 
 def judge(rows: dict, name: str) -> dict | None:
