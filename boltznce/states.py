@@ -1,5 +1,6 @@
 """States: an open interval of a coordinate, on the circle or a half line; the one place that says what lies inside."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -10,7 +11,7 @@ from torch import Tensor
 from boltznce.errors import UserError
 from boltznce.settings import require
 
-__all__ = ["State", "in_interval", "require_radians"]
+__all__ = ["State", "in_interval", "patterns", "require_radians"]
 
 ROUNDING = 1e-5  # of float32 angles
 
@@ -90,6 +91,15 @@ def in_interval(values: Any, interval: tuple[float, float]) -> Any:
     require_radians(values)
     offset = (values - low) % (2 * math.pi)
     return (offset > 0) & (offset < high - low)
+
+
+def patterns(inside: Sequence[np.ndarray]) -> np.ndarray:
+    """Words (n,) of masks (n,), + where one holds and - where not.
+
+    >>> patterns([[True, False], [False, False]]).tolist()
+    ['+-', '--']
+    """
+    return functools.reduce(np.char.add, [np.where(mask, "+", "-") for mask in inside])
 
 
 def require_radians(angles: Any) -> None:

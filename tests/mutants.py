@@ -33,6 +33,7 @@ def mutant(number: int, what: str, file: str, old: str, new: str, tests: str) ->
 STAGES, MODELS, EVALUATION = "methods/stages.py", "methods/models.py", "methods/evaluation.py"
 REFINEMENT = "methods/refinement.py"
 FINDINGS, SECTIONS, TABG = "methods/findings.py", "methods/sections.py", "methods/tabg.py"
+TORSION_STATES = "methods/torsion_states.py"
 FREE_ENERGY, SIMULATE, ISOMERS = "analysis/free_energy.py", "data/simulate.py", "systems/isomers.py"
 REPORT = "report or free_energies or disk"
 
@@ -247,7 +248,7 @@ MUTANTS = (
     mutant(
         11,
         "the EBM's row judged by no exact likelihoods",
-        SECTIONS,
+        TORSION_STATES,
         "rows[name] = judged_by_exact(ebm, exact)",
         "pass",
         REPORT,

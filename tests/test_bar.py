@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from pymbar import other_estimators
-from two_sided import FRAMES, KNOWN, estimate
+from two_sided import FRAMES, KNOWN, KNOWN_OF_FOUR, estimate, estimate_of_four
 
 from boltznce import UserError
-from boltznce.analysis.bar import two_sided_free_energy_difference
+from boltznce.analysis.bar import two_sided_free_energy_difference, two_sided_states
 
 
 @pytest.mark.parametrize("frames", FRAMES)
@@ -103,3 +103,64 @@ def test_what_is_not_reliable_and_why():
             two_sided_free_energy_difference(angle, np.arange(800), draws, angle, frames, **wrong)
     with pytest.raises(UserError, match="numbers"):
         two_sided_free_energy_difference(angle, np.arange(800), np.append(draws[1:], np.nan), angle, frames)
+
+
+@pytest.mark.parametrize("frames", FRAMES)
+def test_known_populations_of_four_states(frames):
+    sizes = {"n_exact": 1000, "n_frames": 1000, "n_draws": 20_000}
+    found = estimate_of_four(np.random.default_rng(0), frames, **sizes)
+    assert found.labels.tolist() == [0, 1, 2, 3]
+    assert found.populations.sum() == pytest.approx(1)
+    for sides in ([0], [3]), ([1, 2], None), ([2], [0, 1]), ([3], None):
+        row, state, rest = found.difference(*sides), list(sides[0]), sides[1]
+        rest = rest or [s for s in range(4) if s not in state]
+        known = np.log(KNOWN_OF_FOUR[rest].sum() / KNOWN_OF_FOUR[state].sum())
+        assert row.reliable
+        assert abs(row.value - known) < 3.5 * row.std_error < 0.5
+
+
+def test_states_that_are_merged():
+    """Two that are alike, told apart by a coin, are as one; and sets of states as the populations that they sum."""
+    angle, draws, frames = given(np.random.default_rng(9), n=2000)
+    coins = np.random.default_rng(10).random((2, 4000)) < 0.5
+    weights = np.random.default_rng(11).normal(0.0, 0.3, 4000)
+    names, theirs = (np.where(angle > 0, "in", np.where(coin, "out", "far")) for coin in coins)
+    weighted = {"frames_log_weights": weights, "groups": np.arange(4000) // 4}
+    one = two_sided_free_energy_difference(angle, np.arange(4000), draws, angle, frames, **weighted)
+    found = two_sided_states(names, np.arange(4000), draws, theirs, frames, **weighted)
+    two = found.difference(["in"])
+    assert two.value == pytest.approx(one.value, abs=0.2 * one.std_error)
+    assert two.std_error == pytest.approx(one.std_error, rel=0.1)
+    assert (two.n_state, two.n_rest, two.seen_state) == (one.n_state, one.n_rest, pytest.approx(one.seen_state))
+    assert two.seen_rest == pytest.approx(one.seen_rest, rel=0.1)
+    assert two.overlap_rest == pytest.approx(one.overlap_rest, abs=0.05)
+    p = dict(zip(found.labels, found.populations, strict=True))
+    assert two.value == pytest.approx(np.log((p["out"] + p["far"]) / p["in"]))
+    assert found.difference(["out", "far"], ["in"]).value == pytest.approx(-two.value)
+    assert found.difference(["in"], ["out", "far"]) == two
+
+
+def test_states_that_lack_draws_or_frames():
+    """They are unknown, and the others' populations do without them."""
+    rng = np.random.default_rng(12)
+    x, y = rng.normal(0.0, 1.2, (2, 1200))
+    states = np.repeat(["a", "b", "undrawn"], 400)
+    drawn = np.where(states == "undrawn", "unvisited", states)
+    found = two_sided_states(drawn, np.arange(1200), x, states, y)
+    known = two_sided_states(drawn[:800], np.arange(800), x[:800], states[:800], y[:800])
+    assert found.labels.tolist() == ["a", "b", "undrawn", "unvisited"]
+    assert np.isnan(found.populations[2:]).all()
+    assert found.populations[:2].sum() == pytest.approx(1)
+    row = found.difference(["a"], ["b"])
+    assert row.reliable
+    assert row.value == pytest.approx(known.difference(["a"]).value - np.log(1))
+    for lacking in ("undrawn", "unvisited", "nowhere"):
+        none = found.difference([lacking])
+        assert np.isnan([none.value, none.std_error]).all()
+        assert none.message.startswith("0.0 draws or independent frames in the state")
+    half = found.difference(["a"])  # against b and what nothing is drawn of
+    assert half.value == pytest.approx(row.value)
+    assert half.message == "states without draws hold 50.0% of the frames in the rest"
+    assert not half.reliable
+    few = two_sided_states(drawn, np.arange(1200), x, states, y, frames_log_weights=np.repeat([0.0, -6.0], [800, 400]))
+    assert few.difference(["a"]).reliable

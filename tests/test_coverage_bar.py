@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from two_sided import FRAMES, KNOWN, estimate
+from two_sided import FRAMES, KNOWN, KNOWN_OF_FOUR, estimate, estimate_of_four
 
 
 @pytest.mark.slow
@@ -25,3 +25,28 @@ def test_intervals_hold_the_truth(frames, dim):
 def test_no_overlap_is_not_reliable():
     rng = np.random.default_rng(0)
     assert not any(estimate(rng, "independent", 60, std=1.7).reliable for _ in range(200))
+
+
+def held_by_four(frames: str, n_repeats: int) -> np.ndarray:
+    """Shares of the intervals of each of four populations, and of the first two against the others, with the truth."""
+    rng, sets = np.random.default_rng(1), [[0], [1], [2], [3], [0, 1]]
+    known = [np.log(1 / KNOWN_OF_FOUR[some].sum() - 1) for some in sets]
+    found = [estimate_of_four(rng, frames, n_frames=500 if frames == "walkers" else 150) for _ in range(n_repeats)]
+    rows = [[each.difference(some) for some in sets] for each in found]
+    assert np.mean([[row.reliable for row in each] for each in rows]) > 0.8
+    return np.mean(
+        [[row.interval[0] < k < row.interval[1] for row, k in zip(each, known, strict=True)] for each in rows], 0
+    )
+
+
+@pytest.mark.parametrize("frames", ["independent", "walkers"])
+def test_some_intervals_of_four_populations(frames):
+    assert (held_by_four(frames, 60) > 0.85).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", FRAMES)
+def test_intervals_of_four_populations(frames):
+    held = held_by_four(frames, 600)
+    print(frames, held.round(3))
+    assert ((held >= 0.92) & (held <= 0.98)).all()

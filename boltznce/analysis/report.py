@@ -17,6 +17,8 @@ free_energy  {"reference" | "ebm" | "refined" | "two_sided" | "corrected" | "exa
              interval, ...}} in kT, fields of FreeEnergyDifference, or of TwoSidedFreeEnergyDifference and
              CorrectedFreeEnergyDifference (whose intervals are *total*); any other key is a row of that name.
              ``reliable=False`` (default True) hides the interval
+coordinate   what the state is an interval of; ``others``: {φ: rows as of ``free_energy``} of the other φ's
+populations  {pattern of the φ's, as "--+": {row: {value, std_error, interval, reliable, message}}}
 headline     {row, apart}: the key of ``free_energy`` that comes first, or the two that disagree, see `choose_headline`
 total        the keys of rows whose errors are total
 weighted     the key that the table of members shows; ``error``: its distance from the reference, kT
@@ -25,7 +27,8 @@ ebm_bias     {"ebm" | "refined": {value, std_error}} of that ΔF less the one by
 refinement   {steps: "leg", where it began, and fields of `boltznce.smc.Step`,
              lineages: {state: {walkers, ancestors, effective}}}
 ess          {which weights: {ess, pareto_k, n}}, ess relative; the table of members shows the first
-distances    {name: {unweighted, weighted, refined, floor}}, numbers or SampledDistances; "missing": why one is NaN
+distances    {name: {unweighted, weighted, refined, rebalanced, floor}}, numbers or SampledDistances; "missing": why one
+             is NaN
 held_out     {whose: the fields of HeldOutLikelihood}
 excluded     {conformers left out: {n, by_count, by_weight, data}}, shares; data: of the reference data, by weight
 energy_cut   {"cut": kT, "shares": {whose energies: share above the cut}}
@@ -70,7 +73,7 @@ _FREE_ENERGY_ROWS = {
 _GIVEN = ("temperature", "energy", "seed", "data")  # settings that a result is told with
 _NO_TOTAL = "of the rows below none has a total error and is reliable"
 _SPEED_UPS = {"speed_up": ".3g", "speed_up_trained": ".3g"}
-_SIDES = ("unweighted", "weighted", "refined", "floor")
+_SIDES = ("unweighted", "weighted", "refined", "rebalanced", "floor")
 # key, heading, and what the reader has to know
 _SECTIONS = """
 headline | The result
@@ -88,6 +91,15 @@ error is total, if no other of these is more than three joint standard errors aw
 noise of the samples; the *total* ones also the error of the EBM, measured on exact likelihoods of a subset (exact
 weights, and two-sided estimates, have no other). The correction is of refined samples where there are any, else of EBM
 weights.
+
+others | Free-energy difference of each φ
+ΔF = −log P(in)/P(out), in kT, of the same interval of each φ, with 95% intervals: of the reference, or of data whose
+errors are known, and of this run's samples (why one is not reliable: metrics.json).
+
+populations | Populations of the states by all φ
+In %, with 95% intervals. A state has a sign for each φ, + inside the interval and − outside, in the order of the table
+above; those that hold 1% in no column are left out. The two-sided estimate is conditional on the states that have both
+draws and frames with exact likelihoods.
 
 warnings | Why a figure cannot be relied on, or is missing
 
@@ -108,7 +120,9 @@ renaming equal atoms; and of what was kept the share with a peptide bond turned 
 distances | Distances to the reference data
 Wasserstein-2 distances of energies (kT), and of (φ, ψ) on the torus (rad) or of positions in the plane; KL, where
 given, is KL(data ‖ flow) in nats. The floor is the value between two halves of the reference data; the last column is
-(weighted − floor) / (unweighted − floor), of refined samples where there are any.
+(weighted − floor) / (unweighted − floor), of refined samples where there are any. Rebalanced: refined samples whose
+weights in the state, and of the rest in −2 < ψ < 0.8 and out of it, are scaled to the populations of the two-sided
+estimate, where these are reliable.
 
 held_out | Likelihood of held-out data
 Mean negative log-likelihood over the data inside the flow's domain, in nats (positions in nm). Outside it there is no
@@ -365,6 +379,36 @@ def _free_energy_rows(results: Results) -> Rows:
     return _headed(header, rows)
 
 
+def _phi_rows(results: Results) -> Rows:
+    """ΔF of the state's φ, by the rows that all have, and of the others."""
+    others = results.get("others") or {}
+    tables = {results.get("coordinate"): results.get("free_energy") or {}} | others
+    names = [name for name in _FREE_ENERGY_ROWS if any(name in table for table in others.values())]
+    rows = [
+        [phi.replace("phi", "φ"), *(_free_energy_cell(table.get(name) or {}) for name in names)]
+        for phi, table in sorted(tables.items() if others else (), key=lambda item: (len(item[0]), item[0]))
+    ]
+    return _headed(["", *map(_FREE_ENERGY_ROWS.get, names)], rows)
+
+
+def _population_rows(results: Results) -> Rows:
+    table = results.get("populations") or {}
+    names = [name for name in _FREE_ENERGY_ROWS if any(name in rows for rows in table.values())]
+    rows = [
+        [word.replace("-", "−"), *(_population_cell(row.get(name) or {}) for name in names)]
+        for word, row in table.items()
+    ]
+    return _headed(["state", *map(_FREE_ENERGY_ROWS.get, names)], rows)
+
+
+def _population_cell(row: Results) -> str:
+    """In %, with its interval."""
+    if row.get("value") is None:
+        return "–"
+    value, *interval = (_number(100 * x, ".1f") for x in (row["value"], *(row.get("interval") or ())))
+    return f"{value} not reliable" if row.get("reliable") is False else f"{value} [{', '.join(interval)}]"
+
+
 def _made_rows(results: Results) -> Rows:
     made, header = (
         results.get("made"),
@@ -375,8 +419,9 @@ def _made_rows(results: Results) -> Rows:
 
 
 def _distance_rows(results: Results) -> Rows:
-    rows, refined = [], any("refined" in row for _, row in _items(results, "distances"))
-    sides = [side for side in _SIDES if side != "refined" or refined]
+    table, rows = results.get("distances") or {}, []
+    there = {side for row in table.values() for side in row}
+    sides = [side for side in _SIDES if side in there or side not in ("refined", "rebalanced")]
     for name, row in _items(results, "distances"):
         best = "refined" if "refined" in row else "weighted"
         unweighted, weighted, floor = (_mean(row.get(side)) for side in ("unweighted", best, "floor"))
@@ -473,6 +518,8 @@ _EXCLUDED = ["conformers", "samples", "share by count", "share by weight", "shar
 _ROWS = {
     "members": _member_rows,
     "free_energy": _free_energy_rows,
+    "others": _phi_rows,
+    "populations": _population_rows,
     "ess": _table("ess", ["weights", "ESS", "Pareto-k", "samples"], {"ess": ".3%", "pareto_k": ".2f", "n": "d"}),
     "refinement": _refinement_rows,
     "lineages": _lineage_rows,
@@ -488,7 +535,7 @@ _ROWS = {
     "counts": _pairs("counts", ["what", "number"]),
     "settings": _pairs("settings", ["setting", "value"]),
 }
-_SUMMARY = ("members", "free_energy", "ess", "modes", "distances", "likelihood", "timing")
+_SUMMARY = ("members", "free_energy", "others", "populations", "ess", "modes", "distances", "likelihood", "timing")
 
 
 # ---- cells ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 
 from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
 from boltznce.analysis.weights import effective_sample_size
-from boltznce.states import State, in_interval
+from boltznce.states import State, in_interval, patterns
 
 __all__ = ["SimulationResult", "of_walkers", "transitions"]
 
@@ -155,11 +155,10 @@ def _surface(
 
 def _populations(inside: Sequence[np.ndarray], weights: np.ndarray, walker: np.ndarray) -> dict[str, Estimate]:
     """Of every pattern that is seen; errors of a ratio of sums over independent walkers."""
-    patterns, number = np.unique(np.stack(inside, axis=1), axis=0, return_inverse=True)
-    number, n_walkers = number.ravel(), walker.max() + 1
-    flat = walker * len(patterns) + number
-    table = np.bincount(flat, weights, minlength=n_walkers * len(patterns)).reshape(n_walkers, -1) / weights.sum()
+    names, number = np.unique(patterns(inside), return_inverse=True)
+    n_walkers = walker.max() + 1
+    flat = walker * len(names) + number
+    table = np.bincount(flat, weights, minlength=n_walkers * len(names)).reshape(n_walkers, -1) / weights.sum()
     p = table.sum(0)
     errors = np.sqrt(n_walkers / (n_walkers - 1) * np.square(table - p * table.sum(1, keepdims=True)).sum(0))
-    names = ["".join("+" if one else "-" for one in pattern) for pattern in patterns]
-    return {name: (float(value), float(error)) for name, value, error in zip(names, p, errors, strict=True)}
+    return {name: (float(value), float(error)) for name, value, error in zip(names.tolist(), p, errors, strict=True)}

@@ -256,16 +256,19 @@ class Findings:
 
     @cached_property
     def md_units(self) -> np.ndarray | None:
-        """A number (frames,) for what visits states independently in a simulation: blocks of time, or many walkers.
+        """What is independent in a simulation of the system's state (see `units_of`); None without a state."""
+        if self.system.state is None or self.data is None:
+            return None
+        return self.units_of(self.system.in_state(np.asarray(self.data.frames.positions)))
+
+    def units_of(self, inside: np.ndarray) -> np.ndarray | None:
+        """A number (frames,) for what visits a state, a mask of frames, independently: blocks of time, or many walkers.
 
         None of windows of umbrella sampling, say, whose weights have errors in common, and of what is not the target's.
         """
-        if self.system.state is None or self.data is None or not self.data.is_simulated:
-            return None
-        if not self.data.whole.of_target:
+        if not self.data.is_simulated or not self.data.whole.of_target:
             return None
         if self.data.is_time_series:
-            inside = self.system.in_state(np.asarray(self.data.frames.positions))
             return time_blocks(inside, self.data.walker)
         return self.data.walker if self.data.has_trajectories and len(self.data.walkers) >= MANY_WALKERS else None
 

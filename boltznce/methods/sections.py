@@ -8,14 +8,11 @@ import torch
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
-from boltznce.analysis.bar import TwoSidedFreeEnergyDifference, two_sided_free_energy_difference
 from boltznce.analysis.free_energy import (
     FreeEnergyDifference,
     corrected_free_energy_difference,
-    ebm_bias,
     free_energy_difference,
     free_energy_profile,
-    judged_by_exact,
     stratified_free_energy_difference,
     stratum_log_weights,
 )
@@ -27,6 +24,7 @@ from boltznce.analysis.weights import effective_sample_size, log_importance_weig
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.provenance import energy_in_words
+from boltznce.methods.torsion_states import TOTAL, judge, of_each_phi, rebalanced, two_sided
 from boltznce.methods.views import View, symbol_of
 from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
@@ -35,7 +33,6 @@ from boltznce.systems.isomers import TURNED
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
-TOTAL = ("two_sided", "corrected", "exact")  # rows whose errors are total, and "refined" from an exact likelihood
 FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
@@ -140,8 +137,9 @@ def free_energies(f: Findings) -> Part:
         exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
         rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
     if f.sides is not None:
-        rows["two_sided"] = _two_sided(f)
-    bias = {name: _judged(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
+        of_frames = f.system.in_state(np.asarray(f.frames.positions))
+        rows["two_sided"] = two_sided(f, f.inside, of_frames).difference([True], [False])
+    bias = {name: judge(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
     rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         whole, title = f.data.whole, f"data ({f.data_name})"
@@ -174,6 +172,11 @@ def free_energies(f: Findings) -> Part:
     return Part(results, {"profile": _profile(f, rows)}, tuple(notes))
 
 
+def torsion_states(f: Findings) -> Part:
+    """ΔF of the same interval of every φ, and populations of the states by all of them, where there are several."""
+    return Part(of_each_phi(f))
+
+
 def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | None:
     """What the result cost, and a simulation that knows ΔF as well; None where one of them cannot be relied on."""
     md, reference = f.md_difference, rows.get("reference")
@@ -196,31 +199,6 @@ def _speed_up(f: Findings, rows: Mapping[str, Any], row: str | None) -> dict | N
     md_seconds = simulated * share * (md.std_error / error) ** 2
     result = {"error": error, "flow_seconds": spent, "training_seconds": training, "md_seconds": md_seconds}
     return result | {"speed_up": md_seconds / spent, "speed_up_trained": md_seconds / (spent + training)}
-
-
-def _two_sided(f: Findings) -> TwoSidedFreeEnergyDifference:
-    """BAR in each state, between draws and frames whose exact likelihoods are known."""
-    draws, subset, log_weights = f.sides
-    frames = f.frames
-    return two_sided_free_energy_difference(
-        f.values,
-        draws.index,
-        f.samples.energy[draws.index] + draws.log_prob,
-        f.coordinate(frames.positions[subset.index]),
-        frames.energies[subset.index] + subset.log_prob,
-        frames_log_weights=log_weights,
-        groups=frames.groups[subset.index],
-        state=f.system.state.interval,
-    )
-
-
-def _judged(rows: dict, name: str) -> dict | None:
-    """Take a row that an EBM's likelihood made for reliable only where exact ones do; its bias, by them."""
-    ebm, known = rows[name], [rows[name] for name in TOTAL if name in rows]
-    reliable = [row for row in known if row.reliable]
-    exact = min(reliable or known[:1], key=lambda row: ebm_bias(ebm, row)[1], default=None)
-    rows[name] = judged_by_exact(ebm, exact)
-    return None if exact is None else dict(zip(("value", "std_error"), ebm_bias(ebm, exact), strict=True))
 
 
 def _value(row, key: str) -> float:
@@ -357,7 +335,9 @@ def distances(f: Findings) -> Part:
     """E-W2 and W2 of the first view's points between samples and data, and the shares of energies above E-W2's cut."""
     if f.data is None:
         return Part()
-    energies, found = f.data.resampled.energies, {"E-W2 (kT)": _energy_distances(f)}
+    balanced = rebalanced(f)
+    balanced = None if balanced is None else normalized_weights(balanced)
+    energies, found = f.data.resampled.energies, {"E-W2 (kT)": _energy_distances(f, balanced)}
     for view in f.views[:1]:
         subsets = {"n_points": f.settings.n_torus, "generator": np.random.default_rng(f.seed)}
         ours, theirs = view.points(f.samples.positions), view.points(f.data.resampled.positions)
@@ -370,6 +350,8 @@ def distances(f: Findings) -> Part:
         if f.refined is not None:
             refined = view.points(f.refined.positions)
             found[view.distance]["refined"] = view.w2(refined, theirs, f.refined.weights, **subsets)
+        if balanced is not None:
+            found[view.distance]["rebalanced"] = view.w2(refined, theirs, balanced, **subsets)
     shares = {f.data_name: share_above(energies, f.cut)}
     if f.weighed:
         shares["flow"] = share_above(f.samples.energy, f.cut)
@@ -377,12 +359,14 @@ def distances(f: Findings) -> Part:
     return Part({"distances": found, "energy_cut": {"cut": f.cut, "shares": shares}})
 
 
-def _energy_distances(f: Findings) -> dict:
+def _energy_distances(f: Findings, balanced: np.ndarray | None) -> dict:
     """E-W2 of the energies below the cut; NaN, and why, where a flow has nothing there."""
     energy, data, cut, found, empty = f.samples.energy, f.data.resampled.energies, f.cut, {}, []
     sets = {"unweighted": (energy, None), "weighted": (energy, f.samples.weights)} if f.weighed else {}
     if f.refined is not None:
         sets["refined"] = (f.refined.energy, f.refined.weights)
+    if balanced is not None:
+        sets["rebalanced"] = (f.refined.energy, balanced)
     for kind, (values, shares) in sets.items():
         if share_above(values, cut, shares) < 1:
             found[kind] = energy_w2(values, data, shares, cut=cut)
@@ -463,6 +447,7 @@ def costs(f: Findings) -> Part:
 
 COMMON = (
     free_energies,
+    torsion_states,
     mean_energies,
     refinement,
     weights,

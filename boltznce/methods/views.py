@@ -11,7 +11,7 @@ from boltznce.analysis.metrics import SampledDistance, plane_w2, torus_w2
 from boltznce.analysis.plotting import plot_marginals, plot_plane, plot_ramachandran
 from boltznce.systems.base import System
 
-__all__ = ["View", "symbol_of", "views_of"]
+__all__ = ["View", "residues", "symbol_of", "views_of"]
 
 SYMBOLS = {"phi": "φ", "psi": "ψ"}
 
@@ -47,13 +47,13 @@ def views_of(system: System) -> list[View]:
     if system.box is not None:
         draw = partial(plot_plane, box=system.box)
         return [View("plane", "W2", ("x", "y"), lambda x: np.asarray(x)[:, 0], plane_w2, draw, periodic=False)]
-    if pairs := _residues(system.dihedrals):
+    if pairs := residues(system.dihedrals):
         return [_torsions(system, f"ramachandran{phi.removeprefix('phi')}", (phi, psi)) for phi, psi in pairs]
     names = [name for name in system.dihedrals if name not in system.omegas] or list(system.omegas)
     return [_torsions(system, "torsions", tuple(names[:2]))] if names else []
 
 
-def _residues(dihedrals: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+def residues(dihedrals: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
     """Names of φ and ψ on the same N, Cα and C; where no residue has both, those of the same number."""
     phis = {name: atoms[1:] for name, atoms in dihedrals.items() if name.startswith("phi")}
     psis = {atoms[:3]: name for name, atoms in dihedrals.items() if name.startswith("psi")}
