@@ -417,7 +417,8 @@ def test_the_report_corrects_refined_walkers_by_their_ancestors(refined_run):
         name: len(np.unique(refined.ancestors[nearest(refined.positions) == which]))
         for name, which in (("state", STATE), ("rest", REST))
     }
-    assert set(metrics["distances"]["E-W2 (kT)"]) == {"unweighted", "weighted", "refined", "floor"}
+    columns = {"unweighted", "weighted", "refined", "rebalanced", "floor"}
+    assert set(metrics["distances"]["E-W2 (kT)"]) == columns
     assert metrics["mean_energy"]["refined"]["value"] == pytest.approx(refined.energy.mean(), abs=1.0)
     report = (work.folder.path / "report.md").read_text()
     for words in ("## Refinement", "## Ancestors of the refined samples", "| refined |"):

@@ -29,7 +29,7 @@ from boltznce.data.reference import result_of
 from boltznce.data.simulate import simulate
 from boltznce.errors import UserError
 from boltznce.methods.drawing import Generator
-from boltznce.methods.findings import training_seconds, walker_of
+from boltznce.methods.findings import COSTS, training_costs, walker_of
 from boltznce.methods.refinement import require_base
 from boltznce.precision import ordinary_tensors
 from boltznce.run import Run
@@ -157,7 +157,7 @@ def _learned(run: Run, generator: Generator, n_draws: int, n_walkers: int, n_cor
         corrected = corrected_by_ancestors(*by_ancestors, subset, draws.log_prob[ancestors][of], exact[of], interval)
         found = {way: (judged_by_exact(own, corrected), seconds) for way, (own, seconds) in found.items()}
         found["refined, corrected by exact likelihoods"] = corrected, refining + correcting
-    training = training_seconds(run.folder.stages, device)
+    training = training_costs(run.folder.stages, COSTS[device.type != "cpu"])
     return [{"way": way} | _row(*each) | {"training": training} for way, each in found.items()]
 
 
