@@ -105,3 +105,28 @@ def test_no_file_and_a_damaged_one(packed, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         PackedFrames(tmp_path / "bad.safetensors")
+
+
+def test_what_ships_is_of_the_paper_selection_and_never_of_a_test_peptide():
+    shipped = PackedFrames("dipeptides")
+    family = bz.load_system("dipeptides", selection="paper")
+    assert set(shipped.about) <= {*family.sequences["train"], *family.sequences["validation"]}
+    assert not set(shipped.about) & {*family.sequences["test"]}
+    assert set(bz.load_system("dipeptides", selection="pretrained").sequences["validation"]) <= set(shipped.about)
+
+
+def test_what_ships_is_at_equilibrium(tmp_path):
+    """Equipartition: bonds of hydrogens, each a harmonic oscillator, hold kT/2 each of potential energy."""
+    system = bz.load_system("KG")
+    frames = PackedFrames("dipeptides").unpack(system, tmp_path / "KG")
+    force = next(f for f in system.openmm_system().getForces() if type(f).__name__ == "HarmonicBondForce")
+    elements = [atom.element.symbol for atom in system.topology.atoms]
+    bonds = [force.getBondParameters(k) for k in range(force.getNumBonds())]
+    held = []
+    for a, b, length, k in bonds:
+        if "H" in (elements[a], elements[b]):
+            r = np.linalg.norm(frames.positions[:, a] - frames.positions[:, b], axis=-1)
+            held.append(0.5 * k._value * (r - length._value) ** 2 / (8.314462618e-3 * 310.0))
+    mean = normalized_weights(frames.log_weights) @ np.mean(held, axis=0)
+    assert len(held) > 12
+    assert mean == pytest.approx(0.5, abs=0.03)  # rounding adds 0.01, anharmonic surroundings as much

@@ -50,11 +50,7 @@ def main(config: DictConfig) -> None:
             save_reference(make_reference(member, dataset.meta, result, command), output)
             print(f"reference in {output}")
     if config.packed.file is not None:
-        members = system.all_members()
-        pack(
-            Path(config.packed.file),
-            [(member.cheap, datasets[member.name]) for member in members],
-            config.packed.n_frames,
-            config.seed,
-        )
-        print(f"{len(members)} molecules in {config.packed.file}")
+        roles = {member.name: member for role in ("train", "validation") for member in system.members(role)}
+        pairs = [(member.cheap, datasets[name]) for name, member in roles.items()]
+        pack(Path(config.packed.file), pairs, config.packed.n_frames, config.seed)
+        print(f"{len(pairs)} molecules in {config.packed.file}")
