@@ -1,7 +1,7 @@
 """Frames of many molecules in one small file: thinned to nearly even weights, their positions rounded to 5e-4 nm.
 
 So that a model of many molecules can be trained again without simulating anew. A hydrogen's bond has a spread of 3e-3
-nm: rounding adds a quarter of a kT to a dipeptide's energy. Energies are computed anew when datasets are made of it.
+nm, to the energy of which rounding adds 0.003 kT. Energies are computed anew when datasets are made of it.
 """
 
 from collections.abc import Mapping, Sequence
