@@ -156,7 +156,12 @@ WRONG = {
         "ebm.model.contrast_weight=0.1",
         *("flow.scales=frames", "ebm.scales=frames", "system.selection=huge", "system.encoding=none"),
         *("data.simulation.n_replicas=1", "data.simulation.max_temperature=200", "system.n_places=0"),
-        *("system.selections.smoke.train=[]", "system.selections.smoke.train=[AX]", "system.selections.smoke.train=AG"),
+        *(
+            "system.selections.smoke.train=[]",
+            "system.selections.smoke.test=[]",
+            "system.selections.smoke.train=[AX]",
+            "system.selections.smoke.train=AG",
+        ),
         *("flow.padded=true", "flow.model.whiten=yes", "+data.simulation.test={foo: 1}", "data.simulation.n_ladders=0"),
     ],
     DENSITY: [

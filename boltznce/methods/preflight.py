@@ -172,6 +172,11 @@ def check_fit_of(section: DictConfig, name: str, validates: bool) -> None:
 
 def check_evaluation(config: DictConfig, system: System) -> None:
     """What the report needs."""
+    if not system.members("test"):
+        raise UserError(
+            f"Selection {system.selection!r} of {system.name} has no peptide to be tested, and a report is of these: "
+            "name one in its list test."
+        )
     check_refinement(config, system)
     if config.evaluation.get("tica_lag") and importlib.util.find_spec("deeptime") is None:
         raise UserError('TICA needs deeptime: pip install "boltznce[tica]", or set evaluation.tica_lag=null.')
