@@ -11,6 +11,7 @@ import pytest
 import torch
 from forks import Forks
 
+from boltznce.methods import models
 from boltznce.run import train_run
 
 TINY = [
@@ -65,3 +66,11 @@ def tiny_run(tiny_overrides, tmp_path_factory):
     train_run(folder, *tiny_overrides)
     torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_conformers():
+    """Calibration on few rough conformers, for runs whose numbers mean nothing anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "N_CONFORMERS", 32)
+        yield

@@ -16,7 +16,7 @@ from boltznce.checkpoint import load_weights
 from boltznce.config import compose
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.methods import boltznce as boltznce_method
-from boltznce.methods import models, tbg
+from boltznce.methods import tbg
 from boltznce.methods.finetune import start_finetuning
 from boltznce.methods.models import FlowGenerator, make, solver_settings
 from boltznce.methods.workspace import Workspace, make_fabric
@@ -24,13 +24,7 @@ from boltznce.networks.gvp import GVPVectorField
 from boltznce.run import RunFolder, train
 from boltznce.systems.conformers import random_conformers
 
-
-@pytest.fixture(autouse=True, scope="module")
-def few_conformers():
-    """Calibration on few rough conformers: the numbers of these runs mean nothing anyway."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "N_CONFORMERS", 32)
-        yield
+pytestmark = pytest.mark.usefixtures("few_conformers")
 
 
 @pytest.fixture(scope="module")

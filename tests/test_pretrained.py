@@ -15,7 +15,6 @@ import boltznce as bz
 from boltznce import UserError, cli, pretrained
 from boltznce.commands import finetune, free_energy, sample
 from boltznce.config import compose
-from boltznce.methods import models
 from boltznce.methods.drawing import Generator
 from boltznce.methods.finetune import start_report
 from boltznce.methods.workspace import Workspace, make_fabric
@@ -28,12 +27,7 @@ SHIPPED = pretrained.FOLDER
 MOST_BYTES = 16 * 2**20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_conformers():
-    """Calibration on few rough conformers: the numbers of these runs mean nothing anyway."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "N_CONFORMERS", 32)
-        yield
+pytestmark = pytest.mark.usefixtures("few_conformers")
 
 
 @pytest.fixture(scope="module")

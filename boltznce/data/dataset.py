@@ -39,6 +39,7 @@ STATE_KAPPA = 10.0  # of von Mises' density about a state, its half-width the un
 DATASET = Kind("a dataset", "meta.yaml", frozenset({"n_frames", "digests"}), whole=True)
 DTYPES = {"energies": "f8", "log_weights": "f8", "time": "f8", "window": "i4", "repeat": "i4"}
 FILES = ("positions.npy", *(f"{name}.npy" for name in DTYPES))
+OF_FILES = ("digests", "n_frames", "format", "sha256")  # keys of meta.yaml
 REMEDY = "delete its folder and make the data anew, by simulating or by resuming the run"
 
 
@@ -72,6 +73,11 @@ class Dataset:
     def digest(self) -> str:
         """A short digest of the whole dataset that these frames are of."""
         return contents_digest(self.meta)
+
+    @property
+    def origin(self) -> dict:
+        """What ``meta`` says of how the frames were made, without what is of these files: for datasets made of them."""
+        return {key: value for key, value in self.meta.items() if key not in OF_FILES}
 
     @property
     def of_target(self) -> bool:

@@ -4,7 +4,7 @@ So that a model of many molecules can be trained again without simulating anew. 
 nm, to the energy of which rounding adds 0.003 kT. Energies are computed anew when datasets are made of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,7 @@ def pack(path: Path, datasets: Sequence[tuple[System, Dataset]], n_frames: int =
         columns = {name: getattr(kept, name) for name in COLUMNS} | {"log_weights": log_weights}
         columns["positions"] = np.round(positions / STEP).astype(np.int16)
         tensors |= {f"{system.name}/{name}": torch.from_numpy(np.array(value)) for name, value in columns.items()}
-        left_out = ("digests", "n_frames", "format", "sha256")
-        about[system.name] = {key: value for key, value in dataset.meta.items() if key not in left_out}
-        about[system.name]["packed_from"] = len(dataset)
+        about[system.name] = dataset.origin | {"packed_from": len(dataset)}
     save_weights(path, tensors, about)
 
 
@@ -63,9 +61,8 @@ class PackedFrames:
         columns = {name: self.tensors[f"{system.name}/{name}"].numpy() for name in (*COLUMNS, "positions")}
         positions = columns.pop("positions").astype(np.float32) * np.float32(STEP)
         energies = torch.cat([system.energy(part).double() for part in torch.from_numpy(positions).split(1024)])
-        meta: Mapping = self.about[system.name]
-        topology = None if system.topology is None else system_pdb(system)
-        return Dataset.write(folder, positions, energies.numpy(), **columns, topology=topology, meta=dict(meta))
+        about = {"topology": None if system.topology is None else system_pdb(system), "meta": self.about[system.name]}
+        return Dataset.write(folder, positions, energies.numpy(), **columns, **about)
 
 
 def packed_path(path: Path | str) -> Path:

@@ -66,8 +66,7 @@ def refine_frames(system: System, frames: Dataset, settings: FromProxy, *, seed:
     annealed, done = walk(system, [onward], positions, log_weights, seed=seed, folder=folder, about=repr(about))
     order = np.argsort(frames.time[annealed.ancestors], kind="stable")
     began, seconds = annealed.ancestors[order], begun()
-    meta = {key: value for key, value in frames.meta.items() if key not in ("digests", "n_frames", "format", "sha256")}
-    meta |= {"system": system.identity, "refined": about, "refinement": done | {"seconds": seconds}}
+    meta = frames.origin | {"system": system.identity, "refined": about, "refinement": done | {"seconds": seconds}}
     refined = Dataset.write(
         folder,
         annealed.positions[order],
