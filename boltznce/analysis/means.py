@@ -59,14 +59,14 @@ def weighted_mean(
     0.2 ± 0.04 [0.1197, 0.2803]
     """
     require(confidence=confidence)
-    values = np.asarray(values)
-    some = np.full(values.shape, True) if log_weights is None else np.asarray(log_weights) > -np.inf
-    some = some if some.shape == values.shape and some.any() else np.full(values.shape, True)
-    kept, log_weights = checked_samples(values[some], None if log_weights is None else np.asarray(log_weights)[some])
-    weights, kept = normalized_weights(log_weights), kept.astype(np.float64)
-    units = np.arange(len(kept)) if walkers is None else numbered(np.asarray(walkers)[some], len(kept))
-    value = float(weights @ kept)
-    shares, parts = np.bincount(units, weights), np.bincount(units, weights * (kept - value))
+    if log_weights is not None and np.shape(values) == np.shape(log_weights):
+        values = np.where(np.isneginf(log_weights), 0.0, values)  # those of no weight may be infinite
+    values, log_weights = checked_samples(values, log_weights)
+    weights = normalized_weights(log_weights)
+    units = np.arange(len(values)) if walkers is None else numbered(walkers, len(values))
+    value = float(weights @ values)
+    shares, parts = np.bincount(units, weights), np.bincount(units, weights * (values - value))
+    shares, parts = shares[shares > 0], parts[shares > 0]
     variance = np.square(parts).sum() * len(parts) / (len(parts) - 1) if len(parts) > 1 else np.nan
     sizes = np.abs(parts)
     ess = min(_effective(shares), _effective(sizes)) if sizes.any() else _effective(shares)

@@ -225,8 +225,7 @@ def plot_profiles(
     top = 1.0
     for name, profile, style in curves:
         label = name
-        known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
-        values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
+        values, band = np.where(_known(profile), profile.free_energy, np.nan), 1.96 * profile.std_error
         if name in unreliable:
             label, band, style = f"{name}: not reliable", np.zeros_like(band), style | {"linestyle": ":"}
         ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
@@ -253,12 +252,17 @@ def plot_surface(
     """Free energy over two ``coordinates`` (symbol, unit), and its standard error where there is one, side by side.
 
     ``limits``: of each, None where it goes round the circle; ``states``: name -> an interval of each, drawn as a frame.
+    Gaps are as in `plot_profiles`.
     """
     edges = [np.linspace(*(ends or (-np.pi, np.pi)), len(surface.free_energy) + 1) for ends in limits]
     figure, axes = _panels(1, 2, 3.4, 2.9, sharex=True, sharey=True)
+    known = _known(surface)
+    highest = min(highest, np.nanmax(surface.free_energy, where=known, initial=1.0))
     columns = {"free energy (kT)": (surface.free_energy, highest), "standard error (kT)": (surface.std_error, 1.0)}
     for ax, (label, (values, top)) in zip(axes.flat, columns.items(), strict=True):
-        mesh = ax.pcolormesh(*edges, values.T, cmap="viridis", vmin=0.0, vmax=top, rasterized=True)
+        mesh = ax.pcolormesh(
+            *edges, np.where(known, values, np.nan).T, cmap="viridis", vmin=0.0, vmax=top, rasterized=True
+        )
         figure.colorbar(mesh, ax=ax, label=label, extend="max")
         ax.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], xlabel=_axis_label(*coordinates[0]))
         for colour, (name, box) in zip((_COLOURS[1], _COLOURS[3]), (states or {}).items(), strict=False):
@@ -536,6 +540,11 @@ def _panels(
 def _single_axes(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
     figure, axes = _panels(1, 1, width, height)
     return figure, axes[0, 0]
+
+
+def _known(found: FreeEnergyProfile | FreeEnergySurface) -> np.ndarray:
+    """Mask of the bins about which something is known."""
+    return (found.std_error <= HIGHEST_ERROR) | np.isnan(found.std_error).all()
 
 
 def _axis_label(symbol: str, unit: str) -> str:

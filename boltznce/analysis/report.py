@@ -172,7 +172,7 @@ _CAPTIONS = {
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
     "profile": "Free-energy profile; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
     "surface": "Free energy over two coordinates, its lowest bin the zero, and the standard error of a bin's "
-    "-log p; what is white was never seen, or has no error that is known. Frames are the states.",
+    "-log p; white bins were hardly seen, and nothing is known of them. Frames are the states.",
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",

@@ -85,11 +85,12 @@ def write_free_energy(
         "free_energy": _rows(samples[kept], inside[kept], reference, n_bootstrap, seed),
         "ess": {"weights": {"ess": samples.ess, "pareto_k": samples.pareto_k, "n": len(samples)}},
     }
-    states = {"state": own} | ({} if other is None else {"versus": other})
+    states = {"state": own} | ({} if other is None else {"other state": other})
     boxes = {name: _box(system, coordinates, each) for name, each in states.items()}
     boxes = {name: box for name, box in boxes.items() if box is not None}
     values = [each(x) for each in coordinates]
-    columns, figures = _of_coordinates(samples, coordinates, values, boxes, reference, n_bins)
+    reliable = next(iter(results["free_energy"].values())).reliable
+    columns, figures = _of_coordinates(samples, coordinates, values, boxes, reference, n_bins, reliable)
     with atomic_file(output / "profile.json") as path:  # first: by it the folder is known as ours
         path.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
     write_report(output, results, figures)
@@ -143,6 +144,7 @@ def _of_coordinates(
     boxes: Mapping[str, Sequence[tuple]],
     reference: dict | None,
     n_bins: int,
+    reliable: bool,
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
     """Profile or surface in the types of JSON, and its figure; none of a coordinate that is yes or no."""
     given = {"log_weights": samples.log_weights, "walkers": samples.ancestors}
@@ -160,6 +162,7 @@ def _of_coordinates(
             coordinate=coordinate.symbol,
             unit=coordinate.unit,
             limits=ends,
+            unreliable=() if reliable else (label,),
         )
         return _plain(found), {"profile": figure}
     points, n_bins = np.stack(values, axis=-1), max(2, n_bins // FEWER_BINS)

@@ -167,8 +167,9 @@ def _linear(parts: Sequence[tuple[float, Coordinate]]) -> Coordinate:
         return _wrapped(total) if all(circles) else total
 
     units = {part.unit for _, part in parts}
-    terms = " + ".join(f"{factor:g} {part.name}" for factor, part in parts).replace("+ -", "− ")
-    return Coordinate(terms, of, units.pop() if len(units) == 1 else "", all(circles))
+    terms = " + ".join(f"{'' if factor == 1 else f'{factor:g} '}{part.symbol}" for factor, part in parts)
+    name, unit = terms.replace("+ -1 ", "− ").replace("+ -", "− "), units.pop() if len(units) == 1 else ""
+    return Coordinate(name, of, unit, all(circles))
 
 
 def _of_function(function: Callable, unit: str = "", periodic: bool = False) -> Coordinate:

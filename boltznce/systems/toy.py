@@ -193,7 +193,7 @@ class PlaneSystem(System):
         mass, centres = self._table.mass, self._table.centres.unsqueeze(1)
         state = mass[self.in_state(centres)].sum()
         coordinate = self.coordinate_of(self.state.sides[0][0])
-        values = coordinate(centres).numpy()
+        values = coordinate(centres).double().numpy()
         bins = np.histogram(values, bins=100, range=coordinate.range_of(values) or (-np.pi, np.pi), weights=mass)
         f = -np.log(np.where(bins[0] > SEEN, bins[0], np.nan))
         return {
