@@ -279,7 +279,8 @@ def told(script: str, words: str, given: Path, folder: Path) -> None:
         )
     elif script == "free_energy":
         config = compose("free_energy", [f"run={given}", *overrides])
-        own = {key: config[key] for key in ("coordinate", "state", "n_bins", "n_bootstrap", "seed")}
+        plain = OmegaConf.to_container(config)
+        own = {key: plain[key] for key in ("coordinate", "state", "versus", "n_bins", "n_bootstrap", "seed")}
         write_free_energy(bz.load_system("aldp"), folder, folder, **own)
     else:
         more = {"finetune": [f"run={given}", "peptide=KS"], "sample": [f"run={given}"]}.get(script, [])
@@ -441,8 +442,15 @@ EXPLAINED = {
     "annealing.n_steps=0": "A temperature ladder goes down",
     "system.state=[chi,[0,2]]": "no dihedral 'chi'",
     "system.selections.smoke.train=[AX]": "X in 'AX'",
+    "coordinate={distance:[0,22]}": "aldp has no atom 22",
     "coordinate=chi": "no dihedral 'chi'",
     "system.state=[z,[0,inf]]": "no coordinate 'z'",
+    "system.state=[[x,[0,1]],[z,[0,1]]]": "no coordinate 'z'",
+    "system.state=[{distance:[0,1]},[0,1]]": "has no atoms for a distance",
+    "system.state=[{distance:[0,22]},[0,1]]": "aldp has no atom 22",
+    "system.state=[{linear:[[0.5,phi]]},[0,1]]": "give whole factors",
+    "system.state=[chi1,[0,2]]": "no dihedral 'chi1'",
+    "versus=[0,115]": "degrees",
 }
 
 ALL_WRONG = [("train", words, each) for words, several in WRONG.items() for each in several]

@@ -158,8 +158,8 @@ def _linear(parts: Sequence[tuple[float, Coordinate]]) -> Coordinate:
     circles = [part.periodic for _, part in parts]
     if any(circles) and not all(part.periodic and factor.is_integer() for factor, part in parts):
         raise UserError(
-            "A sum with an angle that goes round the circle jumps there, but for whole multiples of such angles alone: "
-            "give whole factors, or distances and angles between three atoms."
+            "linear: a sum with dihedrals jumps where they go round the circle, but for whole multiples of dihedrals "
+            "alone: give whole factors, or distances and angles between three atoms."
         )
 
     def of(x: Array) -> Array:
