@@ -64,6 +64,8 @@ def test_what_cannot_be_relied_on_says_so():
     assert "effective samples" in few.message
     heavy = weighted_mean(np.abs(rng.standard_cauchy(5000)))
     assert "Pareto-k" in heavy.message or "effective" in heavy.message
+    for mask in (np.zeros(1000, dtype=bool), np.ones(1000, dtype=bool)):
+        assert "of the samples are in the state" in weighted_mean(mask, x).message
     rare = weighted_mean(np.arange(10_000) < 3)
     assert not rare.reliable
     assert weighted_mean(np.arange(10_000) < 100).reliable

@@ -60,8 +60,10 @@ def weighted_mean(
     """
     require(confidence=confidence)
     if log_weights is not None and np.shape(values) == np.shape(log_weights):
-        values = np.where(np.isneginf(log_weights), 0.0, values)  # those of no weight may be infinite
+        # those of no weight may be infinite
+        values = np.where(np.isneginf(log_weights), np.zeros_like(values), values)
     values, log_weights = checked_samples(values, log_weights)
+    is_mask = values.dtype == bool
     weights = normalized_weights(log_weights)
     units = np.arange(len(values)) if walkers is None else numbered(walkers, len(values))
     value = float(weights @ values)
@@ -75,7 +77,9 @@ def weighted_mean(
         logs = np.log(sizes)
     k, tail = pareto_k(logs), tail_share(logs) * sizes.sum()
     reasons = []
-    if ess < FEWEST_EFFECTIVE:
+    if is_mask and not sizes.any():
+        reasons.append(f"{'all' if value else 'none'} of the samples are in the state: the rest is unknown")
+    elif ess < FEWEST_EFFECTIVE:
         reasons.append(f"{ess:.1f} effective samples (at least {FEWEST_EFFECTIVE:.0f} are needed)")
     elif sizes.any() and k > LARGEST_PARETO_K and not tail < spread[0]:
         reasons.append(f"Pareto-k {k:.2f} (at most {LARGEST_PARETO_K} can be trusted)")
