@@ -40,13 +40,7 @@ def on_page_markdown(markdown, page, config, files):
         if "://" in target or not target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        there = (
-            path.removeprefix("docs/")
-            if path.startswith("docs/")
-            else _page(Path(path))
-            if path.endswith(".py")
-            else path
-        )
+        there = _page(Path(path)) if path.endswith(".py") else path.removeprefix("docs/")
         if files.get_file_from_path(there) is None:
             return f"{mark}{words}"
         link = posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or ".")
