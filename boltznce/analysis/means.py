@@ -66,7 +66,8 @@ def weighted_mean(
     is_mask = values.dtype == bool
     weights = normalized_weights(log_weights)
     units = np.arange(len(values)) if walkers is None else numbered(walkers, len(values))
-    value = float(weights @ values)
+    seen = values[weights > 0]
+    value = float(np.clip(weights @ values, seen.min(), seen.max()))  # of a constant to the last bit
     shares, parts = np.bincount(units, weights), np.bincount(units, weights * (values - value))
     shares, parts = shares[shares > 0], parts[shares > 0]
     variance = np.square(parts).sum() * len(parts) / (len(parts) - 1) if len(parts) > 1 else np.nan
