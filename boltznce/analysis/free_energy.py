@@ -118,7 +118,7 @@ def free_energy_difference(
     1.609
     >>> distance = np.repeat([0.3, 0.6, 0.9], [100, 200, 700])
     >>> free_energy_difference(distance < 0.4, versus=(distance > 0.5) & (distance < 0.7))
-    ΔF = 0.69 ± 0.12 kT [0.46, 0.94]
+    ΔF = 0.69 ± 0.12 kT [0.48, 0.93]
     """
     require(state=state, n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
     angle, log_weights = checked_samples(angle, log_weights)

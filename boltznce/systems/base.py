@@ -123,8 +123,8 @@ class System(abc.ABC):
 
         >>> from boltznce import load_system
         >>> system = load_system("gaussians8")
-        >>> system.in_state(system.positions[None], [["x", [0.5, 1.5]], ["y", [-0.5, 0.5]]])
-        tensor([True])
+        >>> system.in_state(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), [["x", [0.5, 1.5]], ["y", [-0.5, 0.5]]])
+        array([ True, False])
         """
         sides = (self.state if state is None else self.state_of(state)).sides
         known = [(self.coordinate_of(coordinate), interval) for coordinate, interval in sides]

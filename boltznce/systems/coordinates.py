@@ -50,7 +50,7 @@ class Coordinate:
     >>> system = load_system("aldp")
     >>> d = system.coordinate_of({"distance": [[1, "C"], [3, "N"]]})
     >>> d.name, d.unit, round(float(d(system.positions[None])), 2)
-    ('distance 1:C 3:N', 'nm', 0.36)
+    ('distance 1:C 3:N', 'nm', 0.43)
     """
 
     name: str
