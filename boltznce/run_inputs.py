@@ -25,10 +25,13 @@ HARMLESS = {
     "compile",
     "data_dir",
     "device",
+    "devices",
     "logger",
     "n_processes",
     "n_workers",
+    "num_nodes",
     "progress",
+    "strategy",
     "threads",
 }
 
