@@ -53,11 +53,13 @@ _sharing = False
 
 def environment() -> "ClusterEnvironment | None":
     """Of processes that are to share a run, of torchrun, of srun or ours, where they exist; None for one alone."""
-    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ):
+        from lightning_fabric.plugins.environments import TorchElasticEnvironment  # slow to import
+
         return TorchElasticEnvironment()
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        from lightning_fabric.plugins.environments import SLURMEnvironment
+
         return SLURMEnvironment(auto_requeue=False)
     return None
 

@@ -2,9 +2,10 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,7 @@ from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.pretrained import folder_of
 from boltznce.records import damaged
 from boltznce.run_folder import REMEDY, RunFolder
+from boltznce.run_inputs import with_changes
 from boltznce.settings import require
 from boltznce.signals import Stopped, deferred
 from boltznce.systems.base import System
@@ -38,6 +40,7 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "refined_folder",
+    "resume_folder",
     "start_folder",
     "train",
     "train_run",
@@ -72,6 +75,21 @@ def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
     kept = [key for key in config if key not in ("resume", "trust")]
     folder = RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
     folder.checked = True
+    return folder
+
+
+def resume_folder(path: Path | str, given: Mapping[str, Any], trust: bool = False) -> RunFolder:
+    """The folder of a run that is to go on, with other values of settings by which nothing changes that was trained.
+
+    ``given`` has them by their dotted names. Raises UserError for others, as `RunFolder.open` does, and before anything
+    is changed for what `preflight` finds wrong.
+    """
+    folder = RunFolder.open(Path(path), trust)
+    folder.check_own()
+    if given:
+        preflight(OmegaConf.create(with_changes(OmegaConf.to_container(_config(folder)), given)))
+        folder.change(given)
+        folder.checked = True
     return folder
 
 
