@@ -61,6 +61,7 @@ def run(folder: Path, n: int, trust: bool) -> None:
 def _start(words: list[str], rank: int, n: int, port: int, pipe: Connection) -> subprocess.Popen:
     environment = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // n)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of warnings of DDP
         **os.environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(map(os.path.abspath, sys.path))),
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "GROUP_RANK": "0"},

@@ -12,6 +12,7 @@ work that another does alone. Gradients are averaged by Fabric's DDP.
 import contextlib
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -82,6 +83,8 @@ def check_world(devices: int, num_nodes: int) -> None:
 def join(fabric: "Fabric") -> "Fabric":
     """Wait for the other processes of the run, if there are to be any; returns the launched ``fabric``."""
     global _group
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric.launch()
     if distributed.is_available() and distributed.is_initialized() and _group is None:
         _group = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -183,20 +186,17 @@ def sharing() -> Iterator[None]:
 
 
 def part(n: int) -> slice:
-    """This process's of ``n`` rows of a batch, all where none are shared; UserError where there is none for it."""
-    if not _sharing:
-        return slice(None)
-    if n < size():
-        raise UserError(
-            f"A training step has {n} rows of a molecule for {size()} processes: raise batch_size, or lower "
-            "molecules_per_step or devices."
-        )
-    return slice(distributed.get_rank(), None, size())
+    """This process's of ``n`` rows of a batch; all, where none are shared, or there are fewer than processes."""
+    return slice(distributed.get_rank(), None, size()) if _shares(n) else slice(None)
 
 
 def mean_of_all(values: Tensor, n: int) -> Tensor:
     """What averaged over processes is the mean of a loss over ``n`` rows, with ``values`` of this process's `part`."""
-    return values.sum() * (size() / n) if _sharing else values.mean()
+    return values.sum() * (size() / n) if _shares(n) else values.mean()
+
+
+def _shares(n: int) -> bool:
+    return _sharing and n >= size()
 
 
 def average(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ def make_fabric(
     ranks.check_world(devices, num_nodes)
     where: dict[str, Any] = {"plugins": [ranks.environment() or LightningEnvironment()]}
     if devices * num_nodes > 1 or strategy == "ddp":
-        # some losses leave a parameter out, such as an additive constant; buffers are the same in all processes
-        where["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False, timeout=ranks.PATIENCE)
+        # some losses leave parameters out, such as an additive constant, or the layers of another molecule
+        where["strategy"] = DDPStrategy(find_unused_parameters=True, timeout=ranks.PATIENCE)
     try:
         own = [int(number)] if number else devices
         return Fabric(accelerator=kind, devices=own, num_nodes=num_nodes, precision=precision, **where)
