@@ -88,7 +88,7 @@ def _mistakes_told() -> Iterator[None]:
 
 def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     """The command line for Hydra; raises UserError or Hydra's own for a sweep that has a mistake in any member."""
-    default_budget = "paper" if torch.cuda.is_available() else "cpu"
+    default_budget = "gpu" if torch.cuda.is_available() else "cpu"
     words = normalize(overrides, default_budget if config_name == "train" else None)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if config_name == "train" and "resume" in given and "hydra.run.dir" not in given:

@@ -52,7 +52,7 @@ def available(group: str = "") -> list[str]:
     """Names of the configs in a group such as ``system``; those at the top by default.
 
     >>> available("budget"), "tabg/aldp" in available("experiment")
-    (['cpu', 'long', 'paper', 'smoke'], True)
+    (['cpu', 'gpu', 'long', 'paper', 'smoke'], True)
     """
     folder = config_dir() / group
     paths = list(folder.glob("*.yaml")) or folder.glob("*/*.yaml")

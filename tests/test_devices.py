@@ -30,7 +30,7 @@ RUN = [
     "evaluation.refine=null",
     "evaluation.n_samples=300",
     "ebm.batch_size=63",
-]  # of which one has a row more
+]  # one has a row more
 
 
 @pytest.fixture(scope="module")
