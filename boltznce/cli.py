@@ -34,7 +34,7 @@ MULTIRUN = ("-m", "--multirun")
 SETTINGS = (HydraException, MissingMandatoryValue, InterpolationToMissingValueError)
 
 
-def launch(config_name: str, main: Callable[[DictConfig], None]) -> None:
+def launch(config_name: str, main: Callable[[DictConfig], float | None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``.
 
     A mistake in the settings, an error of the disk and a `UserError` end with one sentence and status 2; a signal to
@@ -46,11 +46,11 @@ def launch(config_name: str, main: Callable[[DictConfig], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a trace
 
-    def told(config: DictConfig) -> None:
+    def told(config: DictConfig) -> float | None:
         with _mistakes_told():
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # before any work
             check(config, config_name)
-            main(config)
+            return main(config)
 
     told.__module__ = main.__module__
     with _mistakes_told(), listening():
@@ -153,5 +153,7 @@ def _members(swept: Sequence[Override]) -> Iterator[tuple[str, ...]]:
         each = [override.input_line]
         if override.is_discrete_sweep():
             each = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        elif override.is_interval_sweep():
+            each = [f"{override.get_key_element()}={override.value().start}"]
         choices.append(each if available(override.key_or_group) else each[:1])
     return itertools.product(*choices)

@@ -39,6 +39,7 @@ HARMLESS = (
     "device",
     "devices",
     "logger",
+    "minimize",
     "n_processes",
     "n_workers",
     "num_nodes",

@@ -109,6 +109,7 @@ RULES: dict[str, Rule] = {
     "devices": COUNT,
     "num_nodes": COUNT,
     "strategy": _one_of("auto", "ddp"),
+    "minimize": TEXT | NULL,
     "compile": COMPILE,
     "threads": COUNT | NULL,
     "data_dir": PATH,

@@ -6,19 +6,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from boltznce import ranks
+from boltznce.objective import objective
 from boltznce.run import RunFolder, help_train, resume_folder, start_folder, train
 from boltznce.run_inputs import with_changes
 
 OF_THE_COMMAND = ("resume", "budget", "trust", "system")
 
 
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    """Train; returns what a search over settings minimizes (see `boltznce.objective`)."""
     if config.resume is None:
         path = Path(HydraConfig.get().runtime.output_dir)
         if not ranks.is_first():
             return help_train(path, config, trust=True)
-        print(train(start_folder(path, config)))
-        return
+        return _trained(start_folder(path, config))
     words = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     given = {name: OmegaConf.select(config, name) for name in words if name not in OF_THE_COMMAND}
     if not ranks.is_first():
@@ -26,4 +27,9 @@ def main(config: DictConfig) -> None:
         return help_train(Path(config.resume), OmegaConf.create(with_changes(own, given)), config.trust)
     if "system" in words:
         RunFolder.open(config.resume, config.trust).check_system(config.system.name)
-    print(train(resume_folder(config.resume, given, config.trust)))
+    return _trained(resume_folder(config.resume, given, config.trust))
+
+
+def _trained(folder: RunFolder) -> float:
+    print(train(folder))
+    return objective(folder.metrics, folder.config.get("minimize"))
