@@ -134,10 +134,12 @@ def _of_one_of_many(config_name: str, given: Mapping[str, str], words: Sequence[
     """
     if ranks.environment() is None:
         return []
-    if config_name != "train" or set(MULTIRUN) & set(words):
+    if config_name not in ("train", "sample") or set(MULTIRUN) & set(words):
         raise UserError(
-            "A sweep, and each command but train, is started in one process, without torchrun or srun: leave them out."
+            "A sweep, and each command but train and sample, is started in one process: leave out torchrun or srun."
         )
+    if config_name == "sample":
+        return []
     if not {"hydra.run.dir", "resume"} & set(given):
         raise UserError(
             "Processes that torchrun or srun has started need one folder: add hydra.run.dir=... or resume=..."

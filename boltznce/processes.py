@@ -1,9 +1,10 @@
-"""The processes of a run on several devices of this machine: started, watched, and ended together.
+"""The processes that work on several devices of this machine: started, watched, and ended together.
 
-They are Python processes of their own, ``python -m boltznce.processes FOLDER TRUST PARENT`` with the environment that
-torchrun gives to its own: what they do is no other than under torchrun or srun (see `boltznce.ranks`).
+They are Python processes of their own, ``python -m boltznce.processes CALL PARENT``, with the environment that torchrun
+gives to its own: what they do is no other than under torchrun or srun (see `boltznce.ranks`).
 """
 
+import base64
 import contextlib
 import os
 import pickle
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
+from typing import Any
 
+from boltznce import ranks
 from boltznce.errors import UserError
 from boltznce.signals import Stopped, asked_to_stop, deferred, listening, stop
 from boltznce.systems.workers import WORKERS, available_cores
@@ -26,19 +28,20 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0  # for the others to say what is wrong, when one has ended
 
 
-def run(folder: Path, n: int, trust: bool) -> None:
-    """Train the run in ``folder`` in ``n`` processes, to its end.
+def run(n: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call an importable function in ``n`` processes, with arguments that can be pickled, to its end.
 
     A signal to stop is handed on, and raised here when all have stopped; so is the UserError of the first process.
     Raises RuntimeError where one has ended otherwise.
     """
     if not WORKERS:
         raise UserError(f"devices={n} on Windows needs processes that torchrun has started: set devices=1.")
+    call = base64.b64encode(pickle.dumps((function, arguments))).decode()
     ours, theirs = Pipe()
     with ours:
         with theirs:
             port = _free_port()
-            started = [_start([str(folder), str(trust)], rank, n, port, theirs) for rank in range(n)]
+            started = [_start(call, rank, n, port, theirs) for rank in range(n)]
         try:
             with deferred():
                 _wait(started)
@@ -58,7 +61,7 @@ def run(folder: Path, n: int, trust: bool) -> None:
         raise told
 
 
-def _start(words: list[str], rank: int, n: int, port: int, pipe: Connection) -> subprocess.Popen:
+def _start(call: str, rank: int, n: int, port: int, pipe: Connection) -> subprocess.Popen:
     environment = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // n)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # of warnings of DDP
@@ -68,7 +71,7 @@ def _start(words: list[str], rank: int, n: int, port: int, pipe: Connection) -> 
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "boltznce.processes", *words, str(os.getpid())],
+        [sys.executable, "-m", "boltznce.processes", call, str(os.getpid())],
         stdin=pipe.fileno() if rank == 0 else subprocess.DEVNULL,
         env=environment,
         process_group=0,  # Ctrl-C reaches this process only, which hands it on
@@ -113,20 +116,19 @@ def _nothing_told() -> RuntimeError:
 # ---- in each of them ------------------------------------------------------------------------------------------------
 
 
-def _main(folder: str, trust: str, parent: str) -> None:
-    from boltznce import ranks
-    from boltznce.run import RunFolder, help_train
-
+def _main(call: str, parent: str) -> None:
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     outcome: BaseException | None = None
     with listening():
         try:
-            help_train(Path(folder), RunFolder.open(Path(folder), trust == "True").config, trust == "True")
+            function, arguments = pickle.loads(base64.b64decode(call))
+            function(*arguments)
         except (Stopped, UserError) as error:
             outcome = error
     if ranks.is_first():
         with Connection(os.dup(0)) as pipe:
             pipe.send_bytes(pickle.dumps(outcome))
+    sys.stdout.flush()
     os._exit(0 if outcome is None else 1)  # what else there is to be torn down waits for the others
 
 

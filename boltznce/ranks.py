@@ -85,6 +85,8 @@ def join(fabric: "Fabric") -> "Fabric":
     global _group
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    if fabric.world_size > 1 and environment() is None:
+        raise RuntimeError(f"One process cannot be {fabric.world_size}: they are started by boltznce.processes.")
     fabric.launch()
     if distributed.is_available() and distributed.is_initialized() and _group is None:
         _group = distributed.new_group(backend="gloo", timeout=PATIENCE)

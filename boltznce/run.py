@@ -111,7 +111,7 @@ def train(folder: RunFolder) -> str:
                 preflight(config)
             if config.get("devices", 1) == 1 or ranks.environment():
                 return _train(folder)
-            processes.run(folder.path, config.devices, folder.trust)
+            processes.run(config.devices, help_train, folder.path, config, folder.trust)
             work = Workspace(folder, config, make_fabric("cpu"))
             return locate(config.method._target_, ModuleType).summary(work)
     except Stopped as stopped:
@@ -158,10 +158,11 @@ def _fabric(config: DictConfig) -> "Fabric":
 class Run:
     """A finished or interrupted training run: its system, its models and what can be drawn from them."""
 
-    def __init__(self, path: Path | str, device: str = "auto", trust: bool = False):
+    def __init__(self, path: Path | str, device: str = "auto", trust: bool = False, devices: int = 1):
+        """See `load_run`; with ``devices`` this is one of so many processes that share its draws (`boltznce.ranks`)."""
         self.folder = RunFolder.open(Path(path), trust)
         self.config = _config(self.folder)
-        self._work = Workspace(self.folder, self.config, make_fabric(device))
+        self._work = Workspace(self.folder, self.config, ranks.join(make_fabric(device, devices=devices)))
         locate(self.config.method._target_, ModuleType)
 
     def __repr__(self) -> str:
@@ -239,7 +240,7 @@ class Run:
             beside = None if folder is None else refined_folder(folder)
             draws = self.sample(n, system=system, seed=seed, batch_size=batch_size, folder=folder)
             how = {"seed": seed, "folder": beside, "format": format}
-            return refinement.refine(generator, draws, refinement.settings_of(self.config), **how)
+            return ranks.after_first(refinement.refine)(generator, draws, refinement.settings_of(self.config), **how)
 
         def numbers(k: int) -> torch.Generator:
             return self._work.generator(f"user {seed}", index=k)
