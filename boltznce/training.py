@@ -208,6 +208,7 @@ def fit(
     seed: int,
     name: str,
     validate: Validation | None = None,
+    memory: nn.Module | None = None,
     logger: Logger | None = None,
 ) -> FitResult:
     """Train ``module`` in place; leave it in eval mode with averaged weights (with early stopping: the best of them).
@@ -217,6 +218,7 @@ def fit(
         (dropout) breaks exact resuming.
     validate: called on the averaged weights with the same random numbers each time; returns scalars, among them "loss".
         Gradients are on, since some losses differentiate in x.
+    memory: what ``loss`` keeps from step to step, as buffers that are saved in checkpoints.
     fabric: launched. Processes that train together share the rows of each batch where the loss does (`ranks.part`);
         any number of them has the losses and weights of one, within rounding.
 
@@ -252,6 +254,8 @@ def fit(
             average.load(weights["ema"], state["ema_updates"])
         means.sums = {key: value.to(fabric.device) for key, value in state["means"].items()}
         progress, best = _Progress(**state["progress"]), weights.get("best")
+        if memory is not None:
+            _load_state(memory, weights["memory"], checkpoints.folder)
         fabric.strategy.precision.load_state_dict(state.get("precision", {}))
     ranks.wait()  # all have read it
 
@@ -330,6 +334,8 @@ def fit(
                     weights["ema"], state["ema_updates"] = average.values, average.updates
                 if best is not None:
                     weights["best"] = best
+                if memory is not None:
+                    weights["memory"] = memory.state_dict()
                 checkpoints.save(progress.step, weights, state)
             if stopping:
                 stop(stopping)
