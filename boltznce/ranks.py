@@ -208,7 +208,7 @@ def average(values: dict[str, Tensor]) -> dict[str, Tensor]:
     total = torch.stack([value.detach().double().cpu() for value in values.values()])
     with _others_there():
         distributed.all_reduce(total, group=_group)
-    return dict(zip(values, total / size(), strict=True))
+    return {key: mean.to(values[key]) for key, mean in zip(values, total / size(), strict=True)}
 
 
 def stop_asked_of_any() -> int:

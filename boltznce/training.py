@@ -325,7 +325,10 @@ def fit(
                     "Lower its learning rate, and look for extreme values in the data."
                 )
             stopping = ranks.stop_asked_of_any()
-            if writes and (due(settings.checkpoint_every) or stopping):
+            saving = due(settings.checkpoint_every) or stopping
+            if saving:
+                means.sums = ranks.average(means.sums)
+            if writes and saving:
                 progress.seconds = time.perf_counter() - started
                 weights = {"model": module.state_dict()}
                 state = {"progress": asdict(progress), "optimizer": optimizer.state_dict(), "means": means.sums}

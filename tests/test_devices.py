@@ -9,8 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import test_training
 import torch
 from forks import BOLTZNCE
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 
 from boltznce import UserError, ranks
 from boltznce.config import compose
@@ -24,6 +27,7 @@ from boltznce.networks.mlp import MLPEnergy
 from boltznce.requeue import requeued
 from boltznce.run import resume_folder
 from boltznce.run_folder import RunFolder
+from boltznce.training import FitSettings, fit
 
 RUN = [
     *BOLTZNCE,
@@ -164,6 +168,25 @@ def test_shares_of_a_batch_average_to_its_loss_and_gradient(monkeypatch, name):
     with ranks.sharing():
         assert ranks.part(2) == slice(None)  # fewer rows than processes: each has all
         assert ranks.mean_of_all(torch.tensor([1.0, 3.0]), 2) == 2
+
+
+def test_a_training_with_loss_scaling_is_resumed_to_the_bit(tmp_path):
+    def train(folder, steps, loss=test_training.noisy_loss):
+        fabric = Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu")])
+        module, settings = test_training.Line(), FitSettings(steps=8, checkpoint_every=steps, log_every=1, lr=1e-2)
+        return module, fit(module, loss, settings, folder, fabric=fabric, seed=0, name="line")
+
+    def interrupted(module, step, generator):
+        if step == 6:
+            raise KeyboardInterrupt
+        return test_training.noisy_loss(module, step, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", 5, interrupted)
+    (resumed, result), (whole, _) = train(tmp_path / "killed", 5), train(tmp_path / "whole", 5)
+    assert torch.equal(resumed.a, whole.a)
+    assert (result.steps, result.skipped_steps) == (8, 0)
+    assert whole.a != test_training.Line().a
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def make_fabric(
     where: dict[str, Any] = {"plugins": [ranks.environment() or LightningEnvironment()]}
     if devices * num_nodes > 1 or strategy == "ddp":
         # some losses leave parameters out, such as an additive constant, or the layers of another molecule
-        where["strategy"] = DDPStrategy(find_unused_parameters=True, timeout=ranks.PATIENCE)
+        where["strategy"] = DDPStrategy(find_unused_parameters=True)
     try:
         own = [int(number)] if number else devices
         return Fabric(accelerator=kind, devices=own, num_nodes=num_nodes, precision=precision, **where)
