@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hydra
@@ -16,11 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from boltznce import ranks
 from boltznce.config import available, compose, config_dir, explain, normalize, quoted, unquoted
 from boltznce.errors import UserError
 from boltznce.folders import Kind, claim
 from boltznce.io import disk_reason
 from boltznce.pretrained import located
+from boltznce.requeue import requeued
 from boltznce.run_folder import RUN, RunFolder
 from boltznce.settings import check
 from boltznce.signals import Stopped, listening
@@ -32,7 +34,7 @@ MULTIRUN = ("-m", "--multirun")
 SETTINGS = (HydraException, MissingMandatoryValue, InterpolationToMissingValueError)
 
 
-def launch(config_name: str, main: Callable[[DictConfig], None]) -> None:
+def launch(config_name: str, main: Callable[[DictConfig], float | None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line and call ``main``.
 
     A mistake in the settings, an error of the disk and a `UserError` end with one sentence and status 2; a signal to
@@ -44,11 +46,11 @@ def launch(config_name: str, main: Callable[[DictConfig], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a trace
 
-    def told(config: DictConfig) -> None:
+    def told(config: DictConfig) -> float | None:
         with _mistakes_told():
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # before any work
             check(config, config_name)
-            main(config)
+            return main(config)
 
     told.__module__ = main.__module__
     with _mistakes_told(), listening():
@@ -61,7 +63,9 @@ def _mistakes_told() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        print(f"\nStopped by {stopped}. To go on: {stopped.how_to_go_on}", file=sys.stderr)
+        if ranks.is_first():
+            how = requeued(stopped.number) or f"To go on: {stopped.how_to_go_on}"
+            print(f"\nStopped by {stopped}. {how}", file=sys.stderr)
         sys.exit(128 + stopped.number)
     except (ValueError, OSError, *SETTINGS) as error:
         logging.getLogger("boltznce").debug("", exc_info=True)
@@ -84,7 +88,7 @@ def _mistakes_told() -> Iterator[None]:
 
 def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     """The command line for Hydra; raises UserError or Hydra's own for a sweep that has a mistake in any member."""
-    default_budget = "paper" if torch.cuda.is_available() else "cpu"
+    default_budget = "gpu" if torch.cuda.is_available() else "cpu"
     words = normalize(overrides, default_budget if config_name == "train" else None)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if config_name == "train" and "resume" in given and "hydra.run.dir" not in given:
@@ -93,6 +97,8 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
             raise UserError(f"There is no run folder {run}: give resume= the folder of a run that was started.")
         run.check_own()  # Hydra writes there
         run.check_links()
+        # of the run's settings, which may not be those of this composition
+        words = [word if _of_the_command(word) else f"++{word.lstrip('+')}" for word in words]
         words += [
             f"hydra.run.dir={quoted(str(run.path))}",
             "hydra.output_subdir=null",
@@ -101,6 +107,7 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
         folder = unquoted(given["hydra.run.dir"])
         RunFolder(Path(folder)).check_own()  # before Hydra writes there
         claim(folder, RUN, "another hydra.run.dir")
+    words += _of_one_of_many(config_name, given, words)
     if "hydra.sweep.dir" in given and "${" not in given["hydra.sweep.dir"]:
         claim(unquoted(given["hydra.sweep.dir"]), SWEEP, "another hydra.sweep.dir")
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
@@ -115,6 +122,32 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     return words
 
 
+def _of_the_command(word: str) -> bool:
+    key = word.lstrip("+").partition("=")[0]
+    return key in ("resume", "trust") or key.startswith(("-", "hydra")) or bool(available(key.partition("@")[0]))
+
+
+def _of_one_of_many(config_name: str, given: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    """What Hydra is told in a process that torchrun or srun has started: the first alone writes.
+
+    Raises UserError for commands of one process, and where each would take another folder.
+    """
+    if ranks.environment() is None:
+        return []
+    if config_name not in ("train", "sample") or set(MULTIRUN) & set(words):
+        raise UserError(
+            "A sweep, and each command but train and sample, is started in one process: leave out torchrun or srun."
+        )
+    if config_name == "sample":
+        return []
+    if not {"hydra.run.dir", "resume"} & set(given):
+        raise UserError(
+            "Processes that torchrun or srun has started need one folder: add hydra.run.dir=... or resume=..."
+        )
+    quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    return [] if ranks.is_first() else quiet
+
+
 def _members(swept: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     """A sweep's members, as far as they differ in a choice of configs: of other values the first."""
     choices = []
@@ -122,5 +155,7 @@ def _members(swept: Sequence[Override]) -> Iterator[tuple[str, ...]]:
         each = [override.input_line]
         if override.is_discrete_sweep():
             each = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        elif override.is_interval_sweep():
+            each = [f"{override.get_key_element()}={override.value().start}"]
         choices.append(each if available(override.key_or_group) else each[:1])
     return itertools.product(*choices)

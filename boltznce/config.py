@@ -50,7 +50,7 @@ def available(group: str = "") -> list[str]:
     """Names of the configs in a group such as ``system``; those at the top by default.
 
     >>> available("budget"), "tabg/aldp" in available("experiment")
-    (['cpu', 'long', 'paper', 'smoke'], True)
+    (['cpu', 'gpu', 'long', 'paper', 'smoke'], True)
     """
     folder = config_dir() / group
     paths = list(folder.glob("*.yaml")) or folder.glob("*/*.yaml")
@@ -241,6 +241,8 @@ def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[
         group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         if group.startswith("size/"):
             return _no_size(*group.split("/")[1:], choice, overrides)
+        if group.startswith("hydra/"):
+            return UserError(f"{group}={choice} is not installed: pip install 'boltznce[hpc]' brings it.")
         names = ", ".join(available(group)) or "none"
         sequence = ", or the sequence of a peptide, as AK or ACE-AAA-NME" if group == "system" else ""
         return UserError(f"Unknown {group or 'config'} {choice!r}: choose one of {names}{sequence}.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from boltznce import ranks
 from boltznce.errors import UserError
 from boltznce.flows.context import ContextModel
 from boltznce.smc import HMC, Path, with_gradient
@@ -109,28 +110,35 @@ class EnergyBasedModel(ContextModel):
         x0 = self._scale(positions)
         x1 = self.prior.noise_like(x0, generator)
         u = torch.rand(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
-        t = u**self.time_power
-        x = self.interpolant.mix(x0, x1, t).requires_grad_(self.objective != "nce")
-        energy = self._call(x, t)
+        t, n, here = u**self.time_power, len(u), ranks.part(len(u))
+        x = self.interpolant.mix(x0[here], x1[here], t[here]).requires_grad_(self.objective != "nce")
+        model = self.rows(here)
+        energy = model._call(x, t[here])
         parts: dict[str, Tensor] = {}
         if self.objective != "nce":
             (score,) = torch.autograd.grad(energy.sum(), x, create_graph=self.training)
-            residual = self.interpolant.sigma(t).reshape(-1, 1, 1) * self.prior.project(score) + x1
-            parts["score"] = (residual.square().sum(dim=(-2, -1)) / self.prior.dimensions).mean()
+            residual = self.interpolant.sigma(t[here]).reshape(-1, 1, 1) * model.prior.project(score) + x1[here]
+            errors = residual.square().sum(dim=(-2, -1)) / model.prior.dimensions
+            parts["score"] = ranks.mean_of_all(errors, n)
         if self.objective != "score":
-            parts["nce"] = self._nce(x, u, energy, generator)
+            others = self._other_times(u, generator)[:, here]
+            parts["nce"] = ranks.mean_of_all(model._nce(x, energy, others), n)
         parts["loss"] = parts.get("score", 0.0) + self.nce_weight * parts.get("nce", 0.0)
         if self.contrast_weight and self.training:
             parts["contrast"] = self.contrast(positions, generator)
             parts["loss"] = parts["loss"] + self.contrast_weight * parts["contrast"]
         return parts
 
-    def _nce(self, x: Tensor, u: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _other_times(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        """u of the ``n_negatives`` times (n_negatives, batch) to be told from that of the samples (batch,)."""
         noise = torch.randn(1 + self.n_negatives, len(u), generator=generator, dtype=u.dtype, device=u.device)
         other = u + self.nce_width / math.sqrt(2.0) * (noise[0] + noise[1:])
-        other = other.clamp(0, 1) if self.clip_negatives else _reflect(other)
-        logits = torch.stack([energy, *(self._call(x, time**self.time_power) for time in other)])
-        return -functional.log_softmax(logits, dim=0)[0].mean()
+        return other.clamp(0, 1) if self.clip_negatives else _reflect(other)
+
+    def _nce(self, x: Tensor, energy: Tensor, others: Tensor) -> Tensor:
+        """Cross-entropy (batch,) of telling the samples' own time, at which they have ``energy``, from ``others``."""
+        logits = torch.stack([energy, *(self._call(x, time**self.time_power) for time in others)])
+        return -functional.log_softmax(logits, dim=0)[0]
 
     def contrast(self, positions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean E(x, 0) of walkers in exp E minus that of samples (batch, n, dim) in nm, after one move of the former.

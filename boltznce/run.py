@@ -1,12 +1,16 @@
 """A run: train one in its folder, load one, sample from it."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from boltznce import processes, ranks
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.samples_io import check_trajectory_format
 from boltznce.command_line import command_line
@@ -21,11 +25,26 @@ from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.pretrained import folder_of
 from boltznce.records import damaged
 from boltznce.run_folder import REMEDY, RunFolder
+from boltznce.run_inputs import with_changes
 from boltznce.settings import require
-from boltznce.signals import Stopped
+from boltznce.signals import Stopped, deferred
 from boltznce.systems.base import System
 
-__all__ = ["Run", "RunFolder", "load_pretrained", "load_run", "refined_folder", "start_folder", "train", "train_run"]
+if TYPE_CHECKING:  # slow to import
+    from lightning_fabric import Fabric
+
+__all__ = [
+    "Run",
+    "RunFolder",
+    "help_train",
+    "load_pretrained",
+    "load_run",
+    "refined_folder",
+    "resume_folder",
+    "start_folder",
+    "train",
+    "train_run",
+]
 
 
 def train_run(path: Path | str, *overrides: str) -> "Run":
@@ -59,48 +78,91 @@ def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
     return folder
 
 
+def resume_folder(path: Path | str, given: Mapping[str, Any], trust: bool = False) -> RunFolder:
+    """The folder of a run that is to go on, with other values of settings by which nothing changes that was trained.
+
+    ``given`` has them by their dotted names. Raises UserError for others, as `RunFolder.open` does, and before anything
+    is changed for what `preflight` finds wrong.
+    """
+    folder = RunFolder.open(Path(path), trust)
+    folder.check_own()
+    if given:
+        preflight(OmegaConf.create(with_changes(OmegaConf.to_container(_config(folder)), given)))
+        folder.change(given)
+        folder.checked = True
+    return folder
+
+
 def train(folder: RunFolder) -> str:
     """Run, or finish, all stages of the method that the folder's config names; returns a summary for the terminal.
 
     The last stage, the report, is made anew of a finished run too: there may be data now to compare with. What can be
     known to fail is told as a UserError before the first stage (see `preflight`), and so is another process at work in
     the folder, and a run that ships with the package.
+
+    With ``devices`` a process is started for each, unless they are there already (see `ranks.environment`): then each
+    but the first calls `help_train`.
     """
     folder.check_own()
     try:
         with only_process(folder.path):
-            return _train(folder)
+            config = _config(folder)
+            if not folder.checked:
+                preflight(config)
+            if config.get("devices", 1) == 1 or ranks.environment():
+                return _train(folder)
+            processes.run(config.devices, help_train, folder.path, config, folder.trust)
+            work = Workspace(folder, config, make_fabric("cpu"))
+            return locate(config.method._target_, ModuleType).summary(work)
     except Stopped as stopped:
         stopped.how_to_go_on = command_line("train", f"resume={folder.path}")
         raise
 
 
-def _train(folder: RunFolder) -> str:
+def help_train(path: Path, config: DictConfig, trust: bool = False) -> None:
+    """Be one of the processes that share the training of a run, whose folder the first has made when it joins."""
+    ranks.join(fabric := _fabric(config))
+    with contextlib.nullcontext() if ranks.is_first() else deferred():  # the others stop when the first does
+        _train(RunFolder.open(path, trust), fabric)
+
+
+def _train(folder: RunFolder, fabric: "Fabric | None" = None) -> str:
     config = _config(folder)
     set_threads(config.threads)
-    if not folder.checked:
-        preflight(config)
     method = locate(config.method._target_, ModuleType)
-    logger = open_logger(folder.path, OmegaConf.to_container(config), **config.logger)
-    work = Workspace(folder, config, make_fabric(config.device, config.precision), logger)
-    folder.record_identity(work.system)
+    fabric, logger = fabric or ranks.join(_fabric(config)), None
+    if ranks.is_first():
+        logger = open_logger(folder.path, OmegaConf.to_container(config), **config.logger)
+    work = Workspace(folder, config, fabric, logger)
+    ranks.by_first(folder.record_identity)(work.system)
     *_, last = method.STAGES
     for name, stage in method.STAGES.items():
-        if name != last and folder.stage_done(name):
-            folder.check_left(name)
-        else:
-            with folder.stage(name) as info:
+        if not ranks.by_first(_already_done)(folder, name, last):
+            with folder.stage(name) if ranks.is_first() else contextlib.nullcontext({}) as info:
                 info.update(stage(work) or {})
-    return method.summary(work)
+    return ranks.by_first(method.summary)(work)
+
+
+def _already_done(folder: RunFolder, name: str, last: str) -> bool:
+    done = name != last and folder.stage_done(name)
+    if done:
+        folder.check_left(name)
+    return done
+
+
+def _fabric(config: DictConfig) -> "Fabric":
+    names = ("device", "precision", "devices", "num_nodes", "strategy")
+    return make_fabric(**{name: config[name] for name in names if name in config})  # runs of before lack some
 
 
 class Run:
     """A finished or interrupted training run: its system, its models and what can be drawn from them."""
 
-    def __init__(self, path: Path | str, device: str = "auto", trust: bool = False):
+    def __init__(self, path: Path | str, device: str = "auto", trust: bool = False, devices: int = 1):
+        """See `load_run`; with ``devices`` this is one of so many processes that share its draws (`boltznce.ranks`)."""
         self.folder = RunFolder.open(Path(path), trust)
         self.config = _config(self.folder)
-        self._work = Workspace(self.folder, self.config, make_fabric(device))
+        self._work = Workspace(self.folder, self.config, ranks.join(make_fabric(device, devices=devices)))
         locate(self.config.method._target_, ModuleType)
 
     def __repr__(self) -> str:
@@ -178,7 +240,7 @@ class Run:
             beside = None if folder is None else refined_folder(folder)
             draws = self.sample(n, system=system, seed=seed, batch_size=batch_size, folder=folder)
             how = {"seed": seed, "folder": beside, "format": format}
-            return refinement.refine(generator, draws, refinement.settings_of(self.config), **how)
+            return ranks.after_first(refinement.refine)(generator, draws, refinement.settings_of(self.config), **how)
 
         def numbers(k: int) -> torch.Generator:
             return self._work.generator(f"user {seed}", index=k)

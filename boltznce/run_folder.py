@@ -22,7 +22,15 @@ from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
 from boltznce.pretrained import is_shipped, located, outputs_of, shown
 from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
-from boltznce.run_inputs import changed_settings, copy_inputs, keep_inputs, open_inputs, replaced_inputs
+from boltznce.run_inputs import (
+    changed_settings,
+    copy_inputs,
+    evaluated_otherwise,
+    keep_inputs,
+    open_inputs,
+    replaced_inputs,
+    with_changes,
+)
 from boltznce.signals import stop_if_asked
 from boltznce.systems.base import System
 from boltznce.systems.identity import differences
@@ -118,6 +126,20 @@ class RunFolder:
         if not self.trust:
             check_trusted(contents, self._config_path)
         return OmegaConf.create(contents)
+
+    def change(self, given: Mapping[str, Any]) -> None:
+        """Go on with other values of some settings, by their dotted names (see `run_inputs.with_changes`).
+
+        What was drawn to be evaluated in another way is set aside. Raises UserError for settings that decide what is
+        trained, and where another process is at work.
+        """
+        before = self._settings()
+        after = with_changes(before, given)
+        with only_process(self.path):
+            if evaluated_otherwise(before, after):
+                self._undo("evaluation")
+            with atomic_file(self._config_path) as temporary:
+                OmegaConf.save(OmegaConf.create(sealed(after)), temporary)
 
     def _settings(self) -> dict:
         """The config as it is on disk."""
@@ -300,6 +322,15 @@ class RunFolder:
                 entry["leaves"] = left
             entry.update(info or {}, finished=_now())
             self._write(record)
+
+    def _undo(self, name: str) -> None:
+        with self._lock:
+            record = self._read()
+            order = list(stages := record["stages"])
+            if name in order:
+                undone = [stages.pop(each) for each in order[order.index(name) :]]
+                self.set_aside(place for stage in undone for place in self._places(stage))
+                self._write(record)
 
     def _undo_after(self, stages: dict[str, dict], name: str) -> None:
         order = list(stages)

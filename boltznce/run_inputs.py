@@ -9,28 +9,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from boltznce.errors import UserError
 from boltznce.io import atomic_file, file_digest
 from boltznce.settings import leaves
 from boltznce.systems.force_field_files import with_included
 from boltznce.systems.structures import STRUCTURES, structure_file
 
-__all__ = ["INPUTS", "changed_settings", "copy_inputs", "keep_inputs", "open_inputs", "replaced_inputs"]
+__all__ = [
+    "INPUTS",
+    "changed_settings",
+    "copy_inputs",
+    "evaluated_otherwise",
+    "keep_inputs",
+    "open_inputs",
+    "replaced_inputs",
+    "with_changes",
+]
 
 INPUTS = "inputs"
 FILES = ("flow.start", "ebm.start", "flow.published_weights")  # and system.structure, system.forcefield
 FOLDERS = ("data.folder", "data_dir")
 # settings, and sections of them, by which no result changes
-HARMLESS = {
+HARMLESS = (
     "checkpoint_every",
     "compile",
     "data_dir",
     "device",
+    "devices",
     "logger",
+    "minimize",
     "n_processes",
     "n_workers",
+    "num_nodes",
     "progress",
+    "strategy",
     "threads",
-}
+)
+
+# settings of ``evaluation`` that the report alone reads, which is made anew whenever a run goes on
+OF_THE_REPORT = ("n_bootstrap", "confidence", "n_torus", "tica_lag", "grid")
 
 Config = dict[str, Any]
 
@@ -84,8 +103,36 @@ def open_inputs(config: Config, folder: Path) -> Config:
 def changed_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Setting -> (recorded, given), of those that a result depends on."""
     there, here = dict(leaves(recorded)), dict(leaves(given))
-    names = [name for name in {**there, **here} if not HARMLESS & set(name.split("."))]
+    names = [name for name in {**there, **here} if not _harmless(name)]
     return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
+
+
+def with_changes(config: Config, given: Mapping[str, Any]) -> Config:
+    """A run's config with other values of settings by which nothing changes that was trained.
+
+    Raises UserError for others.
+    """
+    free = [name for name in HARMLESS if name not in FOLDERS]
+    refused = [name for name in given if set(free).isdisjoint(name.split(".")) and not name.startswith("evaluation.")]
+    if refused:
+        raise UserError(
+            f"resume= goes on with the run's own settings, of which evaluation.* may change, and {', '.join(free)}: "
+            f"leave out {' '.join(refused)}, or start a new run."
+        )
+    changed = OmegaConf.create(config)
+    for name, value in given.items():
+        OmegaConf.update(changed, name, value, merge=False, force_add=True)
+    return OmegaConf.to_container(changed)
+
+
+def evaluated_otherwise(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether what is drawn to be reported on is no longer what it was."""
+    changed = changed_settings(before, after)
+    return any(name.startswith("evaluation.") and name.split(".")[1] not in OF_THE_REPORT for name in changed)
+
+
+def _harmless(name: str) -> bool:
+    return not set(HARMLESS).isdisjoint(name.split("."))
 
 
 def _paths(config: Config) -> Iterator[tuple[Any, Any, str]]:

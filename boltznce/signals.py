@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
-__all__ = ["Stopped", "asked_to_stop", "deferred", "ignore", "listening", "stop_if_asked"]
+__all__ = ["Stopped", "asked_to_stop", "deferred", "ignore", "listening", "stop", "stop_if_asked"]
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # batch systems send SIGTERM or SIGUSR1; Windows lacks two of them
 _asked: int | None = None  # the first signal that came
@@ -23,6 +24,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.how_to_go_on = "run the same command again"
+
+    def __reduce__(self) -> tuple:
+        return Stopped, (self.number,)
 
 
 @contextlib.contextmanager
@@ -56,15 +60,20 @@ def deferred() -> Iterator[None]:
         _deferring -= 1
 
 
-def asked_to_stop() -> bool:
-    """Whether a signal has come."""
-    return _asked is not None
+def asked_to_stop() -> int:
+    """The signal that has come; 0 for none."""
+    return _asked or 0
 
 
 def stop_if_asked() -> None:
     """Raise `Stopped` if a signal has come that could not interrupt."""
     if _asked is not None:
-        raise Stopped(_asked)
+        stop(_asked)
+
+
+def stop(number: int) -> NoReturn:
+    """Raise `Stopped`, as if the signal had come here."""
+    raise Stopped(number)
 
 
 def ignore() -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from boltznce import ranks
 from boltznce.checkpoint import REMEDY, Checkpoints, load_weights, save_weights
 from boltznce.errors import UserError
 from boltznce.logger import CSVLog, Logger
 from boltznce.records import damaged
 from boltznce.settings import require
-from boltznce.signals import asked_to_stop, deferred, stop_if_asked
+from boltznce.signals import deferred, stop
 
 if TYPE_CHECKING:  # slow to import
     from lightning_fabric import Fabric
@@ -174,7 +175,8 @@ class _Apply(nn.Module):
         self.module = module
 
     def forward(self, function: Callable, *arguments):
-        return function(self.module, *arguments)
+        with ranks.sharing():
+            return function(self.module, *arguments)
 
 
 def step_generator(seed: int, name: str, step: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -217,7 +219,8 @@ def fit(
     validate: called on the averaged weights with the same random numbers each time; returns scalars, among them "loss".
         Gradients are on, since some losses differentiate in x.
     memory: what ``loss`` keeps from step to step, as buffers that are saved in checkpoints.
-    fabric: launched; any precision but 16-mixed, whose loss scaling excludes the fused optimizer.
+    fabric: launched. Processes that train together share the rows of each batch where the loss does (`ranks.part`);
+        any number of them has the losses and weights of one, within rounding.
 
     Writes ``<name>.csv`` and ``checkpoints/<name>/`` under ``folder``, at the end ``checkpoints/<name>.safetensors``.
     Where that exists it is loaded and nothing trained. Raises UserError for settings that contradict each other, for a
@@ -227,6 +230,7 @@ def fit(
     folder = Path(folder)
     finished, log_path = folder / "checkpoints" / f"{name}.safetensors", folder / f"{name}.csv"
     module = fabric.to_device(module)
+    ranks.wait()  # what the first process has written is there
     if finished.exists():
         weights, metadata = load_weights(finished)
         _load_state(module, weights, finished)
@@ -235,7 +239,8 @@ def fit(
             raise damaged(f"The weights file {finished}", "no training of this run has left it", REMEDY)
         return FitResult(**metadata, weights=finished, log=log_path)
 
-    apply, optimizer = fabric.setup(_Apply(module), _optimizer(module, settings))
+    scaled = getattr(fabric.strategy.precision, "scaler", None) is not None  # 16-mixed: it skips such steps itself
+    apply, optimizer = fabric.setup(_Apply(module), _optimizer(module, settings, fused=not scaled))
     average = WeightAverage(module, settings.ema_decay) if settings.ema_decay is not None else None
     means, progress, best = _RunningMeans(), _Progress(), None
     checkpoints = Checkpoints(folder / "checkpoints" / name, settings.keep_checkpoints)
@@ -251,8 +256,10 @@ def fit(
         progress, best = _Progress(**state["progress"]), weights.get("best")
         if memory is not None:
             _load_state(memory, weights["memory"], checkpoints.folder)
+        fabric.strategy.precision.load_state_dict(state.get("precision", {}))
+    ranks.wait()  # all have read it
 
-    stream = f"{name}/{fabric.global_rank}"  # processes that train together draw different batches
+    stream = f"{name}/0"  # of all processes: they share its batches
     writes = fabric.is_global_zero
     table = CSVLog(log_path, progress.step) if writes else None
     if writes and table.last:  # time that a kill undid was spent all the same
@@ -281,8 +288,9 @@ def fit(
             most = settings.grad_clip or math.inf
             norm = fabric.clip_gradients(apply, optimizer, max_norm=most, error_if_nonfinite=False)
             finite = norm.isfinite()
-            # A fused Adam reads this flag on the device, as for a gradient scaler; at 1 it leaves weights alone.
-            optimizer.optimizer.found_inf = (~finite).float()
+            if not scaled:
+                # A fused Adam reads this flag on the device, as for a gradient scaler; at 1 it leaves weights alone.
+                optimizer.optimizer.found_inf = (~finite).float()
             optimizer.step()
             if average and (step + 1) % settings.ema_every == 0:
                 average.update()
@@ -292,6 +300,7 @@ def fit(
 
             row = {}
             if due(settings.log_every):
+                means.sums = ranks.average(means.sums)
                 values, valid, skipped = means.read()
                 progress.skipped += skipped
                 progress.hopeless = 0 if valid else progress.hopeless + skipped
@@ -315,11 +324,15 @@ def fit(
                     f"Training of '{name}' diverged: the last {progress.hopeless} steps had no finite gradient. "
                     "Lower its learning rate, and look for extreme values in the data."
                 )
-            stopping = asked_to_stop()
-            if writes and (due(settings.checkpoint_every) or stopping):
+            stopping = ranks.stop_asked_of_any()
+            saving = due(settings.checkpoint_every) or stopping
+            if saving:
+                means.sums = ranks.average(means.sums)
+            if writes and saving:
                 progress.seconds = time.perf_counter() - started
                 weights = {"model": module.state_dict()}
                 state = {"progress": asdict(progress), "optimizer": optimizer.state_dict(), "means": means.sums}
+                state["precision"] = fabric.strategy.precision.state_dict()
                 if average:
                     weights["ema"], state["ema_updates"] = average.values, average.updates
                 if best is not None:
@@ -328,7 +341,7 @@ def fit(
                     weights["memory"] = memory.state_dict()
                 checkpoints.save(progress.step, weights, state)
             if stopping:
-                stop_if_asked()
+                stop(stopping)
 
     _load_state(module, best if best is not None else _kept_weights(module, average), finished)
     module.eval()
@@ -341,7 +354,7 @@ def fit(
     }
     if writes:
         save_weights(finished, module.state_dict(), summary)
-    fabric.barrier()
+    ranks.wait()
     return FitResult(**summary, weights=finished, log=log_path)
 
 
@@ -356,21 +369,21 @@ def check_fit(settings: FitSettings, name: str, validates: bool) -> None:
         )
 
 
-def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, settings: FitSettings, fused: bool) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if settings.weight_decay:
-        return torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
-    return torch.optim.Adam(parameters, settings.lr, fused=True)
+        return torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    return torch.optim.Adam(parameters, settings.lr, fused=fused)
 
 
 def _validation(
     module: nn.Module, validate: Validation, average: WeightAverage | None, fabric, generator: torch.Generator
 ) -> dict[str, float]:
     module.eval()
-    with average.applied() if average else contextlib.nullcontext(), fabric.autocast():
+    with average.applied() if average else contextlib.nullcontext(), fabric.autocast(), ranks.sharing():
         values = validate(module, generator)
     module.train()
-    return {key: float(value.detach()) for key, value in values.items()}
+    return {key: float(value.detach()) for key, value in ranks.average(values).items()}
 
 
 def _kept_weights(module: nn.Module, average: WeightAverage | None) -> dict[str, Tensor]:

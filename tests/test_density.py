@@ -62,7 +62,7 @@ def test_plane_w2_of_shifted_points():
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])
+@pytest.mark.parametrize("budget", ["smoke", "cpu", "gpu", "long", "paper"])
 @pytest.mark.parametrize("system", ["gaussians8", "checkerboard", "mueller_brown"])
 def test_every_budget_composes_in_the_plane(system, budget):
     config = compose("train", [f"system={system}", f"budget={budget}"])

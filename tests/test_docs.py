@@ -133,9 +133,16 @@ def test_every_equation_has_its_code():
 def test_commands_compose(page):
     for script, words in commands(page):
         assert script in COMMANDS
+        words = one_member(words) if "-m" in words else words
         composed = compose(script, tuple(word for word in words if not word.startswith("-")))
         if script == "benchmark":
             assert composed.what in BENCHMARKS
+
+
+def one_member(words: list[str]) -> list[str]:
+    """Of a sweep, without its launcher, which need not be installed, and what is to be found by search."""
+    kept = [word for word in words if not word.startswith(("launcher=", "hydra.")) and "(" not in word]
+    return [word.partition(",")[0] for word in kept]
 
 
 @functools.cache

@@ -357,7 +357,7 @@ def test_force_evaluations_of_a_simulation():
     assert force_evaluations({"settings": {"method": "exact"}}) == 0
 
 
-@pytest.mark.parametrize("budget", ["smoke", "cpu", "long", "paper"])
+@pytest.mark.parametrize("budget", ["smoke", "cpu", "gpu", "long", "paper"])
 def test_every_budget_composes(budget):
     config = compose("train", ["system=aldp_amber96", "method=tabg", f"budget={budget}"])
     assert "ebm" not in config

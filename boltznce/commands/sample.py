@@ -9,30 +9,38 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from boltznce import processes, ranks
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.samples_io import SAMPLES
 from boltznce.config import build
+from boltznce.errors import UserError
 from boltznce.folders import claim
 from boltznce.methods.finetune import start_report
-from boltznce.run import Run, load_run, refined_folder, train
+from boltznce.run import Run, refined_folder, set_threads, train
 from boltznce.systems.base import System
 
 
 def main(config: DictConfig) -> None:
-    run = load_run(config.run, config.device, config.trust)
+    if config.devices > 1 and ranks.environment() is None:
+        return processes.run(config.devices, main, config)
+    set_threads(config.threads)
+    run = Run(config.run, config.device, config.trust, config.devices)
     system = run.system.choose(build(config.system) if "system" in config else None)
     name = f"{config.likelihood}-{config.n_samples}-seed{config.seed}"
     output = Path(config.output or run.folder.outputs / "samples" / run.system.label(system) / name)
     reports = config.refine and run.system.is_family if config.report == "auto" else config.report
+    if reports and config.devices > 1:
+        raise UserError("A report is made by one process: with devices=... set report=false, or leave devices out.")
     samples, place = (_reported if reports else _drawn)(run, system, output, config)
-    print(f"{len(samples)} samples in {place}: ESS {samples.ess:.2%}, Pareto-k {samples.pareto_k:.2f}")
+    if ranks.is_first():
+        print(f"{len(samples)} samples in {place}: ESS {samples.ess:.2%}, Pareto-k {samples.pareto_k:.2f}")
 
 
 def _drawn(run: Run, system: System, output: Path, config: DictConfig) -> tuple[WeightedSamples, Path]:
     """The samples, and where they are: draws in ``output``, refined ones beside them."""
     places = [output, refined_folder(output)][: 1 + config.refine]
     for place in places:
-        claim(place, SAMPLES, "another output")
+        ranks.by_first(claim)(place, SAMPLES, "another output")
     samples = run.sample(
         config.n_samples,
         config.likelihood,

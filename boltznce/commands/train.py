@@ -1,22 +1,35 @@
 """The main job: data, a generator, its likelihood, weights and a report. `boltznce train system=aldp`"""
 
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from boltznce.errors import UserError
-from boltznce.run import RunFolder, start_folder, train
+from boltznce import ranks
+from boltznce.objective import objective
+from boltznce.run import RunFolder, help_train, resume_folder, start_folder, train
+from boltznce.run_inputs import with_changes
+
+OF_THE_COMMAND = ("resume", "budget", "trust", "system")
 
 
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    """Train; returns what a search over settings minimizes (see `boltznce.objective`)."""
     if config.resume is None:
-        print(train(start_folder(HydraConfig.get().runtime.output_dir, config)))
-        return
-    given = [word for word in HydraConfig.get().overrides.task if not word.startswith(("resume=", "budget=", "trust="))]
-    run = RunFolder.open(config.resume, config.trust)
-    if any(word.startswith("system=") for word in given):
-        run.check_system(config.system.name)
-    if any(not word.startswith("system=") for word in given):
-        raise UserError(
-            f"resume= goes on with the run's own settings: leave out {' '.join(given)}, or start a new run."
-        )
-    print(train(run))
+        path = Path(HydraConfig.get().runtime.output_dir)
+        if not ranks.is_first():
+            return help_train(path, config, trust=True)
+        return _trained(start_folder(path, config))
+    words = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
+    given = {name: OmegaConf.select(config, name) for name in words if name not in OF_THE_COMMAND}
+    if not ranks.is_first():
+        own = OmegaConf.to_container(RunFolder.open(config.resume, config.trust).config)
+        return help_train(Path(config.resume), OmegaConf.create(with_changes(own, given)), config.trust)
+    if "system" in words:
+        RunFolder.open(config.resume, config.trust).check_system(config.system.name)
+    return _trained(resume_folder(config.resume, given, config.trust))
+
+
+def _trained(folder: RunFolder) -> float:
+    print(train(folder))
+    return objective(folder.metrics, folder.config.get("minimize"))

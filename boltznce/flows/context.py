@@ -54,6 +54,13 @@ class ContextModel(nn.Module):
         prior = GaussianPrior(molecules.mask.shape[1], self.prior.dim, self.prior.centred, molecules.mask)
         return copy_with(self, prior=prior, features=molecules.features, groups=molecules.index)
 
+    def rows(self, part: slice) -> Self:
+        """The same model for some rows of what it was called on: of a padded batch those molecules."""
+        mask = self.prior.mask
+        if mask is None or part == slice(None):
+            return self
+        return self.on(Molecules(self.features[part], mask[part], self.groups[part]))
+
     @property
     def needs_calibration(self) -> bool:
         """Whether ``calibrate`` has anything to measure."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from boltznce import ranks
 from boltznce.errors import UserError
 from boltznce.flows.context import ContextModel
 from boltznce.flows.coupling import make_coupling
@@ -170,7 +171,8 @@ class InterpolantFlow(ContextModel):
         x0 = self._scale(positions)
         x0, x1 = self.couple(x0, self.prior.noise_like(x0, generator), self.groups)
         t = torch.rand(len(x0), generator=generator, dtype=x0.dtype, device=x0.device) ** self.time_power
-        return self._errors(x0, x1, self.t_min + (1 - self.t_min) * t).mean()
+        t, here = self.t_min + (1 - self.t_min) * t, ranks.part(len(t))
+        return ranks.mean_of_all(self.rows(here)._errors(x0[here], x1[here], t[here]), len(t))
 
     def _errors(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """The weighted squared error a degree of freedom (batch,) for pairs of scaled positions."""

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from boltznce import ranks
 from boltznce.analysis.metrics import density_errors
 from boltznce.analysis.plotting import plot_densities
 from boltznce.analysis.report import write_report
@@ -61,6 +62,7 @@ def train_ebm(work: Workspace) -> dict:
     return work.fit("ebm", model, loss, validate)
 
 
+@ranks.by_first
 def report(work: Workspace) -> dict:
     """Compare the learned density with the true one on a grid, both normalized on it.
 

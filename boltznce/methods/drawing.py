@@ -1,7 +1,7 @@
 """Drawing from trained models of any method: samples with energies and a likelihood, in batches to disk."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from boltznce import ranks
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.checkpoint import parameters_digest
 from boltznce.errors import UserError
@@ -32,6 +33,11 @@ class Batch:
     energy: Tensor
     log_prob: Tensor
     counts: dict[str, int]
+
+    def cpu(self) -> "Batch":
+        """The same on the CPU."""
+        arrays = {"positions": self.positions, "energy": self.energy, "log_prob": self.log_prob}
+        return replace(self, **{name: array.cpu() for name, array in arrays.items()})
 
 
 class Generator:
@@ -105,21 +111,29 @@ def draw_batches(
 ) -> Iterator[Batch]:
     """Batches until ``n`` samples are kept, the last one cut; batch k takes its numbers from ``generator_of(k)``.
 
-    ``n_done`` and ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be
-    kept.
+    On the CPU; of processes that share a run each computes some, and all get all of them. ``n_done`` and
+    ``batches_done`` tell how far an earlier call came. Raises UserError if nothing that is drawn can be kept.
     """
-    barren = 0
+
+    def draw(k: int) -> Batch:
+        return models.draw(batch_size, likelihood, generator_of(k), n_probes).cpu()
+
+    barren, drawn = 0, ranks.in_turn(draw, batches_done)
     while n_done < n:
-        batch = models.draw(batch_size, likelihood, generator_of(batches_done), n_probes)
-        room = n - n_done
+        batch, room = next(drawn), n - n_done
         yield Batch(batch.positions[:room], batch.energy[:room], batch.log_prob[:room], batch.counts)
-        n_done, batches_done = n_done + min(len(batch.energy), room), batches_done + 1
+        n_done += min(len(batch.energy), room)
         barren = 0 if len(batch.energy) else barren + 1
         if barren == BARREN_BATCHES:
             raise UserError(
                 f"None of {barren * batch_size} samples of {models.system.name} has its bonds and chirality: "
                 "train the flow longer (flow.fit.steps), or on more molecules."
             )
+
+
+def _writer(models: Generator, folder: Path, n: int, settings: dict, format: str) -> WeightedSamplesWriter:
+    require_free_space(folder, n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24))
+    return WeightedSamplesWriter(folder, models.system.topology, settings)
 
 
 def draw_to_folder(
@@ -144,27 +158,18 @@ def draw_to_folder(
     settings = {"system": models.system.name, "likelihood": likelihood, "n": n}
     settings |= {"batch_size": batch_size, "n_probes": n_probes} | (meta or {})
     settings["weights"] = parameters_digest(models.models(likelihood))
-    if not (folder / "meta.yaml").exists():
-        n_bytes = n * (4 * models.system.n_atoms * models.system.dim * (1 if format == "npy" else 2) + 24)
-        require_free_space(folder, n_bytes)
-        writer = WeightedSamplesWriter(folder, models.system.topology, settings)
-        batches = draw_batches(
-            models,
-            n,
-            likelihood,
-            generator_of,
-            batch_size=batch_size,
-            n_probes=n_probes,
-            n_done=writer.n_written,
-            batches_done=writer.counts.get("batches", 0),
-        )
-        title = f"samples of {models.system.name}, {likelihood}"
-        with tqdm(total=n, initial=writer.n_written, desc=title, unit="sample", mininterval=1.0) as bar:
-            for batch in batches:
-                arrays = (batch.positions, batch.energy, batch.log_prob)
-                writer.append(*(a.cpu().numpy() for a in arrays), counts=batch.counts)
+    if not ranks.by_first((folder / "meta.yaml").exists)():
+        writer = _writer(models, folder, n, settings, format) if ranks.is_first() else None
+        n_done, batches_done = ranks.by_first(lambda: (writer.n_written, writer.counts.get("batches", 0)))()
+        how = {"batch_size": batch_size, "n_probes": n_probes, "n_done": n_done, "batches_done": batches_done}
+        shown = {"desc": f"samples of {models.system.name}, {likelihood}", "unit": "sample", "mininterval": 1.0}
+        with tqdm(total=n, initial=n_done, disable=writer is None, **shown) as bar:
+            for batch in draw_batches(models, n, likelihood, generator_of, **how):
+                if writer:
+                    arrays = (batch.positions, batch.energy, batch.log_prob)
+                    writer.append(*(a.numpy() for a in arrays), counts=batch.counts)
                 bar.update(len(batch.energy))
-        writer.finish(format)
+        ranks.by_first(lambda: writer.finish(format))()
     samples = WeightedSamples.load(folder)
     others = [f"{key}={samples.meta.get(key)}" for key, value in settings.items() if samples.meta.get(key) != value]
     if others or not (format == "npy" or (folder / f"trajectory.{format}").exists()):

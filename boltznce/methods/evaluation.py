@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from boltznce import ranks
 from boltznce.analysis.free_energy import choose_subset
 from boltznce.analysis.reweighting import WeightedSamples, WeightedSamplesWriter
 from boltznce.clock import clock_of
@@ -38,9 +39,8 @@ def evaluate(work: Workspace) -> dict:
     proxy are annealed from it to the system, to be compared with.
     """
     tests = work.system.members("test")
-    return {
-        "per_sample": {member.name: _evaluate(work, member) for member in tqdm(tests, desc="evaluation", unit="system")}
-    }
+    bar = tqdm(tests, desc="evaluation", unit="system", disable=not ranks.is_first())
+    return {"per_sample": {member.name: _evaluate(work, member) for member in bar}}
 
 
 def _evaluate(work: Workspace, member: System) -> dict[str, float]:
@@ -82,6 +82,7 @@ def _evaluate(work: Workspace, member: System) -> dict[str, float]:
     return seconds
 
 
+@ranks.after_first
 def _refined(work: Workspace, member: System, generator: Generator, conformers: WeightedSamples) -> WeightedSamples:
     """Leave some of the draws, refined, in ``samples/refined``."""
     n = work.config.evaluation.refine.n_walkers
@@ -91,6 +92,7 @@ def _refined(work: Workspace, member: System, generator: Generator, conformers: 
     return refine(generator, conformers, settings_of(work.config), **how)
 
 
+@ranks.by_first
 def _refine_data(work: Workspace, member: System) -> None:
     """Leave frames of the data that no flow was trained on, refined, in ``samples/frames``, if there is a proxy."""
     n = work.config.evaluation.get("n_frames")
@@ -139,26 +141,39 @@ def _exact(
         return {}
     work.folder.leave(folder)
     seconds = exact_likelihoods(work.models.of(member), samples, unique, folder, clock_of(work.device)) / len(unique)
-    with atomic_file(work.folder.leave(folder / "subset.npy")) as path, open(path, "wb") as handle:
-        np.save(handle, subset)
+    _save(work.folder.leave(folder / "subset.npy"), subset)
     return {"exact": seconds}
+
+
+@ranks.by_first
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, array)
 
 
 def exact_likelihoods(
     generator: Generator, samples: WeightedSamples, subset: np.ndarray, folder: Path, clock: Callable[[], float]
 ) -> float:
     """Save samples with exact log-likelihoods, batch by batch (a killed call goes on); returns the seconds taken."""
-    if not (folder / "meta.yaml").exists():
+    if not ranks.by_first((folder / "meta.yaml").exists)():
         size = generator.batch_size("exact")
         meta = {"likelihood": "exact", "n": len(subset)}
-        writer = WeightedSamplesWriter(folder, generator.system.topology, meta)
-        for start in range(writer.n_written, len(subset), size):
-            part = samples[subset[start : start + size]]
-            begun = clock()
+        writer = WeightedSamplesWriter(folder, generator.system.topology, meta) if ranks.is_first() else None
+        done = ranks.by_first(lambda: writer.n_written)()
+        starts = range(done, len(subset), size)
+
+        def compute(k: int) -> tuple[np.ndarray, int]:
+            if k >= len(starts):
+                return np.empty(0), 0
+            part, begun = samples[subset[starts[k] : starts[k] + size]], clock()
             log_prob = generator.log_prob(torch.from_numpy(np.array(part.positions))).cpu().numpy()
-            milliseconds = round(1000 * (clock() - begun))
-            writer.append(part.positions, part.energy, log_prob, counts={"milliseconds": milliseconds})
-        writer.finish()
+            return log_prob, round(1000 * (clock() - begun))
+
+        for start, (log_prob, milliseconds) in zip(starts, ranks.in_turn(compute), strict=False):
+            if writer:
+                part = samples[subset[start : start + size]]
+                writer.append(part.positions, part.energy, log_prob, counts={"milliseconds": milliseconds})
+        ranks.by_first(lambda: writer.finish())()
     return WeightedSamples.load(folder).meta["counts"]["milliseconds"] / 1000
 
 

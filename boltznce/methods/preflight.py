@@ -49,7 +49,8 @@ def preflight(config: DictConfig) -> None:
     """Raise UserError for whatever would end a run with this config later on: of a system, a method, its settings."""
     check(config)
     require_keywords(open_logger, config.logger, "logger")
-    make_fabric(config.device, config.precision)
+    shared = {name: config[name] for name in ("devices", "num_nodes", "strategy") if name in config}
+    make_fabric(config.device, config.precision, **shared)
     method = locate(config.method._target_, ModuleType)
     system = build(config.system)
     system.example  # noqa: B018  a family makes its members when they are asked for

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from boltznce import ranks
 from boltznce.analysis import plotting
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.logger import read_log
@@ -30,6 +31,7 @@ CAPTIONS = {
 }
 
 
+@ranks.by_first
 def make_report(
     work: Workspace,
     sections: Sequence[Callable[[Findings], Part]],

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from boltznce import ranks
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.analysis.weights import normalized_weights
 from boltznce.checkpoint import save_weights
@@ -37,6 +38,7 @@ Rows = Mapping[
 ]  # of each member: positions (n, atoms, dim) in nm, and what goes with them (n,)
 
 
+@ranks.by_first
 def make_data(work: Workspace) -> dict:
     """Simulate the members that have no data yet, or draw them where they can be drawn exactly.
 

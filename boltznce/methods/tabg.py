@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from boltznce import ranks
 from boltznce.analysis.reweighting import WeightedSamples
 from boltznce.annealing import (
     BufferRecord,
@@ -90,7 +91,7 @@ def anneal(work: Workspace) -> dict:
         else:
             known = weights.exists() and weights_digest(weights)
             system = work.system.cheap.at_temperature(cold)
-            drawn, covered = fill_buffer(
+            drawn, covered = ranks.after_first(fill_buffer)(
                 lambda n, generator, flow=flow: flow.sample(n, generator),
                 system.energy,
                 folder,
@@ -110,11 +111,10 @@ def anneal(work: Workspace) -> dict:
             record["energy_evaluations"] += n_evaluations * fitted["steps"]
             record["weights"] = weights_digest(weights)
             if record["weights"] not in (known, old.get("weights")):
-                work.folder.set_aside(path for pair in leavings[k + 1 :] for path in pair)
-            with atomic_file(record_path) as path:
-                path.write_text(json.dumps(sealed(record), indent=1), encoding="utf-8")
+                ranks.by_first(work.folder.set_aside)(path for pair in leavings[k + 1 :] for path in pair)
+            _write(record_path, record)
             del drawn, loss  # a mapped file cannot be deleted on Windows
-        forget_buffer(folder)
+        ranks.by_first(forget_buffer)(folder)
         records.append(_record(record_path))
     return {"steps": records, "energy_evaluations": sum(record["energy_evaluations"] for record in records)}
 
@@ -181,6 +181,12 @@ def _leavings(work: Workspace, n_stages: int) -> list[tuple[Path, Path]]:
     home = work.folder.path
     paths = [(home / "annealing" / f"{k:02d}.json", weights_path(home, f"anneal_{k:02d}")) for k in range(n_stages)]
     return [(work.folder.leave(record), work.folder.leave(weights)) for record, weights in paths]
+
+
+@ranks.by_first
+def _write(path: Path, record: dict) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(sealed(record), indent=1), encoding="utf-8")
 
 
 def _record(path: Path) -> dict:

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from boltznce import ranks
 from boltznce.config import build, locate
 from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
@@ -27,15 +28,32 @@ if TYPE_CHECKING:
 __all__ = ["Workspace", "make_fabric"]
 
 
-def make_fabric(device: str, precision: str = "32-true") -> "Fabric":
-    """One device: ``auto`` takes the GPU where there is one. Raises UserError for a device that is not there."""
+def make_fabric(
+    device: str, precision: str = "32-true", devices: int = 1, num_nodes: int = 1, strategy: str = "auto"
+) -> "Fabric":
+    """One process a device: ``auto`` takes GPUs where there are any. What is more than one is to be `ranks.join`ed.
+
+    Raises UserError for a device that is not there, for devices that contradict each other, and where the processes
+    that exist are not so many.
+    """
     from lightning_fabric import Fabric  # slow to import, and only runs need it
+    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.strategies import DDPStrategy
 
     kind, _, number = device.partition(":")
+    if number and devices * num_nodes > 1:
+        raise UserError(f"device={device} is one device, not devices={devices}: set device={kind}, or devices=1.")
+    ranks.check_world(devices, num_nodes)
+    where: dict[str, Any] = {"plugins": [ranks.environment() or LightningEnvironment()]}
+    if devices * num_nodes > 1 or strategy == "ddp":
+        # some losses leave parameters out, such as an additive constant, or the layers of another molecule
+        where["strategy"] = DDPStrategy(find_unused_parameters=True)
     try:
-        return Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=precision)
+        own = [int(number)] if number else devices
+        return Fabric(accelerator=kind, devices=own, num_nodes=num_nodes, precision=precision, **where)
     except Exception as error:  # Fabric has no common class of error for a device that is not there
-        raise UserError(f"device={device} cannot be used ({error}): choose auto or cpu.") from error
+        what = f"device={device}" + (f" devices={devices}" if devices > 1 else "")
+        raise UserError(f"{what} cannot be used ({error}): choose auto or cpu.") from error
 
 
 @dataclass
