@@ -1,8 +1,13 @@
 """The figures of a run, each a function of arrays that returns a matplotlib Figure; nothing is shown or saved here."""
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +16,8 @@ from matplotlib.patches import Rectangle
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.profiles import FreeEnergyProfile, FreeEnergySurface
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
+from boltznce.errors import UserError
+from boltznce.states import in_interval
 
 __all__ = [
     "plot_conformers",
@@ -29,16 +36,21 @@ __all__ = [
     "plot_seconds",
     "plot_surface",
     "plot_weights",
+    "style",
 ]
+
+P = ParamSpec("P")
 
 MOST_COLUMNS = 6  # of panels
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
-_styled = matplotlib.rc_context(
+FEWEST = 5.0  # effective samples behind a bin of a weighted surface that is drawn
+_STYLE: dict[str, Any] = (
     dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
     | dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
     | dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon"), False)
     | {"lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 200}
 )
+_own_style: dict[str, Any] = {}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
 _STATE_COLOURS = ("#F0E442", "#56B4E9")
@@ -55,11 +67,49 @@ _ELEMENTS = {
 }
 
 AnglesAndWeights = tuple[np.ndarray, np.ndarray | None]
+Panels = Mapping[str, AnglesAndWeights | np.ndarray]
 Box = tuple[tuple[float, float], tuple[float, float]]
 
 
+@contextlib.contextmanager
+def style(given: str | Path | None) -> Iterator[None]:
+    """Inside, figures follow a style of matplotlib, by its name or the path of its file, where ours says otherwise.
+
+    Raises UserError for one that there is not.
+    """
+    global _own_style
+    before = _own_style
+    try:
+        with matplotlib.rc_context(), matplotlib.style.context([] if given is None else [str(given)]):
+            _own_style = {} if given is None else _differences()
+    except OSError as error:
+        raise UserError(
+            f"figures.style={given} is no style of matplotlib: give the path of a .mplstyle file, or one of "
+            f"{', '.join(matplotlib.style.available)}."
+        ) from error
+    try:
+        yield
+    finally:
+        _own_style = before
+
+
+def _differences() -> dict[str, Any]:
+    """What the present settings of matplotlib change of its defaults."""
+    default = matplotlib.rcParamsDefault
+    return {key: value for key, value in matplotlib.rcParams.items() if key in default and value != default[key]}
+
+
+def _styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    @functools.wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(_STYLE | _own_style):
+            return function(*args, **kwargs)
+
+    return drawn
+
+
 def plot_ramachandran(
-    panels: Mapping[str, AnglesAndWeights],
+    panels: Panels,
     n_bins: int = 72,
     highest: float = 10.0,
     angle_names: tuple[str, str] = ("φ", "ψ"),
@@ -67,8 +117,9 @@ def plot_ramachandran(
 ) -> Figure:
     """Free energy -log p(φ, ψ) in kT, panels on one colour scale.
 
-    ``panels``: title -> (angles (n, 2), log weights or None). The zero of every panel is the lowest bin of the panel
-    ``zero_of``, by default the first (the MD): equal colours are equal densities.
+    ``panels``: title -> (angles (n, 2), log weights or None), or -log p (n_bins, n_bins) itself, p summing to one. The
+    zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
+    equal densities. By weights bins of fewer than ``FEWEST`` effective samples are left out.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of, [f"{name} (rad)" for name in angle_names])
@@ -113,7 +164,7 @@ def plot_conformers(
 
 
 def plot_plane(
-    panels: Mapping[str, AnglesAndWeights],
+    panels: Panels,
     box: Box,
     n_bins: int = 100,
     highest: float = 8.0,
@@ -207,8 +258,9 @@ def plot_profiles(
 
     The ``state`` is shaded, or several by their names. Profiles named in ``unreliable`` are dotted, without a band, and
     the legend says so. Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has
-    a gap; other gaps stay gaps, and the legend says of a curve that is nothing but gaps that it is not known.
-    ``highest``: upper end of the axis in kT, if a curve reaches it.
+    a gap; other gaps stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. Curves
+    have the probability of what is outside of the first state in common, and so the noise of no single bin; the first
+    curve's lowest bin is zero. ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
     curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
     for position, (label, profile) in enumerate(profiles.items()):
@@ -222,10 +274,13 @@ def plot_profiles(
             if low < high:
                 ax.axvspan(low, high, color=colour, alpha=0.25, linewidth=0, label=name)
                 name = None  # once in the legend
-    top = 1.0
+    top, of_rest = 1.0, None
     for name, profile, style in curves:
         label = name
         values, band = np.where(_known(profile), profile.free_energy, np.nan), 1.96 * profile.std_error
+        rest = _minus_log_sum(profile, next(iter(states.values()), None), periodic=limits is None)
+        of_rest = rest if of_rest is None else of_rest
+        values = values + (of_rest - rest)
         if name in unreliable:
             label, band, style = f"{name}: not reliable", np.zeros_like(band), style | {"linestyle": ":"}
         ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
@@ -302,12 +357,15 @@ def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.nda
 
 @_styled
 def plot_learning_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step"
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str = "step",
+    kept: Mapping[str, float] | None = None,
 ) -> Figure:
     """Columns of a training log; ``curves``: label -> (steps, values), NaN left out, a panel a name before a ``/``.
 
     ``"flow/train"`` and ``"flow/validation"`` share the panel *flow*. A panel is logarithmic where its values are
-    positive and span more than a factor of five. Training (noisy) is drawn faint with its running median.
+    positive and span more than a factor of five. Training (noisy) is drawn faint with its running median. ``kept``:
+    panel -> the step whose weights were kept, where it is not the last.
     """
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for label, columns in curves.items():
@@ -329,6 +387,8 @@ def plot_learning_curves(
             low, high = np.quantile(values, [0.005, 0.99])  # without outliers
             ax.set_ylim(low - 0.08 * (high - low) - 1e-12, high + 0.08 * (high - low) + 1e-12)
         ax.set(title=panel, xlabel=x_label, ylabel="loss")
+        if (step := (kept or {}).get(panel)) is not None:
+            ax.axvline(step, color=_REFERENCE_COLOUR, linewidth=0.8, linestyle=":", label=f"kept: step {step:.0f}")
         ax.legend()
     return figure
 
@@ -494,7 +554,7 @@ def plot_marginals(
 
 @_styled
 def _plot_surfaces(
-    panels: Mapping[str, AnglesAndWeights],
+    panels: Panels,
     edges: tuple[np.ndarray, np.ndarray],
     highest: float,
     zero_of: str | None,
@@ -502,11 +562,8 @@ def _plot_surfaces(
     aspect: str = "equal",
 ) -> tuple[Figure, np.ndarray]:
     """-log p of points in the plane, panels in rows of at most `MOST_COLUMNS`, and their axes, the empty ones off."""
-    surfaces = {}
-    for title, (points, log_weights) in panels.items():
-        histogram = np.histogram2d(*points.T[:2], bins=edges, weights=_weights(points, log_weights))[0]
-        surfaces[title] = -np.log(np.where(histogram > 0.0, histogram, np.nan))
-    zero = np.nanmin(surfaces[next(iter(surfaces)) if zero_of is None else zero_of])
+    zero = np.nanmin(_surface(panels[next(iter(panels)) if zero_of is None else zero_of], edges, fewest=0.0))
+    surfaces = {title: _surface(given, edges, FEWEST) for title, given in panels.items()}
     n_rows = -(-len(panels) // MOST_COLUMNS)
     n_columns = -(-len(panels) // n_rows)
     figure, axes = _panels(n_rows, n_columns, 2.3, 2.3, "compressed", extra=(0.9, 0.4), sharex=True, sharey=True)
@@ -514,6 +571,9 @@ def _plot_surfaces(
         # rasterized: thousands of vector cells show seams in a PDF viewer
         mesh = ax.pcolormesh(*edges, (surface - zero).T, cmap="viridis", vmin=0.0, vmax=highest, rasterized=True)
         ax.set(title=title, aspect=aspect, xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
+        if np.isnan(surface).all():
+            said = f"no bin of {FEWEST:.0f}\neffective samples"
+            ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center", color="0.5")
         for spine in ax.spines.values():
             spine.set_visible(True)
     for ax in axes.flat[len(panels) :]:
@@ -547,6 +607,13 @@ def _known(found: FreeEnergyProfile | FreeEnergySurface) -> np.ndarray:
     return (found.std_error <= HIGHEST_ERROR) | np.isnan(found.std_error).all()
 
 
+def _minus_log_sum(profile: FreeEnergyProfile, state: tuple[float, float] | None, periodic: bool) -> float:
+    """-log Σ exp(-F) over the bins outside of a state; over all where nothing is known outside, or there is no state."""
+    outside = np.ones(len(profile.centres), bool) if state is None else ~in_interval(profile.centres, state, periodic)
+    factors = np.exp(-np.nan_to_num(profile.free_energy, nan=np.inf))
+    return -float(np.log(factors[outside].sum() or factors.sum()))
+
+
 def _axis_label(symbol: str, unit: str) -> str:
     return f"{symbol} ({unit})" if unit else symbol
 
@@ -566,6 +633,21 @@ def _frames(
 def _legend_above(ax: Axes, columns: int = 3) -> None:
     place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
     ax.legend(ncols=columns, columnspacing=1.2, handlelength=1.5, **place)
+
+
+def _surface(
+    given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.ndarray], fewest: float
+) -> np.ndarray:
+    """-log p (n, n) of points, NaN where none is, and by weights where fewer than ``fewest`` effective ones are."""
+    if isinstance(given, np.ndarray):
+        return given
+    points, log_weights = given
+    weights = _weights(points, log_weights)
+    total, squares = (np.histogram2d(*points.T[:2], bins=edges, weights=w)[0] for w in (weights, weights**2))
+    seen = total > 0.0
+    if log_weights is not None and np.ptp(log_weights):
+        seen &= total**2 >= fewest * squares
+    return -np.log(np.where(seen, total, np.nan))
 
 
 def _weights(values: np.ndarray, log_weights: np.ndarray | None) -> np.ndarray:

@@ -185,19 +185,24 @@ Rows = list[list[str]]  # of cells, the first row the header; empty where there 
 
 
 def write_report(
-    folder: str | Path, results: Results, figures: Mapping[str, Figure], captions: Mapping[str, str] | None = None
+    folder: str | Path,
+    results: Results,
+    figures: Mapping[str, Figure],
+    captions: Mapping[str, str] | None = None,
+    also: Sequence[str] = (),
 ) -> Path:
     """Write ``metrics.json``, ``figures/<name>.png`` and ``report.md``, each whole or not at all; return the last.
 
-    ``captions`` add to the usual ones; that of ``profile`` is also that of a molecule's ``<molecule>_profile``.
+    Figures are written in other formats ``also``, pdf or svg. ``captions`` add to the usual ones; that of ``profile`` is also that of a molecule's ``<molecule>_profile``.
     """
     folder, captions = Path(folder), _CAPTIONS | dict(captions or {})
     with atomic_file(folder / "metrics.json") as path:
         text = json.dumps(_plain(results), indent=2, allow_nan=False, default=str)
         path.write_text(text + "\n", encoding="utf-8")
     for name, figure in figures.items():
-        with atomic_file(folder / "figures" / f"{name}.png") as path:
-            figure.savefig(path, format="png", dpi=200)
+        for kind in ("png", *also):
+            with atomic_file(folder / "figures" / f"{name}.{kind}") as path:
+                figure.savefig(path, format=kind, dpi=200)
     with atomic_file(folder / "report.md") as path:
         images = [f"![{name}](figures/{name}.png)\n\n*{_caption(name, captions)}*" for name in figures]
         path.write_text(_report(_plain(results, keep_infinities=True), images), encoding="utf-8")

@@ -295,12 +295,11 @@ class Findings:
         """Energy above which samples are left out of E-W2."""
         return energy_cut(self.data.resampled.energies)
 
-    def panels(self, of: Callable[[np.ndarray], Any], frames: Dataset | None = None) -> dict[str, tuple[Any, Any]]:
-        """What ``of`` makes of positions, and log weights: data (resampled, or ``frames``), flow, weighted, refined."""
+    def panels(self, of: Callable[[np.ndarray], Any]) -> dict[str, tuple[Any, Any]]:
+        """What ``of`` makes of positions, and log weights: of the data, the flow, the weighted flow, and refined."""
         ours, data = of(self.samples.positions), {}
         if self.data is not None:
-            chosen = (self.data.resampled, None) if frames is None else (frames, frames.log_weights)
-            data = {self.data_name: (of(chosen[0].positions), chosen[1])}
+            data = {self.data_name: (of(self.data.frames.positions), self.data.frames.log_weights)}
         found = data | {"flow": (ours, None)}
         if self.weighed:
             found["flow, weighted"] = (ours, self.samples.log_weights)

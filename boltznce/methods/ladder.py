@@ -80,11 +80,11 @@ def _steps(work: Workspace) -> list[dict]:
 
 def marginals(f: Findings) -> Part:
     """Densities of every pair of torsions."""
-    frames, figures = f.data and f.data.frames, {}
+    figures = {}
     for view in f.views:
         if view.periodic and len(view.symbols) == 2:  # of one the view itself is the marginal
             name = view.figure.replace("ramachandran", "marginals").replace("torsions", "marginals")
-            figures[name] = plotting.plot_marginals(f.panels(view.points, frames), view.symbols)
+            figures[name] = plotting.plot_marginals(f.panels(view.points), view.symbols)
     return Part({}, figures)
 
 
@@ -146,12 +146,13 @@ def ladder(f: Findings) -> Part:
 
 
 def temperatures(f: Findings) -> Part:
-    """The flow at every temperature of the ladder, and the data, over the first view."""
+    """The flow at every temperature of the ladder, the same number of draws at each, and the data, over one view."""
     if not f.flows or not f.views:
         return Part()
     view, final = f.views[0], f"{_short(f.system)}, final"
-    points = {_short(f.system, t): (view.points(samples.positions), None) for t, samples in f.flows}
-    points[final], zero = (view.points(f.samples.positions), None), final
+    sets = {_short(f.system, t): samples for t, samples in f.flows} | {final: f.samples}
+    n, zero = min(map(len, sets.values())), final
+    points = {name: (view.points(samples.positions[:n]), None) for name, samples in sets.items()}
     if f.data is not None:
         zero = f"{f.data_name}, {_short(f.system)}"
         points[zero] = (view.points(f.data.frames.positions), f.data.frames.log_weights)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,18 @@ def make_report(
         settings: of the run, in words.
         of_run: what concerns no single system.
     """
-    of_run = of_run or Part({}, curves_figure(learning_curves(work.folder.path, LOSSES)))
+    with plotting.style(_figures(work).get("style")):
+        return _made_report(work, sections, settings, find, of_run)
+
+
+def _made_report(
+    work: Workspace,
+    sections: Sequence[Callable[[Findings], Part]],
+    settings: Mapping[str, str],
+    find: Callable[[Workspace, System], Findings],
+    of_run: Part | None,
+) -> dict:
+    of_run = of_run or Part({}, curves_figure(work, LOSSES))
     tests, rows, notes = work.system.members("test"), {}, list(of_run.notes)
     figures, captions = dict(of_run.figures), dict(CAPTIONS)
     for member in tests:
@@ -65,8 +77,31 @@ def make_report(
     of_members = rows[work.system.name] if alone else {"members": rows, "average": _average(list(rows.values()))}
     state = {} if alone else {"state": next(iter(rows.values())).get("state")}
     work.folder.leave(work.folder.path / "metrics.json")
-    write_report(work.folder.path, merged(whole, of_run.results, of_members, state), figures, captions)
+    results = merged(whole, of_run.results, of_members, state)
+    write_report(work.folder.path, results, figures, captions, also=_figures(work).get("also", ()))
+    if work.logger:
+        work.logger.summarize(main_numbers(rows), [work.folder.path / "figures" / f"{name}.png" for name in figures])
     return {}
+
+
+def _figures(work: Workspace) -> Mapping[str, Any]:
+    """The config's section ``figures``, which runs of before do not have."""
+    return work.config.get("figures") or {}
+
+
+def main_numbers(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """ΔF with its error, ESS and distances of each system that was tested, for a logger."""
+    found = {}
+    for name, row in rows.items():
+        of_state, ess = row.get("free_energy", {}).get(row.get("weighted")), row.get("ess", {})
+        if of_state is not None:
+            found |= {f"{name}/ΔF (kT)": of_state.value, f"{name}/ΔF, standard error (kT)": of_state.std_error}
+            found[f"{name}/ΔF, reliable"] = float(of_state.reliable)
+        found |= {f"{name}/ESS, {which}": of["ess"] for which, of in ess.items()}
+        for distance, kinds in row.get("distances", {}).items():
+            numbers = {kind: getattr(value, "mean", value) for kind, value in kinds.items() if kind != "missing"}
+            found |= {f"{name}/{distance}, {kind}": value for kind, value in numbers.items()}
+    return {key: float(value) for key, value in found.items()}
 
 
 def summary(work: Workspace) -> str:
@@ -100,9 +135,19 @@ def learning_curves(
     return curves
 
 
-def curves_figure(curves: Mapping) -> dict:
-    """The figure of learning curves, if there are any."""
-    return {"learning_curves": plotting.plot_learning_curves(curves)} if curves else {}
+def curves_figure(work: Workspace, wanted: Mapping[str, Mapping[str, str]], more: Mapping = MappingProxyType({})) -> dict:
+    """The figure of learning curves (see `learning_curves`), if there are any, and of ``more`` of them."""
+    curves = learning_curves(work.folder.path, wanted) | dict(more)
+    kept = {title: step for name, losses in wanted.items() for title in losses.values() if (step := _kept(work, name))}
+    return {"learning_curves": plotting.plot_learning_curves(curves, kept=kept)} if curves else {}
+
+
+def _kept(work: Workspace, name: str) -> float | None:
+    """The step whose weights a training kept, the best one of an early stopping; None where it is the last."""
+    if not work.config.get(name, {}).get("fit", {}).get("early_stopping_patience"):
+        return None
+    rows = [row for row in read_log(work.folder.path / f"{name}.csv") if row.get("validation/loss")]
+    return min((float(row["validation/loss"]), float(row["step"])) for row in rows)[1] if rows else None
 
 
 def _of_whole_run(work: Workspace, settings: Mapping[str, str], notes: list[str]) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def surfaces(f: Findings) -> Part:
     """Free energy over the two coordinates of every view, and histograms of the energy: data, flow, weighted flow."""
     figures = {view.figure: view.draw(_with_reference(f, view, f.panels(view.points))) for view in f.views}
     if f.data is not None:
-        energies = [f.data.resampled.energies, *([f.samples.energy] * 2 if f.weighed else [])]
+        energies = [f.data.frames.energies, *([f.samples.energy] * 2 if f.weighed else [])]
         energies += [f.refined.energy] if f.refined is not None else []
         panels = {name: panel for name, panel in f.panels(len).items() if f.weighed or name != "flow"}
         figures["energy_histograms"] = plotting.plot_energy_histograms(
@@ -312,13 +312,8 @@ def _with_reference(f: Findings, view: View, panels: dict) -> dict:
     surface = (f.reference or {}).get("surface")
     if surface is None or tuple(map(symbol_of, surface["coordinates"])) != view.symbols:
         return panels
-    values = (
-        np.array(surface["f"], dtype=np.float64).repeat(2, axis=0).repeat(2, axis=1)
-    )  # four bins of the figure each
-    centres = (np.arange(len(values)) + 0.5) * 2 * np.pi / len(values) - np.pi
-    points = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
-    seen = np.isfinite(values).ravel()
-    reference = {"reference": (points[seen], -values.ravel()[seen])}
+    values = np.array(surface["f"], dtype=np.float64).repeat(2, axis=0).repeat(2, axis=1)  # four bins of the figure each
+    reference = {"reference": values + np.log(np.nansum(np.exp(-values)))}
     return {title: panels[title] for title in panels if title == f.data_name} | reference | panels
 
 
@@ -411,7 +406,7 @@ def slowest_coordinates(f: Findings) -> Part:
     frames = f.data.frames
     features = slow_features(f.system, frames.positions)
     project = tica_projection([features[mask] for mask in f.data.walkers], lag)
-    panels = f.panels(lambda positions: project(slow_features(f.system, positions)), frames)
+    panels = f.panels(lambda positions: project(slow_features(f.system, positions)))
     low, high = np.quantile(panels[f.data_name][0], [0.001, 0.999], axis=0)
     box = np.stack([low - 0.1 * (high - low), high + 0.1 * (high - low)], axis=1).tolist()
     figure = plotting.plot_plane(panels, box, n_bins=60, axes_names=("TIC 1", "TIC 2"), aspect="auto")
