@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from boltznce.analysis.free_energy import FreeEnergyProfile
+from boltznce.analysis.main_numbers import Number, over_seeds
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
 
@@ -26,10 +27,12 @@ __all__ = [
     "plot_ramachandran",
     "plot_refinement",
     "plot_seconds",
+    "plot_sweep",
     "plot_weights",
 ]
 
 MOST_COLUMNS = 6  # of panels
+MOST_PANELS = 5  # of a sweep's figure in a row
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 _styled = matplotlib.rc_context(
     dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
@@ -369,6 +372,55 @@ def plot_seconds(bars: Mapping[str, tuple[float, float]], title: str) -> Figure:
         ax.set_xlim(seconds.min() / 3, 2 * (seconds + training).max())
     ax.set(xscale="log", xlabel=title)
     ax.invert_yaxis()
+    return figure
+
+
+@_styled
+def plot_sweep(
+    panels: Mapping[str, Mapping[str, Sequence[Number]]], references: Mapping[str, float], shares: Collection[str] = ()
+) -> Figure:
+    """Numbers of the runs of a sweep, a panel each, settings one below the other: dots are runs, the bar their mean.
+
+    ``panels``: title -> {setting: numbers}; those that are not reliable are hollow, and count in the mean only where
+    nothing else does. ``references``: title -> a line. Panels named in ``shares`` are in per cent.
+    """
+    n_rows = -(-len(panels) // MOST_PANELS)
+    n_columns, labels = -(-len(panels) // n_rows), list(next(iter(panels.values())))
+    lines = max(label.count("\n") + 1 for label in labels)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    height = 0.75 + len(labels) * (0.22 + 0.14 * lines)
+    figure, axes = _panels(n_rows, n_columns, 1.9, height, extra=(0.075 * longest, 0.25), sharey=True)
+    for ax, (title, sets) in zip(axes.flat, panels.items(), strict=False):
+        scale = 100.0 if title in shares else 1.0
+        for place, label in enumerate(labels):
+            numbers, colour = sets[label], _COLOURS[place % len(_COLOURS)]
+            for k, number in enumerate(numbers):
+                y = place + 0.4 * ((k + 0.5) / len(numbers) - 0.5)
+                if number.interval is not None:
+                    ax.plot(scale * np.array(number.interval), (y, y), color=colour, linewidth=1.0, alpha=0.6)
+                face = colour if number.reliable else "white"
+                ax.plot(scale * number.value, y, "o", markersize=4.5, color=colour, markerfacecolor=face, zorder=3)
+            if numbers:
+                bar = {"markersize": 16, "markeredgewidth": 1.3, "color": "0.2", "zorder": 4}
+                ax.plot(scale * over_seeds(numbers).mean, place, "|", **bar)
+            else:
+                ax.annotate("–", (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center")
+        if title in references:
+            ax.axvline(scale * references[title], color=_REFERENCE_COLOUR, linewidth=1.0, linestyle="--", zorder=1)
+        ax.set_title(f"{title} (%)" if title in shares else title.replace(", ", "\n"))
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=4)
+        ax.grid(axis="x", color="0.92", linewidth=0.6)
+        ax.set_axisbelow(True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    every = [number for sets in panels.values() for numbers in sets.values() for number in numbers]
+    note = "dots: runs; bar: mean"
+    note += "; line: its 95% interval" if any(number.interval for number in every) else ""
+    note += "; hollow: not reliable" if not all(number.reliable for number in every) else ""
+    figure.supxlabel(f"{note}; dashed: reference" if references else note, fontsize=8)
     return figure
 
 
