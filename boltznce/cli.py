@@ -127,7 +127,7 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
         swept = OverridesParser.create().parse_overrides([word for word in words if word not in MULTIRUN])
         for member in _members(swept):
-            compose(config_name, member)
+            OmegaConf.to_container(compose(config_name, member), resolve=True, throw_on_missing=True)
         several = {override.key_or_group for override in swept if override.is_sweep_override()}
         once = sorted({override.key_or_group for override in swept} - several)  # folders are named after the others
         words.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(quoted, once))}]")
