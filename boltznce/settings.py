@@ -276,6 +276,11 @@ RULES: dict[str, Rule] = {
     "repeat_first": WHOLE,
     "repeat_between": WHOLE,
     "repeat_last": WHOLE,
+    "n_intermediate": WHOLE,
+    "n_updates": COUNT,
+    "min_batches": COUNT,
+    "max_batches": COUNT,
+    "max_adjustment": POSITIVE,
     "n_draws": COUNT,
     "n_buffer": COUNT,
     "last_lr": POSITIVE | NULL,
@@ -370,14 +375,24 @@ RULES: dict[str, Rule] = {
     "train.training_data": TEXT,
 } | dict.fromkeys(
     (
-        *("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing", "method", "logger"),
+        *("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing", "fab", "method", "logger"),
         *("network", "model", "fit", "solver", "coordinates", "simulation", "selections", "settings", "finetune"),
         *("finetune.split", "energy", "spline", "molecules", "family", "networks", "flows", "benchmark.likelihood"),
         *("benchmark.free_energy", "solvers", "finest", "hutchinson", "simulations"),
     ),
     SECTION,
 )
-SECTIONS = ("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing")  # in which all is known
+SECTIONS = (
+    "flow",
+    "ebm",
+    "data",
+    "samples",
+    "evaluation",
+    "generator",
+    "hot",
+    "annealing",
+    "fab",
+)  # in which all is known
 
 
 def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None:

@@ -206,6 +206,7 @@ def fit(
     seed: int,
     name: str,
     validate: Validation | None = None,
+    memory: nn.Module | None = None,
     logger: Logger | None = None,
 ) -> FitResult:
     """Train ``module`` in place; leave it in eval mode with averaged weights (with early stopping: the best of them).
@@ -215,6 +216,7 @@ def fit(
         (dropout) breaks exact resuming.
     validate: called on the averaged weights with the same random numbers each time; returns scalars, among them "loss".
         Gradients are on, since some losses differentiate in x.
+    memory: what ``loss`` keeps from step to step, as buffers that are saved in checkpoints.
     fabric: launched; any precision but 16-mixed, whose loss scaling excludes the fused optimizer.
 
     Writes ``<name>.csv`` and ``checkpoints/<name>/`` under ``folder``, at the end ``checkpoints/<name>.safetensors``.
@@ -247,6 +249,8 @@ def fit(
             average.load(weights["ema"], state["ema_updates"])
         means.sums = {key: value.to(fabric.device) for key, value in state["means"].items()}
         progress, best = _Progress(**state["progress"]), weights.get("best")
+        if memory is not None:
+            _load_state(memory, weights["memory"], checkpoints.folder)
 
     stream = f"{name}/{fabric.global_rank}"  # processes that train together draw different batches
     writes = fabric.is_global_zero
@@ -320,6 +324,8 @@ def fit(
                     weights["ema"], state["ema_updates"] = average.values, average.updates
                 if best is not None:
                     weights["best"] = best
+                if memory is not None:
+                    weights["memory"] = memory.state_dict()
                 checkpoints.save(progress.step, weights, state)
             if stopping:
                 stop_if_asked()

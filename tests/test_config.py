@@ -87,9 +87,9 @@ def test_unknown_config(folder):
 @pytest.mark.parametrize(
     ("system", "kind", "methods"),
     [
-        ("aldp", "molecule", ("boltznce", "tbg", "tabg", "forward_kl")),
+        ("aldp", "molecule", ("boltznce", "tbg", "tabg", "forward_kl", "fab")),
         ("AK", "molecule", ("boltznce", "tbg", "tabg")),
-        ("two_moons", "plane", ("boltznce", "tbg", "tabg", "forward_kl", "density")),
+        ("two_moons", "plane", ("boltznce", "tbg", "tabg", "forward_kl", "fab", "density")),
         ("dipeptides", "family", ("boltznce", "tbg")),
     ],
 )

@@ -155,7 +155,7 @@ def contexts() -> list[DictConfig]:
     """Settings of the commands that a reader may have in mind."""
     known = [("train", ()), ("sample", ("run=x",)), ("simulate", ()), ("train", ("system=dipeptides",))]
     known += [("train", ("system=gaussians8",)), ("benchmark", ()), ("import", ("files=x", "temperature=300"))]
-    known += [("train", (f"method={method}",)) for method in ("tabg", "tbg", "forward_kl")]
+    known += [("train", (f"method={method}",)) for method in ("tabg", "tbg", "forward_kl", "fab")]
     return [compose(*each) for each in known]
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 import boltznce as bz
 from boltznce import config
 from boltznce.methods.preflight import preflight
+from boltznce.run_folder import RunFolder
 from boltznce.settings import without_rule
 
 NAMES = config.available("experiment")
@@ -111,7 +112,12 @@ def leaves_of(node, above=""):
 def test_takes_its_first_steps(name, words, data_dir, tmp_path):
     threads = torch.get_num_threads()
     given = [f"experiment={name}", *words, "budget=smoke", "threads=1", "device=cpu", f"data_dir={data_dir}"]
-    run = bz.train_run(tmp_path, *given, *few(name, words))
+    try:
+        bz.train_run(tmp_path, *given, *few(name, words))
+    except bz.UserError as error:  # so new a flow draws no molecules
+        assert "train the flow longer" in str(error)
     torch.set_num_threads(threads)
-    assert run.metrics["system"]
-    assert (tmp_path / "report.md").exists()
+    trained = [stage for stage in RunFolder.open(tmp_path, trust=True).stages.values() if "steps" in stage]
+    assert trained
+    assert all(stage["finished"] for stage in trained)
+    assert name not in PLANE or (tmp_path / "report.md").exists()

@@ -177,7 +177,7 @@ def test_runs_end_with_a_report(case, tmp_path):
     assert ("torsions" if "caps" in case else "ramachandran") in figures
 
 
-@pytest.mark.parametrize("method", ["tbg", "boltznce", "tabg", "density", "forward_kl"])
+@pytest.mark.parametrize("method", ["tbg", "boltznce", "tabg", "density", "forward_kl", "fab"])
 def test_every_method_trains_in_a_session_in_double_precision(method, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
@@ -188,6 +188,7 @@ def test_every_method_trains_in_a_session_in_double_precision(method, tmp_path):
             "tabg": ["hot.fit.steps=3", "annealing.fit.steps=3", "evaluation.n_samples=64"],
             "density": ["ebm.fit.steps=3"],
             "forward_kl": ["flow.fit.steps=3", "evaluation.n_samples=64"],
+            "fab": ["fab.fit.steps=3", "evaluation.n_samples=64"],
         }[method]
         run = train_run(tmp_path / "run", *small, *few)
         if method != "density":

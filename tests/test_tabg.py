@@ -401,6 +401,7 @@ def test_every_budget_composes(budget):
         ("gaussians40", "tabg", "gaussians40"),
         ("forward_kl", "forward_kl", "aldp_amber96"),
         ("reverse_kl", "reverse_kl", "aldp_amber96"),
+        ("fab", "fab", "aldp_amber96"),
     ],
 )
 def test_experiments_pin_the_published_setting(name, method, system):

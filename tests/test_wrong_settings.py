@@ -491,6 +491,7 @@ FEW = {
     "density": "ebm.fit.steps=3 ebm.n_validation=64 ebm.batch_size=32 evaluation.grid=30",
     "tabg": "hot.fit.steps=2 annealing.n_steps=1 annealing.fit.steps=2 annealing.n_draws=200 evaluation.n_ladder=100",
     "forward_kl": "flow.fit.steps=4 flow.fit.warmup_steps=1 flow.n_train=500 flow.n_validation=100 data.n_samples=1000",
+    "fab": "fab.fit.steps=3 fab.min_batches=1",
     "tbg": "flow.fit.steps=3 flow.n_train=500 flow.n_validation=64 data.n_samples=1000 flow.solver.steps=4",
 }
 FEW["boltznce"] = FEW["tbg"] + " samples.n_train=200 samples.n_validation=64 ebm.fit.steps=3"

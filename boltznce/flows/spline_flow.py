@@ -91,10 +91,15 @@ class SplineFlow(nn.Module):
 
     def sample_with_log_prob(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Positions (n, atoms, dim) in nm and log q (n,), float64, both differentiable in the flow's parameters."""
+        y, log_q = self.sample_on_cube(n, generator)
+        positions, log_volume = self.coordinates.to_positions(y)
+        return positions, log_q - log_volume.double()
+
+    def sample_on_cube(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Coordinates (n, d) and log q (n,) with respect to these, as `cube_log_prob` has it; both differentiable."""
         z = self._draw(n, generator)
         y, log_det = self._through(z)
-        positions, log_volume = self.coordinates.to_positions(y)
-        return positions, self._log_prior(z) - log_det - log_volume.double()
+        return y, self._log_prior(z) - log_det
 
     def sample_with_fixed_log_prob(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Positions in nm without gradient and log q (n,), float64, differentiable as ``log_prob`` of these is.
@@ -121,12 +126,16 @@ class SplineFlow(nn.Module):
     def log_prob(self, positions: Tensor) -> Tensor:
         """log q (batch,), float64, of positions (batch, atoms, dim) in nm, differentiable; -inf outside the domain."""
         y, log_volume = self.coordinates.to_unit(positions)
+        log_q = self.cube_log_prob(y)
+        return log_q + torch.where(log_q.isfinite(), log_volume, 0.0).double()
+
+    def cube_log_prob(self, y: Tensor) -> Tensor:
+        """log q (batch,), float64, of coordinates y (batch, d), with respect to these; -inf outside the cube."""
         bounded = y[:, self.bounded]
         inside = ((bounded >= 0) & (bounded <= 1)).all(dim=1)
         y = torch.where(inside.unsqueeze(1), y, 0.5)  # where it would be -inf, gradients are finite and zero
         z, log_det = self._through(y, inverse=True)
-        log_q = self._log_prior(z) + log_det + torch.where(inside, log_volume, 0.0).double()
-        return torch.where(inside, log_q, -math.inf)
+        return torch.where(inside, self._log_prior(z) + log_det, -math.inf)
 
     @torch.no_grad()
     def sample(

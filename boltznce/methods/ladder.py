@@ -26,10 +26,16 @@ from boltznce.systems.base import System
 
 __all__ = ["evaluate_ladder", "report_ladder"]
 
-SPENT_ON = {"hot": "first temperature", "annealing": "annealing", "data": "simulation of the training data"}
+SPENT_ON = {
+    "hot": "first temperature",
+    "fab": "annealed draws",
+    "annealing": "annealing",
+    "data": "simulation of the training data",
+}
 LOSSES = {  # by objective: columns of the log, what they are
     "reverse_kl": {"loss": "reverse KL (kT)", "energy": "mean energy of the draws (kT)"},
     "forward_kl": {"loss": "forward KL, -log q"},
+    "alpha_divergence": {"loss": "α-divergence, -log q by weight"},
     "log_variance": {"variance": "variance of log p - log q"},
     "path_kl": {"variance": "variance of log p - log q"},
 }
@@ -194,7 +200,7 @@ def _energy_evaluations(work: Workspace) -> dict[str, int]:
 def _settings(work: Workspace) -> dict[str, str]:
     config = work.config
     settings = {key: str(value) for key, value in OmegaConf.to_container(config.generator.model, resolve=True).items()}
-    for stage in ("hot", "flow", "annealing"):
+    for stage in ("hot", "flow", "fab", "annealing"):
         record = work.folder.stages.get(stage)
         if record:
             steps = (
@@ -221,7 +227,7 @@ def _notes(work: Workspace) -> tuple[str, ...]:
 def _learning_curves(work: Workspace) -> Mapping[str, tuple[list[float], list[float]]]:
     """Training losses of the stages there are; of the ladder's one after another."""
     config, folder = work.config, work.folder.path
-    objectives = {"flow": "forward_kl", "hot": config.hot.objective}
+    objectives = {"flow": "forward_kl", "fab": "alpha_divergence", "hot": config.hot.objective}
     named = {stage: {c: f"{stage}: {what}" for c, what in LOSSES[o].items()} for stage, o in objectives.items()}
     column, what = next(iter(LOSSES[config.annealing.objective].items()))
     joined, start = ([], []), 0

@@ -109,7 +109,13 @@ class Workspace:
         return self.folder.path / "samples" / what / self.system.label(member)
 
     def fit(
-        self, name: str, module: nn.Module, loss: Loss, validate: Validation | None = None, **settings: Any
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Loss,
+        validate: Validation | None = None,
+        memory: nn.Module | None = None,
+        **settings: Any,
     ) -> dict:
         """Train ``module`` by ``config.<name>.fit``, or by the settings given; returns what the record keeps of it."""
         self.folder.leave(self.folder.path / "checkpoints" / f"{name}.safetensors")
@@ -122,6 +128,7 @@ class Workspace:
             seed=self.config.seed,
             name=name,
             validate=validate,
+            memory=memory,
             logger=self.logger,
         )
         self.__dict__.pop("models", None)  # there is one more, or a better one

@@ -66,6 +66,8 @@ class Point:
 class Path:
     """log π_β = (1-β) log q̃ - β u, from a ``base`` to a ``target``, which are asked for ``chunk`` walkers at a time.
 
+    With ``beyond`` it goes on over the target, to β above 1.
+
     >>> normal = with_gradient(lambda x: -0.5 * (x**2).sum(-1))
     >>> path = Path(base=normal, target=with_gradient(lambda x: 2.0 * (x**2).sum(-1)))
     >>> point = path.point(torch.tensor([[1.0, 0.0]]))
@@ -77,10 +79,11 @@ class Path:
     target: ValueAndGradient
     chunk: int | None = None
     counts: Counts = dataclasses.field(default_factory=Counts)
+    beyond: bool = False
 
     def point(self, positions: Tensor, beta: float = 0.0) -> Point:
-        """What is known of positions (n, ...); at ``beta`` 1 the base is not asked, and its part is 0."""
-        parts = [self._point(x, beta < 1) for x in positions.split(self.chunk or max(1, len(positions)))]
+        """What is known of positions (n, ...); at ``beta`` 1, where a path ends, the base is not asked: its part is 0."""
+        parts = [self._point(x, beta < 1 or self.beyond) for x in positions.split(self.chunk or max(1, len(positions)))]
         return Point(*(torch.cat(each) for each in zip(*(part._parts() for part in parts), strict=True)))
 
     def _point(self, x: Tensor, with_base: bool) -> Point:
