@@ -25,6 +25,7 @@ FEW = {
     "ebm": {"fit": {"steps": 2}},
     "hot": {"fit": {"steps": 2}},
     "annealing": {"n_draws": 200, "fit": {"steps": 2}},
+    "fab": {"min_batches": 1, "max_batches": 2, "fit": {"steps": 4}},
     "evaluation": {"n_samples": 16, "n_bootstrap": 5, "n_torus": 10, "refine": None},
 }
 
@@ -115,7 +116,8 @@ def test_takes_its_first_steps(name, words, data_dir, tmp_path):
     try:
         bz.train_run(tmp_path, *given, *few(name, words))
     except bz.UserError as error:  # so new a flow draws no molecules
-        assert "train the flow longer" in str(error)
+        if "train the flow longer" not in str(error):
+            raise
     torch.set_num_threads(threads)
     trained = [stage for stage in RunFolder.open(tmp_path, trust=True).stages.values() if "steps" in stage]
     assert trained
