@@ -26,7 +26,14 @@ FEW = {
     "hot": {"fit": {"steps": 2}},
     "annealing": {"n_draws": 200, "fit": {"steps": 2}},
     "fab": {"min_batches": 1, "max_batches": 2, "fit": {"steps": 4}},
-    "evaluation": {"n_samples": 16, "n_bootstrap": 5, "n_torus": 10, "refine": None},
+    "evaluation": {
+        "n_samples": 16,
+        "n_bootstrap": 5,
+        "n_torus": 10,
+        "n_ladder": 50,
+        "n_reference": 100,
+        "refine": None,
+    },
 }
 
 

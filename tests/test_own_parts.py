@@ -25,8 +25,6 @@ ALDP = Path(boltznce.__file__).parent / "systems" / "structures" / "aldp.pdb"
 FEW = ["budget=smoke", "threads=1", "device=cpu", "flow.n_train=500", "flow.n_validation=32", "flow.batch_size=64"]
 FEW += ["flow.fit={steps: 60, validate_every: 60, ema_decay: null}", "+flow.fit.log_every=5", "flow.solver.steps=4"]
 FEW += ["evaluation={n_samples: 32, n_bootstrap: 5, n_torus: 10}"]
-OF_EBM = ["samples={n_train: 64, n_validation: 32, likelihood: none}", "ebm.regression_weight=0", "ebm.fit.steps=2"]
-OF_EBM += ["evaluation.refine=null", "evaluation={n_exact: 4, n_correction: 4}"]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +90,7 @@ def test_a_system_is_known_exactly_and_trained_on(folder):
     x = system.sample(20_000, torch.Generator().manual_seed(0))
     inside = float(system.in_state(x).double().mean())
     assert system.reference()["delta_f"]["value"] == pytest.approx(-torch.logit(torch.tensor(inside)).item(), abs=0.06)
-    run = bz.train_run(folder / "run", *command("ring.yaml"), *FEW, *OF_EBM)
+    run = bz.train_run(folder / "run", *command("ring.yaml"), "method=tbg", *FEW)
     assert run.metrics["free_energy"]["reference"]["value"] == pytest.approx(system.reference()["delta_f"]["value"])
     with pytest.raises(bz.UserError, match=r"names ring.Ring.*trust=true"):
         bz.load_system("ring.yaml")
@@ -106,7 +104,7 @@ def test_a_coupling_pairs_and_trains(folder):
     assert same is x1
     assert sorted(paired[:, 0, 0].tolist()) == sorted(x0[:, 0, 0].tolist())
     assert (paired - x1).square().sum() < (x0 - x1).square().sum()
-    run = bz.train_run(folder / "run", *command("sliced"), *FEW, *OF_EBM)
+    run = bz.train_run(folder / "run", *command("sliced"), "method=tbg", *FEW)
     assert losses(folder / "run")[-1] < losses(folder / "run")[0]
     assert "Sliced coupling" in run.metrics["settings"]["flow"]
     with pytest.raises(bz.UserError, match=r"names sliced\.Sliced.*boltznce\.register"):
