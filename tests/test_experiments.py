@@ -17,9 +17,9 @@ from boltznce.settings import without_rule
 
 NAMES = config.available("experiment")
 PLANE = ("boltznce/fig_toy", "tabg/gaussians40")  # of which a run takes seconds
-# few steps and draws, of the sections that a run has
-FEW = {
-    "data": {"simulation": {"duration": 2.0, "equilibration": 0.4}},
+SHORT = {"duration": 4.0, "equilibration": 1.0, "segment_length": 2.0, "n_windows": 12, "n_repeats": 1}
+FEW = {  # steps and draws, of the sections that a run has
+    "data": {"simulation": SHORT},
     "flow": {"n_train": 400, "n_validation": 32, "fit": {"steps": 2}, "solver": {"steps": 4}},
     "samples": {"n_train": 64, "n_validation": 32},
     "ebm": {"fit": {"steps": 2}},
