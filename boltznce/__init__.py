@@ -7,8 +7,9 @@ What a notebook needs is here:
 - `train_run`: what ``boltznce train`` does, from Python. `load_run`, `Run`: a trained generator; ``run.sample(n)``
   gives `WeightedSamples`: positions, energies, likelihoods and log weights, and how far they can be trusted.
   `load_pretrained`: a run that ships with the package.
-- `free_energy_difference`, `free_energy_profile`, `corrected_free_energy_difference`: what the weights say.
-- `register`: lets run folders and files of systems name a network, a system or a method of your own.
+- `free_energy_difference`, `free_energy_profile`, `free_energy_surface`, `corrected_free_energy_difference`: what the
+  weights say, as does ``samples.mean(f)``. `Coordinate`: a coordinate of your own, beside those of a system's settings.
+- `register`: lets run folders and files of systems name a network, a system, a method or a function of your own.
 - `UserError`: what is raised for a mistake that one can mend; its message says how.
 
 The parts, in the order of the computation (``help(boltznce.systems)`` and so on):
@@ -32,6 +33,7 @@ from typing import Any
 __version__ = "0.2.0"  # pyproject.toml and the wheel have it from here
 
 _HOMES = {  # each is imported when it is first asked for: torch alone takes seconds
+    "Coordinate": "systems.coordinates",
     "MolecularSystem": "systems.molecular",
     "Run": "run",
     "System": "systems.base",
@@ -39,7 +41,8 @@ _HOMES = {  # each is imported when it is first asked for: torch alone takes sec
     "WeightedSamples": "analysis.reweighting",
     "corrected_free_energy_difference": "analysis.free_energy",
     "free_energy_difference": "analysis.free_energy",
-    "free_energy_profile": "analysis.free_energy",
+    "free_energy_profile": "analysis.profiles",
+    "free_energy_surface": "analysis.profiles",
     "load_pretrained": "run",
     "load_run": "run",
     "load_system": "config",

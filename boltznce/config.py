@@ -1,12 +1,10 @@
 """Names to settings to objects: where the configs are, what they offer, and what comes out of one."""
 
-import importlib
 import inspect
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hydra
@@ -23,7 +21,7 @@ from boltznce.settings import check
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
 from boltznce.systems.peptides import looks_like_sequence, parse_sequence
-from boltznce.trust import check_trusted, registered
+from boltznce.trust import check_trusted, locate
 
 __all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
@@ -113,35 +111,6 @@ def _own_system(name: str, trust: bool) -> DictConfig | None:
     if not letters:  # the caps alone have no φ
         settings.state = None
     return settings
-
-
-def locate(path: str, kind: type | tuple[type, ...]) -> Any:
-    """What a Python path such as ``boltznce.networks.gvp.GVPEnergy`` names, imported but not called.
-
-    It must be a subclass of ``kind``, or, where that is ``ModuleType``, the module of a method, which has ``STAGES``.
-    What was registered is not imported. Paths that come from a file are to have passed `trust.check_trusted`.
-
-    >>> locate("subprocess.getoutput", nn.Module)
-    Traceback (most recent call last):
-    boltznce.errors.UserError: _target_=subprocess.getoutput is not a Module, and nothing else is made from a config.
-
-    Raises UserError for anything else, and for what does not exist.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = registered(path)
-        if found is None and kind is ModuleType:
-            found = importlib.import_module(path)
-        elif found is None:
-            found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"_target_={path} cannot be imported: {error}.") from error
-    fits = "STAGES" in vars(found) if kind is ModuleType else isinstance(found, type) and issubclass(found, kind)
-    if not fits:
-        names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
-        what = "module of a method, with STAGES" if kind is ModuleType else " or a ".join(names)
-        raise UserError(f"_target_={path} is not a {what}, and nothing else is made from a config.")
-    return found
 
 
 def build(

@@ -19,7 +19,7 @@ __all__ = ["ReplayBuffer", "alpha_divergence", "anneal_beyond"]
 def anneal_beyond(
     path: Path, positions: Tensor, step_sizes: Sequence[float] | Tensor, *, kernel: HMC, n_moves: int, generator
 ) -> tuple[Point, Tensor, Tensor]:
-    """Draws (n, ...) of the base q of a path that goes ``beyond``, annealed to p²/q: where they end, log weights (n,), acceptances (k,).
+    """Draws (n, ...) of the base q of a path that goes ``beyond``, annealed to p²/q: their ends, log weights (n,), acceptances (k,).
 
     The path q^{1-β} (p²/q)^β, 0 ≤ β ≤ 1, is π_b = q^{1-b} p^b for b = 2β from 0 to 2: the one from q to p, and as far
     again beyond it. Between q and p²/q lie k evenly spaced densities, a step size for each, which ``n_moves``

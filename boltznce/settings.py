@@ -58,8 +58,49 @@ def _is_interval(value: Any, infinite: bool = False) -> bool:
     return ends and (infinite or (all(map(math.isfinite, value)) and value[0] < value[1]))
 
 
+def _is_list(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list | tuple) and len(value) == (length or len(value)) > 0
+
+
+def _is_atom(value: Any) -> bool:
+    """Its number, from 0 on, or the number of its residue and its name in it."""
+    named = _is_list(value, 2) and _is(value[0], Integral) and TEXT.fits(value[1])
+    return named or (_is(value, Integral) and value >= 0)
+
+
+def _atoms(number: int) -> Rule:
+    must = f"a list of {number} different atoms, each a number from 0 on, or a residue's number and a name, as [1, CA]"
+    return Rule(must, lambda value: _is_list(value, number) and all(map(_is_atom, value)) and not _repeats(value))
+
+
+def _repeats(value: Any) -> bool:
+    return len({str(each) for each in value}) < len(value)
+
+
+def _is_function(value: Any) -> bool:
+    """Python's own, or its path in a config."""
+    return callable(value) or (isinstance(value, Mapping) and TEXT.fits(value.get("_target_")))
+
+
+def _is_coordinate(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return TEXT.fits(value) or callable(value)
+    if "_target_" in value:
+        return all(key in FUNCTION and FUNCTION[key].fits(each) for key, each in value.items())
+    return len(value) == 1 and all(key in GEOMETRY and GEOMETRY[key].fits(each) for key, each in value.items())
+
+
+def _is_term(value: Any) -> bool:
+    return _is_list(value, 2) and NUMBER.fits(value[0]) and _is_coordinate(value[1])
+
+
+def _is_side(value: Any) -> bool:
+    return _is_list(value, 2) and _is_coordinate(value[0]) and _is_interval(value[1], True)
+
+
 def _is_state(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and TEXT.fits(value[0]) and _is_interval(value[1], True)
+    value = getattr(value, "sides", value)  # of a `boltznce.states.State`
+    return _is_function(value) or _is_side(value) or (_is_list(value) and all(map(_is_side, value)))
 
 
 COUNT, WHOLE = _whole(1), _whole(0)
@@ -85,7 +126,33 @@ BOX = Rule(
     lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_interval, value)),
 )
 INTERVAL = Rule("an interval in radians, as [0.0, 2.0]", lambda value: _is_interval(value, True))
-STATE = Rule("a coordinate and its interval, as [phi, [0.0, 2.0]]", _is_state)
+INTERVALS = Rule(
+    "an interval of the coordinate, as [0.0, 2.0], or a list of one for each coordinate",
+    lambda value: _is_interval(value, True) or (_is_list(value) and all(_is_interval(each, True) for each in value)),
+)
+COORDINATE = Rule(
+    "a coordinate: a name such as phi or chi1_2, {distance: [0, 5]}, {angle: ...}, {dihedral: ...}, "
+    "{linear: [[1.0, ...], ...]}, or {_target_: my_module.my_function}",
+    _is_coordinate,
+)
+COORDINATES = Rule("a list of two", lambda value: _is_list(value, 2) and all(map(_is_coordinate, value)))
+STATE = Rule(
+    "a coordinate and its interval, as [phi, [0.0, 2.0]], a list of such pairs, or {_target_: my_module.my_function}",
+    _is_state,
+)
+GEOMETRY = {
+    "distance": _atoms(2),
+    "angle": _atoms(3),
+    "dihedral": _atoms(4),
+    "linear": Rule(
+        "a list of [factor, coordinate]",
+        lambda value: (
+            _is_list(value)
+            and all(_is_list(part, 2) and NUMBER.fits(part[0]) and _is_coordinate(part[1]) for part in value)
+        ),
+    ),
+}
+FUNCTION = {"_target_": TEXT, "periodic": BOOLEAN, "unit": Rule("a unit, as nm", lambda value: isinstance(value, str))}
 SECTION = Rule("a section, with the settings that --cfg job prints", lambda value: isinstance(value, Mapping))
 DEVICE = Rule(
     "auto, cpu, cuda, cuda:1 (a number) or mps",
@@ -325,9 +392,12 @@ RULES: dict[str, Rule] = {
     "n_probes": COUNT,
     "sample.batch_size": COUNT | NULL,
     "format": _one_of("npy", "dcd", "xtc"),
-    "coordinate": TEXT | NULL,
+    "coordinate": COORDINATE,
+    "free_energy.coordinate": COORDINATE | COORDINATES | NULL,
+    **{f"coordinate.{name}": rule for name, rule in GEOMETRY.items()},
     "state": INTERVAL,
-    "free_energy.state": INTERVAL | NULL,
+    "free_energy.state": INTERVALS | STATE | NULL,
+    "free_energy.versus": INTERVALS | STATE | NULL,
     "n_bootstrap": _whole(2),
     "confidence": INSIDE,
     "n_exact": WHOLE,

@@ -4,22 +4,23 @@ What a user types is hers. What a file says may be somebody else's: it may name 
 that the user has registered in this process. Nothing else is imported, called or resolved.
 """
 
-from collections.abc import Iterator, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from boltznce.errors import UserError
 
-__all__ = ["check_trusted", "is_plain_name", "register", "registered"]
+__all__ = ["check_trusted", "is_plain_name", "locate", "register", "registered"]
 
-Thing = TypeVar("Thing", bound=type | ModuleType)
+Thing = TypeVar("Thing", bound=type | ModuleType | Callable)
 
 _REGISTERED: dict[str, Any] = {}
 
 
 def register(thing: Thing) -> Thing:
-    """Let run folders and files of systems name a class of your own, or the module of a method; returns it.
+    """Let run folders and files of systems name a class or function of your own, or the module of a method; returns it.
 
     >>> from torch import nn
     >>> @register
@@ -58,6 +59,41 @@ def check_trusted(settings: Any, source: Path | str) -> None:
             raise UserError(
                 f"{source} chooses other configs than its kind ({value}): leave them out, or say trust=true."
             )
+
+
+def locate(path: str, kind: Any) -> Any:
+    """What a Python path such as ``boltznce.networks.gvp.GVPEnergy`` names, imported but not called.
+
+    It must be a subclass of ``kind``, a class or several, or, where that is ``ModuleType``, the module of a method,
+    which has ``STAGES``; ``Callable`` is a function that is not the library's. What was registered is not imported.
+    Paths that come from a file are to have passed `check_trusted`.
+
+    >>> from torch import nn
+    >>> locate("subprocess.getoutput", nn.Module)
+    Traceback (most recent call last):
+    boltznce.errors.UserError: _target_=subprocess.getoutput is not a Module, and nothing else is made from a config.
+
+    Raises UserError for anything else, and for what does not exist.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = registered(path)
+        if found is None and kind is ModuleType:
+            found = importlib.import_module(path)
+        elif found is None:
+            found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_={path} cannot be imported: {error}.") from error
+    if kind is ModuleType:
+        fits, what = "STAGES" in vars(found), "module of a method, with STAGES"
+    elif kind is Callable:
+        fits, what = callable(found) and not path.startswith("boltznce."), "function of your own"
+    else:
+        fits = isinstance(found, type) and issubclass(found, kind)
+        what = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+    if not fits:
+        raise UserError(f"_target_={path} is not a {what}, and nothing else is made from a config.")
+    return found
 
 
 def is_plain_name(name: object) -> bool:

@@ -10,11 +10,11 @@ from boltznce.analysis.free_energy import (
     corrected_free_energy_difference,
     ebm_bias,
     free_energy_difference,
-    free_energy_profile,
     judged_by_exact,
     stratified_free_energy_difference,
     stratum_log_weights,
 )
+from boltznce.analysis.profiles import free_energy_profile
 from boltznce.errors import UserError
 from boltznce.states import in_interval
 

@@ -117,10 +117,9 @@ def findings(system, views=None):
     data = Dataset(x[30:], u[30:], zeros, order.astype(float), zeros.astype(int), order % 2, None, {"cpu_seconds": 1.0})
     settings = OmegaConf.create({"n_bootstrap": 20, "n_torus": 30, "tica_lag": None})
     masks = excluded_conformers(system, x[30:])
-    values = None if system.state is None else system.coordinate(x[:30], system.state.coordinate)
     of_data = Data(data, data, data, masks, zeros)
     parts = (of_data, {}, None, {"draw": 1e-3}, settings, 0)
-    found = Findings(system, views_of(system), drawn, excluded_conformers(system, x[:30]), drawn, values, *parts)
+    found = Findings(system, views_of(system), drawn, excluded_conformers(system, x[:30]), drawn, *parts)
     return copy.copy(found) if views is None else found
 
 

@@ -5,9 +5,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from boltznce.analysis import plotting
-from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.free_energy import free_energy_difference
 from boltznce.analysis.headline import Headline
 from boltznce.analysis.metrics import HeldOutLikelihood, SampledDistance, likelihood_agreement
+from boltznce.analysis.profiles import free_energy_profile
 from boltznce.analysis.report import summary_table, write_report
 
 

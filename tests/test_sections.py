@@ -26,9 +26,8 @@ def found():
     tilt, order = -0.3 * frames[:, 0, 0].double().numpy(), np.arange(300)
     data = Dataset(frames.numpy(), system.energy(frames).double().numpy(), tilt, order, 0 * order, order % 2, None, {})
     settings = OmegaConf.create({"n_bootstrap": 20, "n_torus": 50, "tica_lag": None})
-    values = system.coordinate(drawn.positions, "x")
     parts = (Data(data, data, data, {}, tilt), {}, None, {"draw": 1e-3}, settings, 0)
-    return Findings(system, views_of(system), drawn, {}, drawn, values, *parts)
+    return Findings(system, views_of(system), drawn, {}, drawn, *parts)
 
 
 def test_without_a_reference_the_data_have_their_row(found):
@@ -57,7 +56,7 @@ def test_without_data_or_a_state_sections_are_shorter(found):
         section(alone)
     system = load_system("double_well")
     system.state = None
-    stateless = replace(found, system=system, values=None)
+    stateless = replace(found, system=system)
     for section in set(sections.COMMON) - {sections.mode_weights}:  # whose modes are the two sides of the state
         assert "free_energy" not in section(stateless).results
     assert sections.costs(stateless).results == {"timing": {"draw_per_sample": 1e-3}}
@@ -97,7 +96,9 @@ def test_the_two_sided_row_is_that_of_exact_likelihoods_of_both_sides(found):
         assert row.missed_state == row.missed_rest == 0
         assert "Of the data that no flow was trained on, 0.0% in the state" in part.notes[0]
     assert row.n_state + row.n_rest == 400 + 150
-    walkers = replace(found.samples[np.argsort(found.values)[::2]], ancestors=np.arange(200) // 2)  # two of each, alike
+    walkers = replace(
+        found.samples[np.argsort(found.samples.positions[:, 0, 0])[::2]], ancestors=np.arange(200) // 2
+    )  # two of each, alike
     subsets = {"frames": ExactSubset(np.arange(200), walkers.log_prob)}
     settings = OmegaConf.merge(found.settings, {"frames": "refined"})
     refined = replace(found, refined=walkers, subsets=subsets, settings=settings, data=None)
@@ -114,7 +115,7 @@ def test_mean_energies_are_weighted_and_their_errors_counted_by_groups(found):
     row = sections.mean_energies(found).results["mean_energy"]
     u, weights = found.samples.energy, found.samples.weights
     mean = (weights * u).sum()
-    error = np.sqrt((weights**2 * (u - mean) ** 2).sum())
+    error = np.sqrt((weights**2 * (u - mean) ** 2).sum() * len(u) / (len(u) - 1))
     assert row["weighted samples"] == {"value": pytest.approx(mean), "std_error": pytest.approx(error)}
     assert row["weighted samples"]["value"] == pytest.approx(row["data"]["value"], abs=0.4)
     lost = replace(found.samples, energy=np.append(u[:-1], np.inf), log_weights=np.append(0 * u[:-1], -np.inf))

@@ -29,7 +29,7 @@ def test_intervals(kind, interval, values, inside):
 @pytest.mark.parametrize("interval", [(2.0, 0.0), (0.0, 115.0), (-np.inf, np.inf), (1.0, 1.0)])
 def test_no_interval(interval):
     with pytest.raises(UserError, match="shorter than the circle"):
-        State.of(("phi", interval))
+        in_interval(np.zeros(0), interval)
 
 
 def test_centre_and_words():

@@ -58,8 +58,7 @@ def found():
     log_q = np.log(FLOW)[walks] + shift
     subsets = {"uniform": ExactSubset(uniform, exact[uniform]), "frames": ExactSubset(index, log_q[index])}
     settings = OmegaConf.create({"n_bootstrap": 50, "frames": "refined"})
-    values = SYSTEM.coordinate(x, "phi")
-    parts = (draws, {}, draws, values, None, subsets, None, {"draw": 1e-3}, settings, 0)
+    parts = (draws, {}, draws, None, subsets, None, {"draw": 1e-3}, settings, 0)
     return Findings(SYSTEM, [], *parts, refined=walkers)
 
 

@@ -190,7 +190,7 @@ def test_coordinates(systems):
         ("gaussians8", {"weights": [1, -1]}, "positive weight"),
         ("checkerboard", {"cell": 0.3}, "multiple"),
         ("double_well", {"temperature": -1}, "positive"),
-        ("double_well", {"state": ["x", [0, 1]]}, "half plane"),
+        ("double_well", {"state": ["x", [1, 0]]}, "low below high"),
         ("double_well", {"state": ["z", [0, 1]]}, "diagonal"),
         ("double_well", {"colour": "red"}, "barrier"),
     ],

@@ -346,9 +346,7 @@ def test_constrained_bonds_are_told(ending, system, frames, pdb, tmp_path):
     file = written(tmp_path / f"run.{ending}", system.topology, constrained(system, frames))
     data = imported(tmp_path, system, file, pdb)
     assert data.meta["rigid_bonds"] == 12
-    findings = Findings(
-        system, [], None, {}, None, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0
-    )
+    findings = Findings(system, [], None, {}, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0)
     assert findings.frames is findings.md_units is None
     assert data.meta["notes"][0].startswith("12 of 21 bonds of the data, 12 of them of hydrogens, hardly vary")
     assert "12 rigid bonds" in data_in_words(data.meta)
@@ -374,9 +372,7 @@ def test_training_takes_it_as_it_is(system, frames, pdb, tmp_path):
     """Up to the data stage, with the settings that a simulation would have; and no file of its own stays behind."""
     file = written(tmp_path / "run.dcd", system.topology, np.concatenate([frames] * 4))
     data = imported(tmp_path, system, file, pdb, "sets/aldp")
-    findings = Findings(
-        system, [], None, {}, None, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0
-    )
+    findings = Findings(system, [], None, {}, None, Data(data, data, data, {}, data.log_weights), {}, None, {}, {}, 0)
     assert len(findings.frames.energies) == len(findings.md_units) == 4 * N
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["aldp"]
     assert len(load_data(system, system, tmp_path / "sets" / "aldp")) == 4 * N

@@ -80,8 +80,9 @@ WRONG = {
         *("evaluation.n_bootstrap=1", "evaluation.n_bootstrap=0", "evaluation.n_torus=0", "evaluation.tica_lag=-2"),
         *("system.temperature=0", "system.temperature=-1", "system.temperature=hot", "system.std=0"),
         *("system.length_scale=0", "system.box=[[1,-1],[0,1]]", "system.box=5", "system.weights=[1,-1]"),
-        *("system.radius=-1", "system.state=[angle,[0,90]]", "system.state=[angle,[2,1]]", "system.state=[x,[0,1]]"),
+        *("system.radius=-1", "system.state=[angle,[0,90]]", "system.state=[angle,[2,1]]", "system.state=[x,[1,0]]"),
         *("system.state=[z,[0,inf]]", "system.state=angle", "system.state=[angle]", "system.state=[angle,[0,null]]"),
+        *("system.state=[[x,[0,1]],[z,[0,1]]]", "system.state=[{distance:[0,1]},[0,1]]", "system.state=[]"),
         *(
             "logger.kind=tensorboard",
             "+logger.mode=sometimes",
@@ -99,6 +100,9 @@ WRONG = {
     MOLECULE: [
         *("system.state=[phi,[0,115]]", "system.state=[phi,[-180,0]]", "system.state=[phi,[2.0,0.0]]"),
         *("system.state=[phi,[100,102]]", "system.state=[chi,[0,2]]", "system.state=[phi,[nan,1]]"),
+        *("system.state=[[phi,[0,2]],[psi,[0,115]]]", "system.state=[{distance:[0,0]},[0,1]]"),
+        *("system.state=[{distance:[0,22]},[0,1]]", "system.state=[{linear:[[0.5,phi]]},[0,1]]"),
+        *("system.state={_target_:nowhere.function}", "system.state=[chi1,[0,2]]"),
         *(
             "system.temperature=0",
             "system.nonbonded_method=PME",
@@ -192,6 +196,8 @@ OTHER_WRONG = {
     "free_energy": [
         *("n_bins=0", "n_bins=1.5", "n_bootstrap=1", "n_bootstrap=-1", "seed=x", "state=5", "state=[0]", "state=[0,x]"),
         *("state=[0,115]", "state=[2,0]", "coordinate=[phi]", "coordinate=chi", "+width=3"),
+        *("coordinate={distance:[0]}", "coordinate={length:[0,1]}", "coordinate={distance:[0,22]}", "versus=5"),
+        *("coordinate=phi state=[[0,1],[0,1]]", "versus=[0,115]", "coordinate=[phi,psi] state=[0,1]"),
     ],
     "import": [
         *("stride=0", "stride=1.5", "temperature=0", "temperature=-300", "temperature=hot", "length_unit=inch"),
@@ -233,6 +239,9 @@ SENSIBLE = {
         *("network@flow.network=mlp", "network@ebm.network=mlp_energy", "+flow.fit.early_stopping_patience=3"),
         *(
             "system.state=[angle,[3.0,4.0]]",
+            "system.state=[x,[0,1]]",
+            "system.state=[[x,[0,1]],[y,[-0.5,0.5]]]",
+            "system.state=[{linear:[[1,x],[0.5,y]]},[-0.5,0.5]]",
             "system.state=[x,[-inf,0]]",
             "ebm.model.t_read=0.001",
             "system.temperature=2",
@@ -240,6 +249,8 @@ SENSIBLE = {
     ],
     MOLECULE: [
         *("system.state=null", "system.state=[psi,[2.0,4.0]]", "+data.simulation.hydrogen_mass=null"),
+        *("system.state=[{distance:[[1,C],[3,N]]},[0.2,0.35]]", "system.state=[{angle:[0,4,6]},[0.5,1.5]]"),
+        "system.state=[[phi,[0,2]],[psi,[-2,0.8]]]",
         *("+data.simulation.timestep=0.0005", "data.simulation.method=langevin", "flow.balance.mu=-1.0"),
         *("data.simulation.equilibration=0", "system.temperature=310", "+system.cutoff_nm=null"),
         *(
@@ -268,7 +279,8 @@ def told(script: str, words: str, given: Path, folder: Path) -> None:
         )
     elif script == "free_energy":
         config = compose("free_energy", [f"run={given}", *overrides])
-        own = {key: config[key] for key in ("coordinate", "state", "n_bins", "n_bootstrap", "seed")}
+        plain = OmegaConf.to_container(config)
+        own = {key: plain[key] for key in ("coordinate", "state", "versus", "n_bins", "n_bootstrap", "seed")}
         write_free_energy(bz.load_system("aldp"), folder, folder, **own)
     else:
         more = {"finetune": [f"run={given}", "peptide=KS"], "sample": [f"run={given}"]}.get(script, [])
@@ -430,8 +442,15 @@ EXPLAINED = {
     "annealing.n_steps=0": "A temperature ladder goes down",
     "system.state=[chi,[0,2]]": "no dihedral 'chi'",
     "system.selections.smoke.train=[AX]": "X in 'AX'",
+    "coordinate={distance:[0,22]}": "aldp has no atom 22",
     "coordinate=chi": "no dihedral 'chi'",
     "system.state=[z,[0,inf]]": "no coordinate 'z'",
+    "system.state=[[x,[0,1]],[z,[0,1]]]": "no coordinate 'z'",
+    "system.state=[{distance:[0,1]},[0,1]]": "has no atoms for a distance",
+    "system.state=[{distance:[0,22]},[0,1]]": "aldp has no atom 22",
+    "system.state=[{linear:[[0.5,phi]]},[0,1]]": "give whole factors",
+    "system.state=[chi1,[0,2]]": "no dihedral 'chi1'",
+    "versus=[0,115]": "degrees",
 }
 
 ALL_WRONG = [("train", words, each) for words, several in WRONG.items() for each in several]

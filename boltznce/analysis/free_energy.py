@@ -1,31 +1,32 @@
-"""Free-energy differences and profiles along a coordinate, with uncertainties; all in kT.
+"""Free-energy differences, with uncertainties; all in kT.
 
-A state is an open interval of the coordinate, the rest is everything else: ΔF = -log( P(state) / P(rest) ). Coordinates
-are angles, and intervals lie on the circle, but for half lines: (0, inf) is a state of any coordinate.
+A state is an open interval of a coordinate, the rest is everything else: ΔF = -log( P(state) / P(rest) ). Coordinates
+are angles, and intervals lie on the circle, but for half lines: (0, inf) is a state of any coordinate. Any other state
+is a mask of who is in it, which takes the place of the coordinate's values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp, stdtrit
+from scipy.special import logsumexp
 
+from boltznce.analysis.bootstrap import bootstrap_counts, checked_samples, normal_spread, numbered
 from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
 from boltznce.errors import UserError
 from boltznce.settings import require
-from boltznce.states import in_interval, require_radians
+from boltznce.states import between, in_interval
 
 __all__ = [
+    "UNKNOWN_BIAS",
     "CorrectedFreeEnergyDifference",
     "FreeEnergyDifference",
-    "FreeEnergyProfile",
     "choose_subset",
     "corrected_free_energy_difference",
     "ebm_bias",
     "free_energy_difference",
-    "free_energy_profile",
     "judged_by_exact",
     "stratified_free_energy_difference",
     "stratum_log_weights",
@@ -36,7 +37,7 @@ _FEWEST_UNITS = 10.0  # walkers or blocks of time that either side's weight is s
 _LARGEST_PARETO_K = 0.7
 _LARGEST_K_OF_SQUARES = 1.0  # above, their mean does not exist
 _LARGEST_TAIL_OF_VARIANCE = 0.5  # which is a quarter of the interval's width
-_COUNTS_AT_ONCE = 2**18  # bootstrap counts held in memory, about what a cache holds
+UNKNOWN_BIAS = "no exact likelihoods measure the error of the EBM"
 _ONE_SIDED = "a side without weight, or without exact likelihoods: the free-energy difference is unknown"
 
 
@@ -89,18 +90,6 @@ class CorrectedFreeEnergyDifference(FreeEnergyDifference):
     correction_error: float
 
 
-@dataclass(frozen=True)
-class FreeEnergyProfile:
-    """F in kT at ``centres`` (bins,) on the circle or between limits, minimum zero, NaN in gaps (angles never seen).
-
-    ``std_error`` is that of -log p(angle), p normalized; NaN in gaps and where most bootstrap replicates miss the bin.
-    """
-
-    centres: np.ndarray
-    free_energy: np.ndarray
-    std_error: np.ndarray
-
-
 def free_energy_difference(
     angle: np.ndarray,
     log_weights: np.ndarray | None = None,
@@ -109,8 +98,12 @@ def free_energy_difference(
     walkers: np.ndarray | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    versus: np.ndarray | tuple[float, float] | None = None,
 ) -> FreeEnergyDifference:
     """-log( P(state) / P(rest) ) in kT for ``angle`` (n,) in radians and unnormalized ``log_weights`` (n,).
+
+    In place of angles a mask (n,) says who is in the state. ``versus`` is another state in place of the rest: an
+    interval, or a mask (n,); samples in neither do not count.
 
     Without ``log_weights`` all weights are equal. The percentile interval is that of a bootstrap over independent
     samples. Frames of a simulation are none: ``walkers`` (n,) tells by a number each which of G independent walkers, or
@@ -123,10 +116,18 @@ def free_energy_difference(
     ΔF = 1.10 ± 0.11 kT [0.90, 1.32]
     >>> round(free_energy_difference([1.0, -1.0, -1.0], np.log([1.0, 2.0, 3.0])).value, 3)
     1.609
+    >>> distance = np.repeat([0.3, 0.6, 0.9], [100, 200, 700])
+    >>> free_energy_difference(distance < 0.4, versus=(distance > 0.5) & (distance < 0.7))
+    ΔF = 0.69 ± 0.12 kT [0.48, 0.93]
     """
     require(state=state, n_bootstrap=n_bootstrap, seed=seed, confidence=confidence)
-    angle, log_weights = _checked(angle, log_weights)
+    angle, log_weights = checked_samples(angle, log_weights)
     inside = in_interval(angle, state)
+    if versus is not None:
+        kept = between(inside, versus if np.asarray(versus).dtype == bool else in_interval(angle, versus))
+        options = {"n_bootstrap": n_bootstrap, "seed": seed, "confidence": confidence}
+        walkers = None if walkers is None else np.asarray(walkers)[kept]
+        return free_energy_difference(inside[kept], log_weights[kept], walkers=walkers, **options)
     sides = _sides(log_weights, inside)
     known = _diagnostics("state", log_weights[inside]) | _diagnostics("rest", log_weights[~inside])
     value = float(_minus_log_ratio(sides.sum(axis=0)))
@@ -135,14 +136,14 @@ def free_energy_difference(
         message += "the free-energy difference is unknown"
         return FreeEnergyDifference(value, float("nan"), None, **known, reliable=False, message=message)
     if walkers is None:
-        counts = _bootstrap_counts(len(sides), n_bootstrap, np.random.default_rng(seed))
+        counts = bootstrap_counts(len(sides), n_bootstrap, np.random.default_rng(seed))
         spread = _spread(np.concatenate([_minus_log_ratio(rows @ sides) for rows in counts]), confidence)
         return FreeEnergyDifference(value, *spread, **known, **_judge(spread[0], known))
-    units = _numbered(walkers, len(angle))
+    units = numbered(walkers, len(angle))
     shares = np.stack([np.bincount(units, side) for side in sides.T]) / sides.sum(axis=0)[:, None]
     numbers, n_units = 1.0 / np.square(shares).sum(axis=1), shares.shape[1]
     variance = n_units * np.square(shares[1] - shares[0]).sum() / (n_units - 1) if n_units > 1 else np.nan
-    spread = _normal_spread(value, variance, numbers.min(), confidence)
+    spread = normal_spread(value, variance, numbers.min(), confidence)
     few = [
         f"{number:.1f} walkers or blocks of time hold the {name}'s weight (at least {_FEWEST_UNITS:.0f} are needed)"
         for name, number in zip(("state", "rest"), numbers, strict=True)
@@ -169,7 +170,7 @@ def choose_subset(
     require("subset", n=n, state=state)
     if drawn_by not in ("uniform", "weights"):
         raise UserError(f"Unknown way to draw a subset {drawn_by!r}: choose uniform or weights.")
-    angle, log_weights = _checked(angle, log_weights)
+    angle, log_weights = checked_samples(angle, log_weights)
     inside, chosen = in_interval(angle, state), []
     for side in (np.flatnonzero(inside), np.flatnonzero(~inside)):
         if drawn_by == "uniform":
@@ -212,7 +213,7 @@ def stratified_free_energy_difference(
     ΔF = 1.10 ± 0.12 kT [0.87, 1.33]
     """
     require(state=state, confidence=confidence)
-    angle, _ = _checked(angle, None)
+    angle, _ = checked_samples(angle, None)
     subset, log_weights = np.asarray(subset, dtype=np.int64), np.asarray(log_weights, dtype=np.float64)
     if log_weights.shape != subset.shape:
         raise UserError("An exact free-energy difference needs a log weight for each index of the subset.")
@@ -227,7 +228,7 @@ def stratified_free_energy_difference(
     if len(log_sums) < 2:
         return FreeEnergyDifference(np.nan, np.nan, None, **known, reliable=False, message=_ONE_SIDED)
     value = float(log_sums[1] - log_sums[0])
-    spread = _normal_spread(value, variance, min(known["ess_state"], known["ess_rest"]), confidence)
+    spread = normal_spread(value, variance, min(known["ess_state"], known["ess_rest"]), confidence)
     return FreeEnergyDifference(value, *spread, **known, **_judge(spread[0], known))
 
 
@@ -261,7 +262,7 @@ def corrected_free_energy_difference(
     (0.5, -0.5)
     """
     require(state=state, confidence=confidence)
-    angle, log_weights = _checked(angle, log_weights)
+    angle, log_weights = checked_samples(angle, log_weights)
     subset = np.asarray(subset, dtype=np.int64)
     error = np.asarray(ebm_log_prob, dtype=np.float64) - np.asarray(exact_log_prob, dtype=np.float64)
     if error.shape != subset.shape or not np.isfinite(error).all():
@@ -286,7 +287,7 @@ def corrected_free_energy_difference(
     log_sums, corrections, of_draws, of_weights = np.transpose(sides).tolist()
     value = (log_sums[1] + corrections[1]) - (log_sums[0] + corrections[0])
     variance, number = sum(of_draws) + sum(of_weights), min(known["ess_state"], known["ess_rest"])
-    spread = _normal_spread(value, variance, number, confidence)
+    spread = normal_spread(value, variance, number, confidence)
     known |= _judge(spread[0], known, doubts) | {"correction_error": float(np.sqrt(sum(of_draws)))}
     known |= {"correction_state": corrections[0], "correction_rest": corrections[1]}
     return CorrectedFreeEnergyDifference(value, *spread, **known)
@@ -310,7 +311,7 @@ def judged_by_exact(ebm: FreeEnergyDifference, exact: FreeEnergyDifference | Non
     if ebm.interval is None:
         return ebm
     if exact is None:
-        reason = "no exact likelihoods measure the error of the EBM"
+        reason = UNKNOWN_BIAS
     elif not exact.reliable:
         reason = "too little is known of the error of the EBM"
     else:
@@ -323,75 +324,6 @@ def judged_by_exact(ebm: FreeEnergyDifference, exact: FreeEnergyDifference | Non
     return replace(ebm, reliable=False, message="; ".join(filter(None, (ebm.message, reason))))
 
 
-def free_energy_profile(
-    angle: np.ndarray,
-    log_weights: np.ndarray | None = None,
-    n_bins: int = 100,
-    kappa: float | None = None,
-    n_bootstrap: int = 200,
-    walkers: np.ndarray | None = None,
-    seed: int = 0,
-    limits: tuple[float, float] | None = None,
-) -> FreeEnergyProfile:
-    """-log p(angle) in kT on ``n_bins`` bins of (-π, π]: a weighted histogram, or with ``kappa`` a kernel estimate.
-
-    The kernel is von Mises' and acts on the bins (keep them narrower than its width 1/√kappa); a bin with nothing seen
-    within one width is a gap, and one with fewer than three samples has no standard error. ``limits`` are for a
-    coordinate that is no angle: the histogram is that of the samples between them, and takes no kernel. The bootstrap
-    is over samples, or over ``walkers`` (n,), as in `free_energy_difference`.
-
-    >>> free_energy_profile([-1.5, 1.5, 1.5, 1.5], n_bins=2, n_bootstrap=20).free_energy.round(3)
-    array([1.099, 0.   ])
-    """
-    require(n_bins=n_bins, n_bootstrap=n_bootstrap, seed=seed, **({} if kappa is None else {"kappa": kappa}))
-    angle, log_weights = _checked(angle, log_weights)
-    if limits is None:
-        require_radians(angle)
-    else:
-        if kappa is not None:
-            raise UserError("A profile between limits is a histogram: leave out kappa.")
-        log_weights = np.where((angle >= limits[0]) & (angle < limits[1]), log_weights, -np.inf)
-    low, high = limits or (-np.pi, np.pi)
-    weights = normalized_weights(log_weights)
-    width = (high - low) / n_bins
-    bins = np.floor((angle - low) / width).astype(np.int64) % n_bins
-    offsets = 2.0 * np.pi / n_bins * np.arange(n_bins)
-    kernel = np.eye(1, n_bins)[0] if kappa is None else np.exp(kappa * (np.cos(offsets) - 1.0))
-    kernel_spectrum = np.fft.rfft(kernel / kernel.sum())
-    reach = 0 if kappa is None else int(kappa**-0.5 / width)
-    tiny = np.finfo(float).tiny
-
-    def log_density(histogram: np.ndarray) -> np.ndarray:
-        smooth = histogram if kappa is None else np.fft.irfft(np.fft.rfft(histogram) * kernel_spectrum, n_bins)
-        seen = np.any([np.roll(histogram > 0.0, shift) for shift in range(-reach, reach + 1)], axis=0)
-        total = max(histogram.sum(), tiny)  # a replicate may hold nothing that weighs anything
-        return np.log(np.where(seen, np.maximum(smooth, tiny) / (total * width), np.nan))
-
-    units = np.arange(len(angle)) if walkers is None else _numbered(walkers, len(angle))
-    chunks = _bootstrap_counts(units.max() + 1, n_bootstrap, np.random.default_rng(seed))
-    replicates = np.stack(
-        [log_density(np.bincount(bins, weights * row[units], n_bins)) for rows in chunks for row in rows]
-    )
-    free_energy = -log_density(np.bincount(bins, weights, n_bins))
-    often = np.isfinite(replicates).mean(axis=0) > 0.95  # with three samples or more; the spread of fewer says nothing
-    often &= np.isfinite(free_energy)
-    std_error = np.full(n_bins, np.nan)
-    std_error[often] = np.nanstd(replicates[:, often], axis=0, ddof=1)
-    return FreeEnergyProfile(low + width * (np.arange(n_bins) + 0.5), free_energy - np.nanmin(free_energy), std_error)
-
-
-def _checked(angle: np.ndarray, log_weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    angle = np.asarray(angle, dtype=np.float64)
-    log_weights = np.zeros(angle.shape) if log_weights is None else np.asarray(log_weights, dtype=np.float64)
-    if angle.ndim != 1 or angle.shape != log_weights.shape or len(angle) == 0:
-        shapes = f"{angle.shape} and {log_weights.shape}"
-        raise UserError(f"Free energies need angles (n,) and log weights (n,) of at least one sample: got {shapes}.")
-    if not np.isfinite(angle).all():
-        n_bad = (~np.isfinite(angle)).sum()
-        raise UserError(f"{n_bad} of {len(angle)} angles are not finite: drop these samples first.")
-    return angle, log_weights
-
-
 def _sides(log_weights: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Normalized weights (n, 2) of the state and of the rest, zero on the other side."""
     return normalized_weights(log_weights)[:, None] * np.stack([inside, ~inside], axis=1)
@@ -400,22 +332,6 @@ def _sides(log_weights: np.ndarray, inside: np.ndarray) -> np.ndarray:
 def _two_sides(angle: np.ndarray, state: tuple[float, float]) -> list[tuple[str, np.ndarray]]:
     inside = in_interval(angle, state)
     return [("state", inside), ("rest", ~inside)]
-
-
-def _numbered(walkers: np.ndarray, n: int) -> np.ndarray:
-    """Walkers (n,) numbered from zero on."""
-    if np.shape(walkers) != (n,):
-        raise UserError(f"walkers= takes a number for each of {n} samples: got the shape {np.shape(walkers)}.")
-    return np.unique(walkers, return_inverse=True)[1]
-
-
-def _bootstrap_counts(n_units: int, n_bootstrap: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """How often each unit is drawn, in chunks (replicates, n_units) that together make ``n_bootstrap`` rows."""
-    rows_at_once = max(1, _COUNTS_AT_ONCE // n_units)
-    for start in range(0, n_bootstrap, rows_at_once):
-        rows = min(rows_at_once, n_bootstrap - start)
-        index = generator.integers(0, n_units, size=(rows, n_units)) + n_units * np.arange(rows)[:, None]
-        yield np.bincount(index.ravel(), minlength=rows * n_units).reshape(rows, n_units).astype(np.float64)
 
 
 def _minus_log_ratio(sides: np.ndarray) -> np.ndarray:
@@ -457,15 +373,6 @@ def _spread(replicates: np.ndarray, confidence: float) -> tuple[float, tuple[flo
     tail = (1.0 - confidence) / 2.0
     low, high = np.nanquantile(replicates, [tail, 1.0 - tail], method="inverted_cdf")
     return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan"), (float(low), float(high))
-
-
-def _normal_spread(value: float, variance: float, number: float, confidence: float) -> tuple[float, tuple | None]:
-    """The standard error, and the interval by the t quantile of an effective ``number`` of independent parts."""
-    if not np.isfinite(variance):
-        return float("nan"), None
-    std_error = float(np.sqrt(variance))
-    reach = float(stdtrit(max(1.0, number - 1.0), (1.0 + confidence) / 2.0)) * std_error
-    return std_error, (value - reach, value + reach)
 
 
 def _judge(std_error: float, known: dict[str, Any], doubts: Sequence[str] = ()) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from boltznce.analysis.free_energy import FreeEnergyProfile
 from boltznce.analysis.main_numbers import Number, over_seeds
 from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.profiles import FreeEnergyProfile, FreeEnergySurface
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "plot_refinement",
     "plot_seconds",
     "plot_sweep",
+    "plot_surface",
     "plot_weights",
 ]
 
@@ -42,7 +44,7 @@ _styled = matplotlib.rc_context(
 )
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
-_STATE_COLOUR = "#F0E442"
+_STATE_COLOURS = ("#F0E442", "#56B4E9")
 _DENSITY_MAP = "Blues"
 _ANGLE_TICKS = np.pi * np.array([-1.0, -0.5, 0.0, 0.5, 1.0]), ["−π", "−π/2", "0", "π/2", "π"]
 
@@ -196,8 +198,9 @@ def plot_energy_histograms(
 def plot_profiles(
     profiles: Mapping[str, FreeEnergyProfile],
     reference: FreeEnergyProfile | None = None,
-    state: tuple[float, float] | None = (0.0, 2.0),
-    angle_name: str = "φ",
+    state: tuple[float, float] | Mapping[str, tuple[float, float]] | None = (0.0, 2.0),
+    coordinate: str = "φ",
+    unit: str = "rad",
     highest: float | None = None,
     limits: tuple[float, float] | None = None,
     reference_name: str = "reference",
@@ -205,22 +208,27 @@ def plot_profiles(
 ) -> Figure:
     """Free-energy profiles on the circle or between ``limits``, bands of 1.96 standard errors; the reference in black.
 
-    The ``state`` is shaded. Profiles named in ``unreliable`` are dotted, without a band, and the legend says so.
-    Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has a gap; other gaps
-    stay gaps, and the legend says of a curve that is nothing but gaps that it is not known. ``highest``: upper end of
-    the axis in kT, if a curve reaches it.
+    The ``state`` is shaded, or several by their names. Profiles named in ``unreliable`` are dotted, without a band, and
+    the legend says so. Where a curve with errors has none, or one above ``HIGHEST_ERROR``, nothing is known and it has
+    a gap; other gaps stay gaps, and the legend says of a curve that is nothing but gaps that it is not known.
+    ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
     curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
     for position, (label, profile) in enumerate(profiles.items()):
         curves.append((label, profile, {"color": _COLOURS[position % len(_COLOURS)], "linewidth": 1.3}))
     figure, ax = _single_axes()
-    if state is not None:
-        ax.axvspan(*np.clip(state, *limits or state), color=_STATE_COLOUR, alpha=0.25, linewidth=0, label="state")
+    ends = limits or (-np.pi, np.pi)
+    states = {} if state is None else state if isinstance(state, Mapping) else {"state": state}
+    for colour, (name, interval) in zip(_STATE_COLOURS, states.items(), strict=False):
+        for turn in (0.0,) if limits else (0.0, -2.0 * np.pi, 2.0 * np.pi):
+            low, high = np.clip(np.add(interval, turn), *ends)
+            if low < high:
+                ax.axvspan(low, high, color=colour, alpha=0.25, linewidth=0, label=name)
+                name = None  # once in the legend
     top = 1.0
     for name, profile, style in curves:
         label = name
-        known = (profile.std_error <= HIGHEST_ERROR) | np.isnan(profile.std_error).all()
-        values, band = np.where(known, profile.free_energy, np.nan), 1.96 * profile.std_error
+        values, band = np.where(_known(profile), profile.free_energy, np.nan), 1.96 * profile.std_error
         if name in unreliable:
             label, band, style = f"{name}: not reliable", np.zeros_like(band), style | {"linestyle": ":"}
         ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
@@ -228,11 +236,49 @@ def plot_profiles(
         ax.plot(profile.centres, values, label=label if len(upper) else f"{name}: not known", **style)
         top = upper.max(initial=top)
     top = top if highest is None else min(top, highest)
-    ax.set(ylabel="free energy (kT)", xlim=limits or (-np.pi, np.pi), ylim=(-0.04 * top, 1.08 * top))
+    ax.set(ylabel="free energy (kT)", xlim=ends, ylim=(-0.04 * top, 1.08 * top))
     if limits is None:
         ax.set_xticks(*_ANGLE_TICKS)
-    ax.set_xlabel(f"{angle_name} (rad)" if limits is None else angle_name)
+    ax.set_xlabel(_axis_label(coordinate, unit))
     _legend_above(ax)
+    return figure
+
+
+@_styled
+def plot_surface(
+    surface: FreeEnergySurface,
+    coordinates: Sequence[tuple[str, str]],
+    limits: Sequence[tuple[float, float] | None] = (None, None),
+    states: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    highest: float = 10.0,
+) -> Figure:
+    """Free energy over two ``coordinates`` (symbol, unit), and its standard error where there is one, side by side.
+
+    ``limits``: of each, None where it goes round the circle; ``states``: name -> an interval of each, drawn as a frame.
+    Gaps are as in `plot_profiles`.
+    """
+    edges = [np.linspace(*(ends or (-np.pi, np.pi)), len(surface.free_energy) + 1) for ends in limits]
+    figure, axes = _panels(1, 2, 3.4, 2.9, sharex=True, sharey=True)
+    known = _known(surface)
+    highest = min(highest, np.nanmax(surface.free_energy, where=known, initial=1.0))
+    columns = {"free energy (kT)": (surface.free_energy, highest), "standard error (kT)": (surface.std_error, 1.0)}
+    for ax, (label, (values, top)) in zip(axes.flat, columns.items(), strict=True):
+        mesh = ax.pcolormesh(
+            *edges, np.where(known, values, np.nan).T, cmap="viridis", vmin=0.0, vmax=top, rasterized=True
+        )
+        figure.colorbar(mesh, ax=ax, label=label, extend="max")
+        ax.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], xlabel=_axis_label(*coordinates[0]))
+        for colour, (name, box) in zip((_COLOURS[1], _COLOURS[3]), (states or {}).items(), strict=False):
+            for corner, width, height in _frames(box, limits, edges):
+                frame = Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5, label=name)
+                ax.add_patch(frame)
+                name = None  # once in the legend
+        for set_ticks, ends in zip((ax.set_xticks, ax.set_yticks), limits, strict=True):
+            if ends is None:
+                set_ticks(*_ANGLE_TICKS)
+    axes[0, 0].set_ylabel(_axis_label(*coordinates[1]))
+    if states:
+        _legend_above(axes[0, 0])
     return figure
 
 
@@ -546,6 +592,27 @@ def _panels(
 def _single_axes(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
     figure, axes = _panels(1, 1, width, height)
     return figure, axes[0, 0]
+
+
+def _known(found: FreeEnergyProfile | FreeEnergySurface) -> np.ndarray:
+    """Mask of the bins about which something is known."""
+    return (found.std_error <= HIGHEST_ERROR) | np.isnan(found.std_error).all()
+
+
+def _axis_label(symbol: str, unit: str) -> str:
+    return f"{symbol} ({unit})" if unit else symbol
+
+
+def _frames(
+    box: Sequence[tuple[float, float]], limits: Sequence[tuple[float, float] | None], edges: Sequence[np.ndarray]
+) -> list[tuple[tuple[float, float], float, float]]:
+    """Corner, width and height of what is seen of a box, which may come again at the other end of a circle."""
+    pieces = []
+    for interval, ends, column in zip(box, limits, edges, strict=True):
+        turns = (0.0,) if ends else (0.0, -2.0 * np.pi, 2.0 * np.pi)
+        seen = [np.clip(np.add(interval, turn), column[0], column[-1]) for turn in turns]
+        pieces.append([(low, high - low) for low, high in seen if low < high])
+    return [((x, y), width, height) for x, width in pieces[0] for y, height in pieces[1]]
 
 
 def _legend_above(ax: Axes, columns: int = 3) -> None:

@@ -171,6 +171,8 @@ _CAPTIONS = {
     "plane": "Free energy over x and y, on one colour scale with one zero (the lowest bin of the first panel).",
     "energy_histograms": "Potential energy of the reference data, the flow's samples, and these with their weights.",
     "profile": "Free-energy profile; bands are 95% (1.96 standard errors), the state is shaded, gaps were never seen.",
+    "surface": "Free energy over two coordinates, its lowest bin the zero, and the standard error of a bin's "
+    "-log p; white bins were hardly seen, and nothing is known of them. Frames are the states.",
     "likelihood": "Log-likelihood of the EBM against the exact one for the same samples, mean difference taken off.",
     "learning_curves": "Losses in training and validation; faint lines are single steps.",
     "weights": "Distribution of the log weights.",

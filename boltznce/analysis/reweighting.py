@@ -1,5 +1,6 @@
 """Samples of a generator with the weights that turn them into samples of the Boltzmann distribution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import mdtraj
 import numpy as np
 
+from boltznce.analysis.free_energy import UNKNOWN_BIAS
+from boltznce.analysis.means import Mean, weighted_mean
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.samples_io import WeightedSamplesWriter, check_trajectory_format, read_samples
 from boltznce.analysis.weights import effective_sample_size, guard, log_importance_weights, normalized_weights
@@ -103,6 +106,23 @@ class WeightedSamples:
     def pareto_k(self) -> float:
         """Shape of the tail of the weights; means over them cannot be trusted above 0.7."""
         return pareto_k(self.log_weights)
+
+    def mean(self, of: Callable[[np.ndarray], np.ndarray] | np.ndarray, confidence: float = 0.95) -> Mean:
+        """⟨f⟩ over the Boltzmann distribution, with its interval (see `weighted_mean`).
+
+        ``of`` is f, of positions (n, atoms, dim), or its values (n,), numbers or a mask. Refined samples of one
+        ancestor count as one. Weights from an EBM's likelihood have its error, which no interval of theirs knows: such
+        a mean is not called reliable.
+
+        >>> samples = WeightedSamples(np.linspace(-1, 1, 100)[:, None, None], np.zeros(100), np.zeros(100))
+        >>> samples.mean(lambda x: x[:, 0, 0] ** 2)
+        0.3401 ± 0.031 [0.2792, 0.401]
+        """
+        values = of(np.asarray(self.positions)) if callable(of) else of
+        found = weighted_mean(values, self.log_weights, self.ancestors, confidence)
+        if self.meta.get("likelihood") != "ebm":
+            return found
+        return replace(found, reliable=False, message="; ".join(filter(None, (found.message, UNKNOWN_BIAS))))
 
     def clip(self, fraction: float) -> "WeightedSamples":
         """The top ``fraction`` of the log weights set to the smallest of them (TA-BG: 1e-4); biases what follows."""

@@ -123,9 +123,8 @@ def _free_energy_of(dataset: Dataset, system: System) -> tuple[float, float, str
         result = result_of(dataset, system)
         return result.delta_f, result.delta_f_error, result.message
     frames = dataset.take(own_isomers(system, dataset.positions))
-    values = system.coordinate(np.asarray(frames.positions), system.state.coordinate)
-    blocks = time_blocks(system.state.contains(values), walker_of(frames))
-    found = free_energy_difference(values, frames.log_weights, system.state.interval, walkers=blocks)
+    inside = system.in_state(np.asarray(frames.positions))
+    found = free_energy_difference(inside, frames.log_weights, walkers=time_blocks(inside, walker_of(frames)))
     return found.value, found.std_error, found.message
 
 
@@ -136,25 +135,23 @@ def _free_energy_of(dataset: Dataset, system: System) -> tuple[float, float, str
 def _learned(run: Run, generator: Generator, n_draws: int, n_walkers: int, n_correction: int, seed: int) -> list[dict]:
     """Rows of fresh draws by their weights, refined, and, of an EBM, corrected by exact likelihoods of ancestors."""
     system, device, likelihood = run.system, generator.device, generator.default_likelihood
-    (name, interval), n_batch = system.state, min(n_draws, generator.batch_size(likelihood))
+    n_batch = min(n_draws, generator.batch_size(likelihood))
     run.sample(n_batch, seed=seed + 1)  # compiles what is compiled
     drawn, drawing = time_once(lambda: run.sample(n_draws, seed=seed), device)
     draws = of_own_isomer(system, drawn)
-    values = system.coordinate(np.asarray(draws.positions), name)
-    weighted = free_energy_difference(values, draws.log_weights, interval, seed=seed)
+    weighted = free_energy_difference(system.in_state(np.asarray(draws.positions)), draws.log_weights, seed=seed)
     refined, refining = measured_refinement(generator, draws, seed, n_walkers)
-    values = system.coordinate(np.asarray(refined.positions), name)
-    by_ancestors = values, refined.log_weights, refined.ancestors
-    after = refined_free_energy_difference(*by_ancestors, interval)
+    inside = system.in_state(np.asarray(refined.positions))
+    by_ancestors = inside, refined.log_weights, refined.ancestors
+    after = refined_free_energy_difference(*by_ancestors)
     refining += drawing
     found = {f"flow + {likelihood.replace('ebm', 'EBM')} weights": (weighted, drawing), "refined": (after, refining)}
     if likelihood == "ebm":
-        subset = choose_subset(
-            values, refined.log_weights, n_correction, np.random.default_rng(seed), interval, "weights"
-        )
+        rng = np.random.default_rng(seed)
+        subset = choose_subset(inside, refined.log_weights, n_correction, rng, drawn_by="weights")
         ancestors, of = np.unique(refined.ancestors[subset], return_inverse=True)
         exact, correcting = _exact(generator, draws, ancestors)
-        corrected = corrected_by_ancestors(*by_ancestors, subset, draws.log_prob[ancestors][of], exact[of], interval)
+        corrected = corrected_by_ancestors(*by_ancestors, subset, draws.log_prob[ancestors][of], exact[of])
         found = {way: (judged_by_exact(own, corrected), seconds) for way, (own, seconds) in found.items()}
         found["refined, corrected by exact likelihoods"] = corrected, refining + correcting
     training = training_costs(run.folder.stages, COSTS[device.type != "cpu"])

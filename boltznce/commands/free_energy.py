@@ -1,11 +1,12 @@
 """ΔF and profile of weighted samples, with uncertainties and a figure. `boltznce free_energy run=outputs/...`
 
 Of a run for many molecules: `boltznce free_energy run=outputs/... system=KS`
+Another state: `coordinate=chi1 state=[0.0,2.0]`, `state=[[phi,[0.0,2.0]],[psi,[-2.0,0.8]]] versus=...`
 """
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from boltznce.command_line import command_line
 from boltznce.config import build
@@ -25,8 +26,7 @@ def main(config: DictConfig) -> None:
             system,
             Path(config.samples or _of_report(run, system)),
             Path(config.output or run.folder.outputs / "free_energy" / label),
-            coordinate=config.coordinate,
-            state=None if config.state is None else tuple(config.state),
+            **{key: OmegaConf.to_container(config)[key] for key in ("coordinate", "state", "versus")},
             n_bins=config.n_bins,
             n_bootstrap=config.n_bootstrap,
             seed=config.seed,

@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     for member in system.all_members():
         dataset = datasets[member.name]
         print(f"{len(dataset)} frames of {member.name} in {folder / system.label(member)}")
-        biased = dataset.meta["settings"]["method"] == "metadynamics" and member.state is not None
+        biased = dataset.meta["settings"]["method"] == "metadynamics" and member.state is not None and member.state.name
         if not (biased or config.reference):
             continue
         result = result_of(dataset, member.cheap)

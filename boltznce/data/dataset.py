@@ -22,7 +22,7 @@ from boltznce.folders import Kind, claim
 from boltznce.io import DATA_FORMAT, atomic_folder, check_format, file_digest, require_free_space
 from boltznce.records import damaged, read_array, read_yaml, sealed
 from boltznce.settings import require
-from boltznce.states import State
+from boltznce.states import State, in_interval
 from boltznce.systems.identity import digest
 
 __all__ = [
@@ -248,7 +248,8 @@ def mode_balanced_indices(
 ) -> np.ndarray:
     """``n`` frame numbers drawn with replacement by w (c · vonmises.pdf(angle - mu, kappa) + 1), for a rare state.
 
-    Where it is the rest that is rare, the rest takes the place of the state.
+    Where it is the rest that is rare, the rest takes the place of the state. Of a state that is no interval of an angle
+    ``values`` are a mask of who is inside, which takes the place of the density.
 
     Args:
         values: (n_frames,) of the state's coordinate, an angle in radians.
@@ -258,14 +259,19 @@ def mode_balanced_indices(
 
     Raises UserError if no frame is in the state.
     """
-    angle, log_weights = np.asarray(values, dtype=np.float64), np.asarray(log_weights, dtype=np.float64)
-    inside = normalized_weights(log_weights)[state.contains(angle)].sum()
+    values, log_weights = np.asarray(values), np.asarray(log_weights, dtype=np.float64)
+    is_mask = values.dtype == bool
+    inside = normalized_weights(log_weights)[in_interval(values, state.interval)].sum()
     if 0.5 < inside < 1 and mu is None:
-        state, inside = state.rest, 1 - inside
+        state, values, inside = (state, ~values, 1 - inside) if is_mask else (state.rest, values, 1 - inside)
     if c == "auto":
         if inside == 0:
-            raise UserError(f"No frame has {state.in_words()}: simulate by umbrella sampling, or set c to a number.")
+            words = "is in the state" if is_mask else f"has {state.in_words()}"
+            raise UserError(f"No frame {words}: simulate by umbrella sampling, or set c to a number.")
         c = (1 - inside) / inside
+    if is_mask:
+        return boltzmann_indices(log_weights + np.log(float(c) * values + 1), n, generator)
+    angle = values.astype(np.float64)
     from_mode = angle - (state.centre if mu is None else mu)
     kappa = 4 * STATE_KAPPA / state.width**2 if kappa is None else kappa
     density = np.exp(kappa * (np.cos(from_mode) - 1)) / (2 * np.pi * i0e(kappa))

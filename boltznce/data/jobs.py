@@ -1,5 +1,6 @@
 """What a simulation is to be: its settings, checked, as the jobs of its repeats."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -236,37 +237,51 @@ def _platforms() -> list[str]:
 
 
 def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int, int, int] | None:
-    name = name or (system.state.coordinate if system.state else None)
+    name = name or next(iter(_state_dihedrals(system)), None)
     if name is None and not required:
         return None
     return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
 
 
+def _state_dihedrals(system) -> list[str]:
+    """Names of the dihedrals that the state is of."""
+    names = [name for name, _ in system.state.sides if isinstance(name, str)] if system.state else []
+    return names if system.exact else [name for name in names if system.coordinate_of(name).atoms]
+
+
 def _one_phi(system) -> bool:
     """Whether a bias on φ and ψ is all that a molecule needs, and its energy can move many walkers at once."""
-    phis = [name for name in system.dihedrals if name.startswith("phi")]
-    is_state = system.state is None or system.state.coordinate in phis
+    phis, psis = _backbone(system)
+    is_state = set(_state_dihedrals(system)) <= {*phis, *psis}
     return len(phis) == 1 and is_state and system.energy_backend == "torch"
 
 
+def _backbone(system) -> tuple[list[str], list[str]]:
+    """Names of every φ and of every ψ."""
+    return tuple([name for name in system.dihedrals if name.startswith(kind)] for kind in ("phi", "psi"))
+
+
 def biases_of(system, dihedral: str | None = None, given: Sequence | None = None) -> list[list[str]]:
-    """Names of the coordinates of each bias: every φ with the ψ at its Cα, else another; or ``dihedral`` alone."""
+    """Names of the coordinates of each bias: every φ with the ψ at its Cα; or ``dihedral`` alone.
+
+    Where the state is of other dihedrals, of one or two of these.
+    """
     if given:
         return [list(given)] if isinstance(given[0], str) else [list(each) for each in given]
     if dihedral is not None:
         return [[dihedral]]
     if system.exact:
-        return [[system.state.coordinate if system.state else "x"]]
-    phis = [name for name in system.dihedrals if name.startswith("phi")]
-    psis = [name for name in system.dihedrals if name.startswith("psi")]
-    if not phis or (system.state and system.state.coordinate not in phis):
-        phis = [system.state.coordinate if system.state else next(iter(system.dihedrals), None)]
+        return [(_state_dihedrals(system) or ["x"])[:2]]
+    (phis, psis), own = _backbone(system), _state_dihedrals(system)
 
     def beside(phi: str) -> list[str]:
         axis = set(_atoms_of(system, phi)[1:3])
         return sorted(psis, key=lambda psi: not axis & set(system.dihedrals[psi][1:3]))[:1]
 
-    return [[phi, *beside(phi)] for phi in phis]
+    pairs = [[phi, *beside(phi)] for phi in phis]
+    if not set(own) <= set(itertools.chain(*pairs)):
+        return [own[:2]]
+    return pairs or [[next(iter(system.dihedrals), None)]]
 
 
 def _axes(system, bias_along: Sequence[Sequence[str]]) -> dict[str, list]:
@@ -278,10 +293,10 @@ def _axes(system, bias_along: Sequence[Sequence[str]]) -> dict[str, list]:
 
 
 def _atoms_of(system, name: str | None) -> list[int]:
-    if name not in system.dihedrals:
+    if name is None or not (atoms := system.coordinate_of(name).atoms):
         choices = ", ".join(system.dihedrals) or "none here"
         raise UserError(
             f"A bias needs a dihedral: set dihedral (or bias_along) to one of {choices}, or sampling to langevin or "
             "replica_exchange."
         )
-    return [int(atom) for atom in system.dihedrals[name]]
+    return [int(atom) for atom in atoms]

@@ -42,6 +42,7 @@ def axis_of(system: PlaneSystem, name: str) -> tuple[list[float], list[float] | 
 def definition(system: PlaneSystem) -> str:
     """What makes the system, as JSON."""
     given = {each.name: getattr(system, each.name) for each in dataclasses.fields(system) if each.init}
+    given["state"] = None  # nothing of which walkers need to know
     return json.dumps({"class": type(system).__name__, **given}, default=_plain)
 
 

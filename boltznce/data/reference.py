@@ -77,6 +77,11 @@ def require_reference(system, sampling: str, dihedral: str | None = None) -> Non
         raise UserError("A reference needs a bias along a dihedral: set sampling to umbrella or metadynamics.")
     if system.proxy is not None and sampling == "umbrella":
         raise UserError(f"Frames of the proxy of {system.name} need independent walkers: set sampling=metadynamics.")
+    if system.state is not None and system.state.name is None:
+        raise UserError(
+            "A reference is of an interval of a dihedral that has a name, and the state is "
+            f"{system.state_in_words()}: set system.state, as [phi,[0.0,2.0]]."
+        )
     if system.state is None:
         raise UserError(f"A reference is of a state, and {system.name} has none: set system.state, as [phi,[0.0,2.0]].")
     if sampling == "umbrella" and dihedral not in (None, system.state.coordinate):
@@ -103,7 +108,7 @@ def make_reference(system, meta: dict, result: SimulationResult, command: str) -
         "system": system.name,
         "identity": system.identity,
         "dihedral": name,
-        "atoms": [int(atom) for atom in system.dihedrals[name]],
+        "atoms": [int(atom) for atom in system.coordinate_of(name).atoms],
         "state": list(state),
         "delta_f": {"value": round(result.delta_f, 4), "std_error": round(result.delta_f_error, 4)},
         "profile": {

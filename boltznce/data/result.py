@@ -6,7 +6,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from boltznce.analysis.free_energy import free_energy_difference, free_energy_profile
+from boltznce.analysis.free_energy import free_energy_difference
+from boltznce.analysis.profiles import free_energy_profile
 from boltznce.analysis.weights import effective_sample_size
 from boltznce.states import State, in_interval, patterns
 
@@ -93,10 +94,10 @@ def of_walkers(
     walker = np.unique(np.stack([repeat, window]), axis=1, return_inverse=True)[1].ravel()
     firsts = [pair[0] for pair in pairs]
     own_pair = next((pair for pair in pairs if own in pair and len(pair) == 2), None)
-    inside = {name: in_interval(coordinates[name], state.interval) for name in {own, *firsts}}
-    known = {
-        name: free_energy_difference(coordinates[name], log_weights, state.interval, walkers=walker) for name in inside
+    inside = {
+        name: in_interval(coordinates[name], state.interval, periodic=name not in limits) for name in {own, *firsts}
     }
+    known = {name: free_energy_difference(mask, log_weights, walkers=walker) for name, mask in inside.items()}
     profile = free_energy_profile(coordinates[own], log_weights, n_bins, walkers=walker, limits=limits.get(own))
     part = np.minimum((time / time.max() * n_parts - 1e-9).astype(int), n_parts - 1)
     number = np.unique(repeat, return_inverse=True)[1] * n_parts + part
@@ -122,7 +123,7 @@ def of_walkers(
 def transitions(values: np.ndarray, walker: np.ndarray, state: State, limits: tuple[float, float] | None = None) -> int:
     """How often walkers went from the middle half of the state to that of the rest or back; frames in order of time.
 
-    ``limits``: of a coordinate that is no angle, whose state is a half line.
+    ``limits``: of a coordinate that is no angle.
     """
     low, high = state.interval
     if limits is None:

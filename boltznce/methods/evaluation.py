@@ -166,8 +166,8 @@ def _subset(system: System, samples: WeightedSamples, n: int, rng: np.random.Gen
     """Indices of samples to be given exact likelihoods, in order where there are no repeats."""
     if not n or system.state is None:
         return np.empty(0, dtype=np.int64)
-    values = system.coordinate(np.array(samples.positions), system.state.coordinate)
-    chosen = choose_subset(values, samples.log_weights, n, rng, system.state.interval, drawn_by)
+    inside = system.in_state(np.array(samples.positions))
+    chosen = choose_subset(inside, samples.log_weights, n, rng, drawn_by=drawn_by)
     return np.sort(chosen) if drawn_by == "uniform" else chosen
 
 

@@ -131,7 +131,6 @@ class Findings:
 
     Attributes:
         drawn: all kept draws; ``excluded``: masks of those that are left out, by why; ``samples``: the others.
-        values: of the state's coordinate, (samples,); None without a state.
         subsets: exact likelihoods of samples drawn uniformly, and by weight, and of ``frames`` by theirs. Where there
             are refined walkers it is these that are drawn by weight, and the likelihoods are their ancestors'.
         seconds: a sample, of each kind of work.
@@ -148,7 +147,6 @@ class Findings:
     drawn: WeightedSamples
     excluded: Mapping[str, np.ndarray]
     samples: WeightedSamples
-    values: np.ndarray | None
     data: Data | None
     subsets: Mapping[str, ExactSubset]
     reference: dict | None
@@ -199,7 +197,7 @@ class Findings:
             frames, log_weights = ExactSubset(index, frames.log_prob[first]), np.log(repeats)
         else:
             return None
-        inside = self.system.in_state(np.asarray(self.frames.positions[frames.index]))
+        inside = self.inside_of(self.frames)[frames.index]
         return (draws, frames, log_weights) if inside.any() and not inside.all() else None
 
     @cached_property
@@ -251,15 +249,15 @@ class Findings:
         """ΔF of a simulation, its error by what is independent in it; None of data whose errors are not known."""
         if self.md_units is None:
             return None
-        values, log_weights = self.coordinate(self.data.frames.positions), self.data.frames.log_weights
-        return free_energy_difference(values, log_weights, self.system.state.interval, walkers=self.md_units)
+        frames = self.data.frames
+        return free_energy_difference(self.inside_of(frames), frames.log_weights, walkers=self.md_units)
 
     @cached_property
     def md_units(self) -> np.ndarray | None:
         """What is independent in a simulation of the system's state (see `units_of`); None without a state."""
         if self.system.state is None or self.data is None:
             return None
-        return self.units_of(self.system.in_state(np.asarray(self.data.frames.positions)))
+        return self.units_of(self.inside_of(self.data.frames))
 
     def units_of(self, inside: np.ndarray) -> np.ndarray | None:
         """A number (frames,) for what visits a state, a mask of frames, independently: blocks of time, or many walkers.
@@ -272,10 +270,20 @@ class Findings:
             return time_blocks(inside, self.data.walker)
         return self.data.walker if self.data.has_trajectories and len(self.data.walkers) >= MANY_WALKERS else None
 
-    @property
+    def inside_of(self, frames: Dataset | WeightedSamples | Frames) -> np.ndarray:
+        """Mask of who is in the state."""
+        return self.system.in_state(np.asarray(frames.positions))
+
+    @cached_property
     def inside(self) -> np.ndarray:
         """Mask of the samples in the state."""
-        return self.system.state.contains(self.values)
+        return self.inside_of(self.samples)
+
+    @cached_property
+    def refined_inside(self) -> np.ndarray | None:
+        """Mask of the refined samples in the state; None without a state, or refined walkers."""
+        known = self.refined is not None and self.system.state is not None
+        return self.inside_of(self.refined) if known else None
 
     @property
     def data_name(self) -> str:
@@ -286,16 +294,6 @@ class Findings:
     def cut(self) -> float:
         """Energy above which samples are left out of E-W2."""
         return energy_cut(self.data.resampled.energies)
-
-    def coordinate(self, positions: np.ndarray) -> np.ndarray:
-        """The state's coordinate of positions."""
-        return self.system.coordinate(np.asarray(positions), self.system.state.coordinate)
-
-    @cached_property
-    def refined_values(self) -> np.ndarray | None:
-        """Of the state's coordinate, (refined,); None without a state, or refined walkers."""
-        known = self.refined is not None and self.system.state is not None
-        return self.coordinate(self.refined.positions) if known else None
 
     def panels(self, of: Callable[[np.ndarray], Any], frames: Dataset | None = None) -> dict[str, tuple[Any, Any]]:
         """What ``of`` makes of positions, and log weights: data (resampled, or ``frames``), flow, weighted, refined."""
@@ -318,9 +316,6 @@ def gather(work: Workspace, member: System) -> Findings:
     drawn = WeightedSamples.load(work.samples("weighted", member))
     excluded = excluded_conformers(system, drawn.positions)
     samples = drawn[allowed_conformers(excluded, len(drawn))]
-    values = None
-    if system.state is not None:
-        values = system.coordinate(np.asarray(samples.positions), system.state.coordinate)
     data, missing = held_out_data(work, member, system)
     place = work.samples("refined", member)
     refined = WeightedSamples.load(place) if (place / "meta.yaml").exists() else None
@@ -332,7 +327,6 @@ def gather(work: Workspace, member: System) -> Findings:
         drawn,
         excluded,
         samples,
-        values,
         data,
         {kind: subset for kind, subset in subsets.items() if subset is not None},
         system.reference(),

@@ -139,10 +139,13 @@ def check_flow(config: DictConfig, system: System) -> None:
     if not section.balance or state is None:
         return
     require_keywords(mode_balanced_indices, section.balance, "flow.balance")
-    if system.example.coordinate_range(state.coordinate) is not None:
-        raise UserError(
-            f"flow.balance is for a state along an angle, and {state.in_words()} is along none: set flow.balance=null."
-        )
+    if not system.example.along_an_angle:
+        if any(section.balance.get(key) is not None for key in ("kappa", "mu")):
+            raise UserError(
+                "kappa and mu of flow.balance are of a state along an angle, and "
+                f"{system.example.state_in_words()} is along none: set flow.balance={{c: auto}}, or null."
+            )
+        return
     if section.balance.get("mu") is None:
         _ = state.centre
 

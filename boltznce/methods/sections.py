@@ -12,28 +12,29 @@ from boltznce.analysis.free_energy import (
     FreeEnergyDifference,
     corrected_free_energy_difference,
     free_energy_difference,
-    free_energy_profile,
     stratified_free_energy_difference,
     stratum_log_weights,
 )
 from boltznce.analysis.headline import choose_headline
+from boltznce.analysis.means import weighted_mean
 from boltznce.analysis.metrics import between_halves, energy_w2, likelihood_agreement, share_above
 from boltznce.analysis.pareto import pareto_k
+from boltznce.analysis.profiles import free_energy_profile
 from boltznce.analysis.tica import tica_projection
 from boltznce.analysis.weights import effective_sample_size, log_importance_weights, normalized_weights
 from boltznce.methods.findings import Findings, walker_of
 from boltznce.methods.free_energy import reference_difference, reference_profile
 from boltznce.methods.provenance import energy_in_words
 from boltznce.methods.torsion_states import TOTAL, judge, of_each_phi, rebalanced, two_sided
-from boltznce.methods.views import View, symbol_of
+from boltznce.methods.views import View
 from boltznce.smc import corrected_by_ancestors, lineages, refined_free_energy_difference
 from boltznce.systems.base import System
+from boltznce.systems.coordinates import Coordinate, symbol_of
 from boltznce.systems.isomers import TURNED
 
 __all__ = ["COMMON", "Part", "ess_row", "slowest_coordinates"]
 
 WEIGHTS = {"ebm": "EBM weights", "exact": "exact weights"}
-FEWEST = 30  # effective samples, or groups of frames, behind a mean's error
 HIGHEST = 20.0  # kT, of a profile's figure: above, samples are noise
 N_BINS = 72
 FEWEST_STEPS = 3  # in β, that are drawn
@@ -104,7 +105,7 @@ def ess_row(log_weights: np.ndarray) -> dict:
 def _exact_log_weights(f: Findings) -> np.ndarray:
     """Of the uniform subset, each member standing for as many samples as there are of its side."""
     index = f.exact.index
-    strata = stratum_log_weights(f.values, index, f.system.state.interval)
+    strata = stratum_log_weights(f.inside, index)
     return log_importance_weights(f.samples.energy[index], f.exact.log_prob) + strata
 
 
@@ -115,39 +116,36 @@ def free_energies(f: Findings) -> Part:
     """ΔF of the system's state, by all that is known of it, and the profile along its coordinate."""
     if f.system.state is None:
         return Part()
-    (name, interval), log_weights, md = f.system.state, f.samples.log_weights, f.md_difference
+    log_weights, md = f.samples.log_weights, f.md_difference
     reference = md if f.reference is None else reference_difference(f.reference)
     rows = {"reference": reference} if reference is not None else {}
     if f.weighed:
-        rows[f.likelihood] = free_energy_difference(f.values, log_weights, interval, **f.bootstrap)
+        rows[f.likelihood] = free_energy_difference(f.inside, log_weights, **f.bootstrap)
     total = TOTAL
     if f.refined is not None:
-        by_ancestors = f.refined_values, f.refined.log_weights, f.refined.ancestors
-        rows["refined"] = refined_free_energy_difference(*by_ancestors, interval)
+        by_ancestors = f.refined_inside, f.refined.log_weights, f.refined.ancestors
+        rows["refined"] = refined_free_energy_difference(*by_ancestors)
         total = TOTAL if f.likelihood == "ebm" else (*TOTAL, "refined")
     if f.correction is not None:
         index = f.correction.index
         if f.refined is None:
             both = f.samples.log_prob[index], f.correction.log_prob
-            rows["corrected"] = corrected_free_energy_difference(f.values, log_weights, index, *both, interval)
+            rows["corrected"] = corrected_free_energy_difference(f.inside, log_weights, index, *both)
         else:
             both = f.samples.log_prob[f.refined.ancestors[index]], f.correction.log_prob
-            rows["corrected"] = corrected_by_ancestors(*by_ancestors, index, *both, interval)
+            rows["corrected"] = corrected_by_ancestors(*by_ancestors, index, *both)
     if f.exact is not None and f.weighed:
         exact_weights = log_importance_weights(f.samples.energy[f.exact.index], f.exact.log_prob)
-        rows["exact"] = stratified_free_energy_difference(f.values, exact_weights, f.exact.index, interval)
+        rows["exact"] = stratified_free_energy_difference(f.inside, exact_weights, f.exact.index)
     if f.sides is not None:
-        of_frames = f.system.in_state(np.asarray(f.frames.positions))
-        rows["two_sided"] = two_sided(f, f.inside, of_frames).difference([True], [False])
+        rows["two_sided"] = two_sided(f, f.inside, f.inside_of(f.frames)).difference([True], [False])
     bias = {name: judge(rows, name) for name in ("ebm", "refined") if name in rows and f.likelihood == "ebm"}
-    rows["unweighted"] = free_energy_difference(f.values, None, interval, **f.bootstrap)
+    rows["unweighted"] = free_energy_difference(f.inside, None, **f.bootstrap)
     if f.data is not None and (md is None or reference is not md):
         whole, title = f.data.whole, f"data ({f.data_name})"
         known = md is not None and not f.data.is_time_series  # else slow motions, which so short a simulation hides
         walkers = walker_of(whole) if known else None
-        of_data = free_energy_difference(
-            f.coordinate(whole.positions), whole.log_weights, interval, n_bootstrap=2, walkers=walkers
-        )
+        of_data = free_energy_difference(f.inside_of(whole), whole.log_weights, n_bootstrap=2, walkers=walkers)
         rows |= {title: of_data} if known else {f"{title}, error not estimated": {"value": of_data.value}}
     rows_of_total = {name: rows[name] for name in total if name in rows}
     headline, notes = choose_headline(rows_of_total), []
@@ -156,7 +154,7 @@ def free_energies(f: Findings) -> Part:
         among = rows_of_total if f.weighed else rows
         best = next((name for name in ("corrected", "refined") if name in among), best)
     results = {
-        "state": f.system.state.in_words(symbol_of(name)),
+        "state": f.system.state_in_words(),
         "ebm_bias": bias,
         "free_energy": rows,
         "headline": headline,
@@ -169,7 +167,7 @@ def free_energies(f: Findings) -> Part:
     if (costs := _speed_up(f, rows, headline.row)) is not None:
         results["md"] = costs
         notes.append(SPEED_UP)
-    return Part(results, {"profile": _profile(f, rows)}, tuple(notes))
+    return Part(results, _profiles(f, rows), tuple(notes))
 
 
 def torsion_states(f: Findings) -> Part:
@@ -211,18 +209,32 @@ def _error(row: FreeEnergyDifference, reference) -> float:
     return row.value - known if np.isfinite([row.value, known]).all() else np.nan
 
 
-def _profile(f: Findings, rows: Mapping[str, Any]) -> Figure:
-    """With the curves of ``rows`` that are not reliable told."""
-    name, interval = f.system.state
-    limits = f.system.coordinate_range(name)
+def _profiles(f: Findings, rows: Mapping[str, Any]) -> dict[str, Figure]:
+    """``profile`` along the state's first coordinate, and others by its name; none along one that is yes or no."""
+    found = {}
+    for k, (given, interval) in enumerate(f.system.state.sides):
+        coordinate = f.system.coordinate_of(given)
+        if (figure := _profile(f, rows, coordinate, interval, f.reference if k == 0 else None)) is not None:
+            found[f"{coordinate.name}_profile" if k else "profile"] = figure
+    return found
+
+
+def _profile(
+    f: Findings, rows: Mapping[str, Any], coordinate: Coordinate, interval: tuple, known: dict | None
+) -> Figure | None:
+    """With the curves of ``rows`` that are not reliable told, and the reference that is ``known``."""
+    values = coordinate(f.samples.positions)
+    if values.dtype == bool:
+        return None
+    limits = coordinate.range_of(values if f.data is None else coordinate(f.data.frames.positions))
     curves = {"flow, unweighted": None} | ({WEIGHTS[f.likelihood]: f.samples.log_weights} if f.weighed else {})
-    reference, whose = reference_profile(f.reference), "reference"
+    reference, whose = reference_profile(known), "reference"
     if reference is None and f.md_difference is not None:
-        values, log_weights = f.coordinate(f.data.frames.positions), f.data.frames.log_weights
-        reference, whose = free_energy_profile(values, log_weights, N_BINS, walkers=f.md_units), f.data_name
-    profiles = {label: free_energy_profile(f.values, lw, N_BINS, limits=limits) for label, lw in curves.items()}
+        given = coordinate(f.data.frames.positions), f.data.frames.log_weights, N_BINS
+        reference, whose = free_energy_profile(*given, walkers=f.md_units, limits=limits), f.data_name
+    profiles = {label: free_energy_profile(values, lw, N_BINS, limits=limits) for label, lw in curves.items()}
     if f.refined is not None:
-        given = f.refined_values, f.refined.log_weights, N_BINS
+        given = coordinate(f.refined.positions), f.refined.log_weights, N_BINS
         profiles["refined"] = free_energy_profile(*given, walkers=f.refined.ancestors, limits=limits)
     row_of = {WEIGHTS[f.likelihood]: f.likelihood, "refined": "refined"}
     return plotting.plot_profiles(
@@ -230,7 +242,8 @@ def _profile(f: Findings, rows: Mapping[str, Any]) -> Figure:
         reference,
         interval,
         unreliable=[label for label, row in row_of.items() if row in rows and not rows[row].reliable],
-        angle_name=symbol_of(name),
+        coordinate=coordinate.symbol,
+        unit=coordinate.unit,
         highest=HIGHEST,
         limits=limits,
         reference_name=whose,
@@ -260,7 +273,7 @@ def refinement(f: Findings) -> Part:
     if f.refined is None:
         return Part()
     done, ancestors, log_weights = f.refined.meta["refinement"], f.refined.ancestors, f.refined.log_weights
-    inside = np.zeros(len(ancestors), bool) if f.system.state is None else f.system.state.contains(f.refined_values)
+    inside = np.zeros(len(ancestors), bool) if f.system.state is None else f.refined_inside
     names = {0: "all"} if f.system.state is None else {1: "state", 0: "rest"}
     lines = lineages(ancestors, log_weights, inside)
     results = {
@@ -322,13 +335,9 @@ def mean_energies(f: Findings) -> Part:
 
 
 def _mean(values: np.ndarray, log_weights: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """Of values (n,) by weight, and its error, Σ_g (Σ w (value - mean))² over groups; NaN, if few of them weigh."""
-    weights = normalized_weights(log_weights)
-    some = weights > 0  # energies of the others may be infinite
-    weights, values, groups = weights[some], values[some], np.unique(groups[some], return_inverse=True)[1]
-    mean, few = float(weights @ values), np.square(np.bincount(groups, weights)).sum() > 1 / FEWEST
-    error = np.sqrt(np.square(np.bincount(groups, weights * (values - mean))).sum())
-    return {"value": mean, "std_error": np.nan if few else float(error)}
+    """Of values (n,) by weight, and its error by groups; NaN, if it cannot be relied on."""
+    found = weighted_mean(values, log_weights, groups)
+    return {"value": found.value, "std_error": found.std_error if found.reliable else np.nan}
 
 
 def distances(f: Findings) -> Part:

@@ -251,7 +251,8 @@ def _balanced(work: Workspace, member: System, frames: Dataset, n: int, rng: np.
     if not section.balance or member.state is None or not _has_state(section, member, frames):
         index = boltzmann_indices(frames.log_weights, n, rng)
     else:
-        values = member.coordinate(np.asarray(frames.positions), member.state.coordinate)
+        positions, is_angle = np.asarray(frames.positions), member.along_an_angle
+        values = member.coordinate(positions, member.state.coordinate) if is_angle else member.in_state(positions)
         index = mode_balanced_indices(values, frames.log_weights, n, rng, member.state, **section.balance)
     return (torch.from_numpy(frames.positions[index]).to(work.device),)
 

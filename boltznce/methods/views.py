@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from boltznce.analysis.metrics import SampledDistance, plane_w2, torus_w2
 from boltznce.analysis.plotting import plot_marginals, plot_plane, plot_ramachandran
 from boltznce.systems.base import System
+from boltznce.systems.coordinates import symbol_of
 
-__all__ = ["View", "residues", "symbol_of", "views_of"]
-
-SYMBOLS = {"phi": "φ", "psi": "ψ"}
+__all__ = ["View", "residues", "views_of"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,3 @@ def _torsions(system: System, figure: str, names: tuple[str, ...]) -> View:
 def _draw_one(panels: Mapping, angle_names: tuple[str, ...], n_bins: int = 72, zero_of: str | None = None) -> Figure:
     """Densities have their zero in common."""
     return plot_marginals(panels, angle_names, n_bins)
-
-
-def symbol_of(name: str) -> str:
-    """Of a coordinate: φ2 for phi2; other names stand for themselves."""
-    return next((symbol + name.removeprefix(word) for word, symbol in SYMBOLS.items() if name.startswith(word)), name)

@@ -82,7 +82,7 @@ class Path:
     beyond: bool = False
 
     def point(self, positions: Tensor, beta: float = 0.0) -> Point:
-        """What is known of positions (n, ...); at ``beta`` 1, where a path ends, the base is not asked: its part is 0."""
+        """What is known of positions (n, ...); at ``beta`` 1, where most paths end, the base is not asked, and 0."""
         parts = [self._point(x, beta < 1 or self.beyond) for x in positions.split(self.chunk or max(1, len(positions)))]
         return Point(*(torch.cat(each) for each in zip(*(part._parts() for part in parts), strict=True)))
 

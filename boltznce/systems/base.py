@@ -2,6 +2,8 @@
 
 import abc
 import copy
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -14,11 +16,12 @@ from torch import Tensor
 from boltznce.errors import UserError
 from boltznce.settings import require
 from boltznce.states import State
+from boltznce.systems.coordinates import Coordinate, as_tensor, make_coordinate
 from boltznce.systems.identity import differences
 from boltznce.systems.reference import find_reference
 from boltznce.trust import is_plain_name
 
-__all__ = ["ROLES", "System", "as_tensor", "check_name"]
+__all__ = ["ROLES", "System", "check_name"]
 
 ROLES = ("train", "validation", "test")
 
@@ -96,17 +99,52 @@ class System(abc.ABC):
     def energy(self, x: Array) -> Array:
         """Reduced energy u(x) = U(x) / kT, (batch,), differentiable, in the dtype of x; an array of an array."""
 
-    @abc.abstractmethod
-    def coordinate(self, x: Array, name: str) -> Array:
-        """A named coordinate of positions, (batch,), that tells states apart: for molecules a dihedral, in (-π, π]."""
+    def named_coordinate(self, name: str) -> Coordinate:
+        """The coordinate of a name; UserError for one that there is not."""
+        raise UserError(f"{self.name} has no coordinate {name!r}: give a function of positions.")
 
-    def in_state(self, x: Array) -> Array:
-        """Mask (batch,) of the positions in the state, which the system must have."""
-        return self.state.contains(self.coordinate(x, self.state.coordinate))
+    def coordinate_of(self, given: Any) -> Coordinate:
+        """What a setting, a name or a function means (see `make_coordinate`)."""
+        return make_coordinate(given, self)
 
-    def coordinate_range(self, name: str) -> Interval | None:
-        """Where a profile along the coordinate begins and ends; None for an angle, which goes round the circle."""
-        return None
+    def coordinate(self, x: Array, given: Any) -> Array:
+        """Values (batch,) of a coordinate (see `coordinate_of`) of positions: of angles in rad, of distances in nm."""
+        return self.coordinate_of(given)(x)
+
+    def state_of(self, given: Any) -> State:
+        """The state of this system that a setting means (see `State.of`); UserError for one that it cannot have."""
+        state = State.of(given)
+        for coordinate, interval in state.sides:
+            self.coordinate_of(coordinate).contains(np.zeros(0), interval)
+        return state
+
+    def in_state(self, x: Array, state: Any = None) -> Array:
+        """Mask (batch,) of the positions in a state (see `state_of`), by default the system's own.
+
+        >>> from boltznce import load_system
+        >>> system = load_system("gaussians8")
+        >>> system.in_state(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), [["x", [0.5, 1.5]], ["y", [-0.5, 0.5]]])
+        array([ True, False])
+        """
+        sides = (self.state if state is None else self.state_of(state)).sides
+        known = [(self.coordinate_of(coordinate), interval) for coordinate, interval in sides]
+        return functools.reduce(operator.and_, [each.contains(each(x), interval) for each, interval in known])
+
+    def state_in_words(self, state: Any = None) -> str:
+        """For titles, of `in_state`'s."""
+        sides = (self.state if state is None else self.state_of(state)).sides
+        known = [(self.coordinate_of(coordinate), interval) for coordinate, interval in sides]
+        return " and ".join(each.in_words(interval) for each, interval in known)
+
+    @property
+    def along_an_angle(self) -> bool:
+        """Whether the state is one interval of a coordinate that goes round the circle."""
+        ((coordinate, interval), *others) = self.state.sides
+        return not others and self.coordinate_of(coordinate).periodic and np.isfinite(interval).all()
+
+    def coordinate_range(self, given: Any) -> Interval | None:
+        """Where a profile along the coordinate begins and ends; None for the circle, and where samples tell."""
+        return self.coordinate_of(given).limits
 
     def chirality(self, x: Array) -> Array:
         """Per stereocentre +1 for the handedness of the system and -1 for its mirror image, (batch, n_centres)."""
@@ -210,11 +248,3 @@ class System(abc.ABC):
     def equals(self, other: "System") -> bool:
         """Whether data of one are data of the other, whatever their names."""
         return not differences(other.identity, self.identity)
-
-
-def as_tensor(x: Any) -> Tensor:
-    """A tensor as it is; an array or lists as a tensor of its own memory, float32 where they are, else float64."""
-    if isinstance(x, Tensor):
-        return x if x.is_floating_point() else x.double()
-    x = np.asarray(x)
-    return torch.from_numpy(np.array(x, dtype=np.float32 if x.dtype == np.float32 else np.float64))

@@ -15,8 +15,8 @@ from torch import Tensor
 from boltznce.errors import UserError
 from boltznce.precision import ordinary_tensors
 from boltznce.settings import require
-from boltznce.states import State
-from boltznce.systems.base import System, as_tensor, check_name
+from boltznce.systems.base import System, check_name
+from boltznce.systems.coordinates import Coordinate, as_tensor, geometric
 from boltznce.systems.dihedral import dihedral_angle
 from boltznce.systems.encodings import encode_atoms
 from boltznce.systems.external import ExternalEnergy
@@ -28,7 +28,7 @@ from boltznce.systems.openmm_energy import OpenMMEnergy
 from boltznce.systems.openmm_systems import build_openmm_system
 from boltznce.systems.semiempirical import XTBEnergy
 from boltznce.systems.structures import Structure, check_structure, read_structure
-from boltznce.systems.torsions import backbone_dihedrals, neighbours, turning_dihedrals
+from boltznce.systems.torsions import backbone_dihedrals, neighbours, residue_dihedrals, turning_dihedrals
 from boltznce.units import GAS_CONSTANT
 
 __all__ = ["MolecularSystem"]
@@ -55,7 +55,8 @@ class MolecularSystem(System):
         implicit_solvent: HCT, OBC1, OBC2, GBn or GBn2, for what has none of its own, as files of Amber, CHARMM and
             GROMACS; None adds none, and leaves these in a vacuum.
         dihedrals: more dihedrals, name -> four atom numbers, beside the backbone's.
-        state: dihedral and interval (radians) of the state whose free energy is asked for.
+        state: the state whose free energy is asked for: a coordinate and its interval, or several (see
+            `System.state_of`).
         encoding: of ``features``: None (``atom_classes``, for one molecule), or one of `encodings` for many peptides.
         n_places: residues that the encodings ``backbone`` and ``full`` have room for.
         energy_backend: ``torch`` (batched, on any device), ``openmm`` (Reference platform, one conformer at a time), or
@@ -87,7 +88,7 @@ class MolecularSystem(System):
         cutoff_nm: float | None = None,
         implicit_solvent: str | None = None,
         dihedrals: Mapping[str, Sequence[int]] | None = None,
-        state: tuple[str, tuple[float, float]] | None = None,
+        state: Any = None,
         encoding: str | None = None,
         n_places: int = 2,
         energy_backend: str = "torch",
@@ -132,8 +133,7 @@ class MolecularSystem(System):
             self.features = encode_atoms(self.topology, encoding, n_places)
         self.stereocentres = find_stereocentres(self.topology)
         if state is not None:
-            self.state = State.of(state)
-            self._atoms(self.state.coordinate)
+            self.state = self.state_of(state)
 
     @classmethod
     def from_openmm(
@@ -174,7 +174,7 @@ class MolecularSystem(System):
         """
         nonbonded = {"nonbonded_method": self._nonbonded["nonbonded"], "cutoff_nm": self._nonbonded["cutoff_nm"]}
         kept = ("dihedrals", "encoding", "n_places", "energy_backend", "n_workers", "compile")
-        settings = {"temperature": self.temperature, **nonbonded, "state": self.state}
+        settings = {"temperature": self.temperature, **nonbonded, "state": self.state and self.state.setting}
         settings |= {key: self._settings[key] for key in kept}
         return save_molecule(Path(folder), self.name, self.topology, self._structure_nm, self._openmm_system, settings)
 
@@ -204,19 +204,21 @@ class MolecularSystem(System):
 
     def dihedral(self, x: Array, name: str) -> Array:
         """A named dihedral of positions (batch, n_atoms, 3), (batch,) in (-π, π], IUPAC sign; tensor or array."""
-        atoms = list(self._atoms(name))
-        if not isinstance(x, Tensor | np.ndarray):
-            x = self.tensor_of(x).numpy()
-        angle = dihedral_angle(as_tensor(x[..., atoms, :]))
-        return angle if isinstance(x, Tensor) else angle.numpy()
+        return self.named_coordinate(name)(x if isinstance(x, Tensor | np.ndarray) else self.tensor_of(x).numpy())
 
-    def coordinate(self, x: Array, name: str) -> Array:
-        """A named dihedral (see `dihedral`): what tells the states of a molecule apart."""
-        return self.dihedral(x, name)
+    def named_coordinate(self, name: str) -> Coordinate:
+        """A dihedral: one of ``dihedrals``, or of a residue by its number, as ``phi_2`` and ``chi1_2``.
 
-    def coordinate_range(self, name: str) -> None:
-        """None, as a dihedral goes round the circle; raises UserError for one that there is not."""
-        self._atoms(name)
+        ``chi1`` is that of the first residue that has it (see `residue_dihedrals`).
+        """
+        if (atoms := self.dihedrals.get(name) or self._of_residues.get(name)) is None:
+            names = ", ".join([*self.dihedrals, *self._of_residues])
+            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {names}.")
+        return geometric(name, "dihedral", atoms)
+
+    @cached_property
+    def _of_residues(self) -> dict[str, Four]:
+        return residue_dihedrals(self.topology)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -261,11 +263,6 @@ class MolecularSystem(System):
 
     def openmm_topology(self) -> app.Topology:
         return self._openmm_topology
-
-    def _atoms(self, name: str) -> Four:
-        if name not in self.dihedrals:
-            raise UserError(f"{self.name} has no dihedral {name!r}: choose one of {', '.join(self.dihedrals)}.")
-        return self.dihedrals[name]
 
 
 def make_potential(

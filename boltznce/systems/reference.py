@@ -1,7 +1,6 @@
 """The reference free energies that ship with the package: one small JSON file a system, of it and its state alone."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 from boltznce.command_line import command_line
 from boltznce.errors import UserError
 from boltznce.states import State
+from boltznce.systems.coordinates import Coordinate
 from boltznce.systems.identity import differences
 
 __all__ = ["REFERENCE_FOLDER", "checked_reference", "find_reference", "load_reference"]
@@ -22,18 +22,19 @@ class _Known(Protocol):
     name: str
     identity: dict[str, Any]
     state: State
-    dihedrals: dict[str, Sequence[int]]
+
+    def coordinate_of(self, given: str) -> Coordinate: ...
 
 
 def find_reference(system: _Known) -> dict[str, Any] | None:
     """The reference that ships under a system's name, if it is of this system, dihedral and state in every entry."""
     path = REFERENCE_FOLDER / f"{system.name}.json"
-    if not path.is_file():
+    if not path.is_file() or system.state.name is None:
         return None
     reference = load_reference(path)
     asked = {
         "dihedral": system.state.coordinate,
-        "atoms": list(system.dihedrals.get(system.state.coordinate, ())),
+        "atoms": list(system.coordinate_of(system.state.coordinate).atoms),
         "state": list(system.state.interval),
     }
     fits = all(reference[key] == value for key, value in asked.items())

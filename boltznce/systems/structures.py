@@ -7,7 +7,7 @@ import numpy as np
 from openmm import app, unit
 
 from boltznce.errors import UserError
-from boltznce.systems.base import as_tensor
+from boltznce.systems.coordinates import as_tensor
 from boltznce.systems.peptides import build_peptide, looks_like_sequence
 
 __all__ = ["STRUCTURES", "Structure", "check_structure", "read_structure", "structure_file"]

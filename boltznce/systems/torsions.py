@@ -4,7 +4,7 @@ import mdtraj
 
 from boltznce.systems.conformers import rotatable_bonds
 
-__all__ = ["backbone_dihedrals", "neighbours", "turning_dihedrals"]
+__all__ = ["backbone_dihedrals", "neighbours", "residue_dihedrals", "turning_dihedrals"]
 
 Atom = mdtraj.core.topology.Atom
 Four = tuple[int, int, int, int]
@@ -59,6 +59,41 @@ def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
         for kind, quadruples in found.items()
         for number, atoms in enumerate(quadruples, start=1)
     }
+
+
+def residue_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
+    """``phi_2``, ``psi_2``, ``omega_2``, ``chi1_2`` ... of residue 2, by residues' numbers, and ``chi1`` of the first.
+
+    φ has the residue's N in the middle, ψ its Cα and ω its C, before the bond to the next residue. Side chains are
+    known by the atoms' usual names: N, CA, then B, G, D, E, Z, H along the chain, of two branches number 1. Residues
+    that share their number with another are left out.
+    """
+    found: dict[str, list[Four]] = {}
+    atoms = list(topology.atoms)
+    for name, four in backbone_dihedrals(topology).items():
+        found.setdefault(f"{name.rstrip('0123456789')}_{atoms[four[1]].residue.resSeq}", []).append(four)
+    for residue in topology.residues:
+        for k, four in enumerate(_side_chain(residue), start=1):
+            found.setdefault(f"chi{k}_{residue.resSeq}", []).append(four)
+            found.setdefault(f"chi{k}", [four])
+    return {name: several[0] for name, several in found.items() if len(several) == 1}
+
+
+def _side_chain(residue: mdtraj.core.topology.Residue) -> list[Four]:
+    """χ1, χ2, ... of a residue; those within an aromatic ring are none."""
+    named = {atom.name: atom.index for atom in residue.atoms if atom.element.symbol != "H"}
+    chain = [name for name in ("N", "CA") if name in named]
+    for letter in "BGDEZH":
+        places = [f"{element}{letter}{branch}" for branch in ("", "1") for element in "CNOS"]
+        if (place := next((place for place in places if place in named), None)) is None:
+            break
+        chain.append(place)
+    fours = []
+    for k in range(len(chain) - 3):
+        if k >= 2 and any(name[-1] == "1" for name in chain[k + 1 : k + 3]):
+            break
+        fours.append(tuple(named[name] for name in chain[k : k + 4]))
+    return fours if chain[:2] == ["N", "CA"] else []
 
 
 def turning_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:

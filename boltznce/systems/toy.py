@@ -20,6 +20,7 @@ from boltznce.errors import UserError
 from boltznce.settings import require
 from boltznce.states import State
 from boltznce.systems.base import Interval, System, check_name
+from boltznce.systems.coordinates import Coordinate, as_tensor
 from boltznce.systems.identity import digest
 
 __all__ = [
@@ -50,7 +51,7 @@ class PlaneSystem(System):
     Args:
         name: what to call it.
         box: ((x low, x high), (y low, y high)) of figures and of comparisons on a grid.
-        state: a coordinate of `COORDINATES` and an interval of it; (0, inf) is a half plane. None: no state.
+        state: a coordinate of `COORDINATES` and an interval of it, or several (see `System.state_of`). None: no state.
         temperature: dimensionless.
         length_scale: a typical size, in which networks measure positions.
     """
@@ -72,13 +73,7 @@ class PlaneSystem(System):
         require("system", **{each.name: getattr(self, each.name) for each in fields(self) if each.init})
         self.temperature, self.length_scale = float(self.temperature), float(self.length_scale)
         self.box = tuple((float(low), float(high)) for low, high in self.box)
-        if self.state is None:
-            return
-        coordinate, interval = self.state
-        self._check_coordinate(coordinate)
-        if coordinate != "angle" and math.isfinite(sum(interval)):
-            raise UserError(f"A state along {coordinate} is a half plane, as (0, inf), not {tuple(interval)}.")
-        self.state = State.of(self.state)
+        self.state = None if self.state is None else self.state_of(self.state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, a point in the plane, T = {self.temperature:g})"
@@ -166,25 +161,23 @@ class PlaneSystem(System):
 
     # ---- what is known ----------------------------------------------------------------------------------------------
 
-    def coordinate(self, x: Array, name: str) -> Array:
-        """A coordinate (batch,) of (batch, 1, 2): ``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
-        self._check_coordinate(name)
-        if not isinstance(x, Tensor):
-            return self.coordinate(torch.from_numpy(np.array(x)), name).numpy()
-        a, b = x[:, 0, 0], x[:, 0, 1]
-        return {"x": a, "y": b, "diagonal": (a - b) / math.sqrt(2), "angle": torch.atan2(b, a)}[name]
-
-    def coordinate_range(self, name: str) -> Interval | None:
-        """What a profile along the coordinate shows; None for the circle."""
-        self._check_coordinate(name)
+    def named_coordinate(self, name: str) -> Coordinate:
+        """``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
         (x0, x1), (y0, y1) = self.box
-        ranges = {
-            "x": self.box[0],
-            "y": self.box[1],
-            "diagonal": ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2)),
-            "angle": None,
-        }
-        return ranges[name]
+        values_of, limits = {
+            "angle": (lambda a, b: torch.atan2(b, a), None),
+            "diagonal": (lambda a, b: (a - b) / math.sqrt(2), ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2))),
+            "x": (lambda a, b: a, self.box[0]),
+            "y": (lambda a, b: b, self.box[1]),
+        }.get(name, (None, None))
+        if values_of is None:
+            raise UserError(f"{self.name} has no coordinate {name!r}: choose one of {', '.join(COORDINATES)}.")
+
+        def of(x: Array) -> Array:
+            values = values_of(*as_tensor(x)[:, 0].unbind(-1))
+            return values if isinstance(x, Tensor) else values.numpy()
+
+        return Coordinate(name, of, "" if limits else "rad", limits is None, limits)
 
     @property
     def mode_weights(self) -> np.ndarray | None:
@@ -194,13 +187,14 @@ class PlaneSystem(System):
         return np.bincount(self.mode(self._table.centres.unsqueeze(1)).numpy(), weights=self._table.mass)
 
     def reference(self) -> dict[str, Any] | None:
-        """The exact ΔF of the state and the profile along its coordinate (100 bins), as a shipped reference."""
+        """The exact ΔF of the state and the profile along its first coordinate (100 bins), as a shipped reference."""
         if self.state is None:
             return None
-        name, mass = self.state.coordinate, self._table.mass
-        values = self.coordinate(self._table.centres.unsqueeze(1), name).numpy()
-        state = mass[self.state.contains(values)].sum()
-        bins = np.histogram(values, bins=100, range=self.coordinate_range(name) or (-np.pi, np.pi), weights=mass)
+        mass, centres = self._table.mass, self._table.centres.unsqueeze(1)
+        state = mass[self.in_state(centres)].sum()
+        coordinate = self.coordinate_of(self.state.sides[0][0])
+        values = coordinate(centres).double().numpy()
+        bins = np.histogram(values, bins=100, range=coordinate.range_of(values) or (-np.pi, np.pi), weights=mass)
         f = -np.log(np.where(bins[0] > SEEN, bins[0], np.nan))
         return {
             "system": self.name,
@@ -208,10 +202,6 @@ class PlaneSystem(System):
             "delta_f": {"value": float(np.log(1 - state) - np.log(state)), "std_error": 0.0},
             "profile": {"phi": (bins[1][1:] + bins[1][:-1]) / 2, "f": f - np.nanmin(f), "std_error": 0.0 * f},
         }
-
-    def _check_coordinate(self, name: str) -> None:
-        if name not in COORDINATES:
-            raise UserError(f"{self.name} has no coordinate {name!r}: choose one of {', '.join(COORDINATES)}.")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
