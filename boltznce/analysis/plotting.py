@@ -28,8 +28,8 @@ __all__ = [
     "plot_ramachandran",
     "plot_refinement",
     "plot_seconds",
-    "plot_sweep",
     "plot_surface",
+    "plot_sweep",
     "plot_weights",
 ]
 
