@@ -10,9 +10,11 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
@@ -26,6 +28,7 @@ from boltznce.requeue import requeued
 from boltznce.run_folder import RUN, RunFolder
 from boltznce.settings import check
 from boltznce.signals import Stopped, listening
+from boltznce.sweep import note_failure
 
 __all__ = ["launch"]
 
@@ -47,7 +50,8 @@ def launch(config_name: str, main: Callable[[DictConfig], float | None]) -> None
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a trace
 
     def told(config: DictConfig) -> float | None:
-        with _mistakes_told():
+        of_sweep = config_name == "train" and HydraConfig.get().mode == RunMode.MULTIRUN
+        with _failure_noted() if of_sweep else _mistakes_told():
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # before any work
             check(config, config_name)
             return main(config)
@@ -56,6 +60,21 @@ def launch(config_name: str, main: Callable[[DictConfig], float | None]) -> None
     with _mistakes_told(), listening():
         sys.argv[1:] = _prepared(config_name, sys.argv[1:])
         hydra.main(version_base=None, config_path=str(config_dir()), config_name=config_name)(told)()
+
+
+@contextlib.contextmanager
+def _failure_noted() -> Iterator[None]:
+    """Of a member of a sweep: what ends it is told, and noted for the table at the end, and ends no other member."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    note_failure(folder, None)
+    try:
+        yield
+    except Exception as error:
+        reason = _in_words(error)
+        if reason is None:
+            logging.getLogger("boltznce").exception("A member of the sweep failed, the others go on.")
+        note_failure(folder, reason or f"{type(error).__name__}: {error}")
+        print(f"Error: {reason or error}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -69,21 +88,23 @@ def _mistakes_told() -> Iterator[None]:
         sys.exit(128 + stopped.number)
     except (ValueError, OSError, *SETTINGS) as error:
         logging.getLogger("boltznce").debug("", exc_info=True)
-        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError) and not isinstance(error, UserError):
-            error = error.__cause__  # of Hydra's log file
-        elif isinstance(error, ValueError) and not isinstance(error, (UserError, *SETTINGS)):
+        reason = _in_words(error)
+        if reason is None:
             raise
-        if isinstance(error, SETTINGS):
-            error = explain(error, sys.argv[1:])
-        elif isinstance(error, OSError):
-            if error.filename is None and disk_reason(error) is None:
-                raise
-            what = f"{error.filename}: " if error.filename else ""
-            error = (
-                f"{what}{error.strerror or error}. Choose another folder, with data_dir=, output= or hydra.run.dir=."
-            )
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {reason}", file=sys.stderr)
         sys.exit(2)
+
+
+def _in_words(error: BaseException) -> str | None:
+    """A mistake of the user's or an error of the disk as one sentence; None of anything else."""
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError) and not isinstance(error, UserError):
+        error = error.__cause__  # of Hydra's log file
+    if isinstance(error, SETTINGS):
+        return str(explain(error, sys.argv[1:]))
+    if isinstance(error, OSError) and not (error.filename is None and disk_reason(error) is None):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}. Choose another folder, with data_dir=, output= or hydra.run.dir=."
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -113,7 +134,10 @@ def _prepared(config_name: str, overrides: Sequence[str]) -> list[str]:
     if set(MULTIRUN) & set(words) and all("=" in word or word in MULTIRUN for word in words):
         swept = OverridesParser.create().parse_overrides([word for word in words if word not in MULTIRUN])
         for member in _members(swept):
-            compose(config_name, member)
+            OmegaConf.to_container(compose(config_name, member), resolve=True, throw_on_missing=True)
+        several = {override.key_or_group for override in swept if override.is_sweep_override()}
+        once = sorted({override.key_or_group for override in swept} - several)  # folders are named after the others
+        words.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(quoted, once))}]")
         for override in filter(Override.is_discrete_sweep, swept):
             if not available(override.key_or_group):  # a value, and no choice of configs
                 for word in override.sweep_string_iterator():

@@ -46,7 +46,9 @@ __all__ = ["RUN", "RunFolder", "peak_memory"]
 log = logging.getLogger(__name__)
 REMEDY = "restore it, or start a new run in another folder"
 AGAIN = "delete it and resume the run"
-RUN = Kind("a run", "run.json", names=r"\.hydra|(cli|train)\.log")  # the latter two are Hydra's, which comes first
+RUN = Kind(
+    "a run", "run.json", names=r"\.hydra|(cli|train)\.log|failed\.txt"
+)  # Hydra's and a sweep's, which come first
 RESULTS = ("checkpoints", "samples")  # what unfinished stages leave
 HEARTBEAT = 10.0  # seconds between two bookings of a running stage's time: what a kill can lose
 

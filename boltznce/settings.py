@@ -446,6 +446,7 @@ RULES: dict[str, Rule] = {
     "modes": _list_of(_one_of("eager", "compiled"), "eager, compiled"),
     "system": TEXT,
     "train.objective": TEXT,
+    "train.training_data": TEXT,
 } | dict.fromkeys(
     (
         *("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing", "fab", "method", "logger"),

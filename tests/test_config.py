@@ -120,11 +120,17 @@ def test_a_system_may_have_sizes_of_its_own():
 
 
 def test_reverse_kl_costs_as_many_energies_as_annealing():
-    for system, budget in (("aldp", "cpu"), ("two_moons", "cpu"), ("two_moons", "paper")):
-        words = [f"system={system}", f"budget={budget}"]
-        tabg, baseline = (config.compose("train", [*words, w]) for w in ("method=tabg", "experiment=tabg/reverse_kl"))
+    tables = [(f"experiment=tabg/table_{p}", b) for p in ("tetrapeptide", "hexapeptide") for b in ("cpu", "paper")]
+    for word, budget in [("system=aldp", "cpu"), ("system=two_moons", "cpu"), ("system=two_moons", "paper"), *tables]:
+        words, row = [word, f"budget={budget}"], "experiment/tabg" if "table" in word else "experiment"
+        first = "experiment/tabg=aldp_amber96" if "table" in word else "method=tabg"
+        tabg, baseline = (
+            config.compose("train", [*words, w])
+            for w in (first, f"{row}={'' if 'table' in word else 'tabg/'}reverse_kl")
+        )
         ladder = tabg.annealing
-        stages = ladder.n_steps + ladder.repeat_first + ladder.repeat_last
+        between = ladder.repeat_between * (ladder.n_steps - 1)
+        stages = ladder.n_steps + ladder.repeat_first + between + ladder.repeat_last
         fresh = ladder.fit.steps * ladder.batch_size if ladder.objective != "forward_kl" else 0
         energies = tabg.hot.fit.steps * tabg.hot.batch_size + stages * (ladder.n_draws + fresh)
         assert baseline.hot.fit.steps == pytest.approx(energies / baseline.hot.batch_size, abs=1)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from boltznce.analysis.main_numbers import Number, over_seeds
 from boltznce.analysis.pareto import pareto_k
 from boltznce.analysis.profiles import FreeEnergyProfile, FreeEnergySurface
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
@@ -35,6 +36,7 @@ __all__ = [
     "plot_refinement",
     "plot_seconds",
     "plot_surface",
+    "plot_sweep",
     "plot_weights",
     "style",
 ]
@@ -42,6 +44,7 @@ __all__ = [
 P = ParamSpec("P")
 
 MOST_COLUMNS = 6  # of panels
+MOST_PANELS = 5  # of a sweep's figure in a row
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 FEWEST = 5.0  # effective samples behind a bin of a weighted surface that is drawn
 _STYLE: dict[str, Any] = (
@@ -479,6 +482,55 @@ def plot_seconds(bars: Mapping[str, tuple[float, float]], title: str) -> Figure:
 
 
 @_styled
+def plot_sweep(
+    panels: Mapping[str, Mapping[str, Sequence[Number]]], references: Mapping[str, float], shares: Collection[str] = ()
+) -> Figure:
+    """Numbers of the runs of a sweep, a panel each, settings one below the other: dots are runs, the bar their mean.
+
+    ``panels``: title -> {setting: numbers}; those that are not reliable are hollow, and count in the mean only where
+    nothing else does. ``references``: title -> a line. Panels named in ``shares`` are in per cent.
+    """
+    n_rows = -(-len(panels) // MOST_PANELS)
+    n_columns, labels = -(-len(panels) // n_rows), list(next(iter(panels.values())))
+    lines = max(label.count("\n") + 1 for label in labels)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    height = 0.75 + len(labels) * (0.22 + 0.14 * lines)
+    figure, axes = _panels(n_rows, n_columns, 1.9, height, extra=(0.075 * longest, 0.25), sharey=True)
+    for ax, (title, sets) in zip(axes.flat, panels.items(), strict=False):
+        scale = 100.0 if title in shares else 1.0
+        for place, label in enumerate(labels):
+            numbers, colour = sets[label], _COLOURS[place % len(_COLOURS)]
+            for k, number in enumerate(numbers):
+                y = place + 0.4 * ((k + 0.5) / len(numbers) - 0.5)
+                if number.interval is not None:
+                    ax.plot(scale * np.array(number.interval), (y, y), color=colour, linewidth=1.0, alpha=0.6)
+                face = colour if number.reliable else "white"
+                ax.plot(scale * number.value, y, "o", markersize=4.5, color=colour, markerfacecolor=face, zorder=3)
+            if numbers:
+                bar = {"markersize": 16, "markeredgewidth": 1.3, "color": "0.2", "zorder": 4}
+                ax.plot(scale * over_seeds(numbers).mean, place, "|", **bar)
+            else:
+                ax.annotate("–", (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center")
+        if title in references:
+            ax.axvline(scale * references[title], color=_REFERENCE_COLOUR, linewidth=1.0, linestyle="--", zorder=1)
+        ax.set_title(f"{title} (%)" if title in shares else title.replace(", ", "\n"))
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=4)
+        ax.grid(axis="x", color="0.92", linewidth=0.6)
+        ax.set_axisbelow(True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    every = [number for sets in panels.values() for numbers in sets.values() for number in numbers]
+    note = "dots: runs; bar: mean"
+    note += "; line: its 95% interval" if any(number.interval for number in every) else ""
+    note += "; hollow: not reliable" if not all(number.reliable for number in every) else ""
+    figure.supxlabel(f"{note}; dashed: reference" if references else note, fontsize=8)
+    return figure
+
+
+@_styled
 def plot_ladder(temperatures: Sequence[float], sets: Mapping[str, Sequence[float]], unit: str = "K") -> Figure:
     """Effective sample sizes (0 to 1) at the steps of a temperature ladder, from hot to cold; NaN where a set has none.
 
@@ -635,9 +687,7 @@ def _legend_above(ax: Axes, columns: int = 3) -> None:
     ax.legend(ncols=columns, columnspacing=1.2, handlelength=1.5, **place)
 
 
-def _surface(
-    given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.ndarray], fewest: float
-) -> np.ndarray:
+def _surface(given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.ndarray], fewest: float) -> np.ndarray:
     """-log p (n, n) of points, NaN where none is, and by weights where fewer than ``fewest`` effective ones are."""
     if isinstance(given, np.ndarray):
         return given

@@ -5,6 +5,7 @@ no distance. None of them changes the prior's marginal: samples are reordered or
 arXiv 2302.00482; Klein et al. 2023, arXiv 2306.15030).
 """
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -13,9 +14,25 @@ from torch import Tensor
 
 from boltznce.errors import UserError
 
-__all__ = ["COUPLINGS", "independent", "kabsch", "make_coupling", "optimal_transport", "optimal_transport_kabsch"]
+__all__ = [
+    "COUPLINGS",
+    "Coupling",
+    "independent",
+    "kabsch",
+    "make_coupling",
+    "optimal_transport",
+    "optimal_transport_kabsch",
+]
 
-Coupling = Callable[..., tuple[Tensor, Tensor]]
+Pairing = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Coupling(abc.ABC):
+    """One of your own, which a config names by its ``_target_``; called as the functions of this module are."""
+
+    @abc.abstractmethod
+    def __call__(self, x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data and prior points, (batch, n, dim) in scaled units, as pairs of the same shapes."""
 
 
 def independent(x0: Tensor, x1: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,7 +71,7 @@ def rotation_onto(x0: Tensor, x1: Tensor) -> Tensor:
     return (u * sign.unsqueeze(-2)) @ vt
 
 
-COUPLINGS: dict[str, Coupling] = {
+COUPLINGS: dict[str, Pairing] = {
     "independent": independent,
     "ot": optimal_transport,
     "kabsch": kabsch,
@@ -62,8 +79,10 @@ COUPLINGS: dict[str, Coupling] = {
 }
 
 
-def make_coupling(name: str) -> Coupling:
-    """The coupling of that name; raises UserError that lists the known ones."""
-    if name not in COUPLINGS:
-        raise UserError(f"Unknown coupling '{name}': choose one of {', '.join(COUPLINGS)}.")
-    return COUPLINGS[name]
+def make_coupling(coupling: str | Coupling) -> Pairing:
+    """The coupling of that name, or the one given; raises UserError that lists the known ones."""
+    if isinstance(coupling, Coupling):
+        return coupling
+    if coupling not in COUPLINGS:
+        raise UserError(f"Unknown coupling '{coupling}': choose one of {', '.join(COUPLINGS)}.")
+    return COUPLINGS[coupling]

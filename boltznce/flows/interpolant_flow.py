@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from boltznce import ranks
 from boltznce.errors import UserError
 from boltznce.flows.context import ContextModel
-from boltznce.flows.coupling import make_coupling
+from boltznce.flows.coupling import Coupling, make_coupling
 from boltznce.flows.divergence import Probes, exact_divergence, hutchinson_divergence
 from boltznce.flows.prior import subspace_basis
 from boltznce.flows.solvers import SolverSettings, integrate
@@ -65,7 +65,7 @@ class InterpolantFlow(ContextModel):
         length_scale: float = 1.0,
         centred: bool = True,
         interpolant: str = "linear",
-        coupling: str = "independent",
+        coupling: str | Coupling = "independent",
         objective: str = "velocity",
         endpoint_weight_max: float | None = None,
         time_power: float = 1.0,

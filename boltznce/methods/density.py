@@ -4,37 +4,37 @@ No flow comes between, so that nothing but the objective (NCE, score matching, o
 report. A sweep over systems, objectives and seeds ends with a figure and a table of all its runs.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from boltznce import ranks
+from boltznce.analysis.main_numbers import DENSITY
 from boltznce.analysis.metrics import density_errors
 from boltznce.analysis.plotting import plot_densities
 from boltznce.analysis.report import write_report
+from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.io import atomic_file
 from boltznce.methods.models import load_trained, make, weights_path
 from boltznce.methods.preflight import check_ebm
 from boltznce.methods.provenance import energy_in_words
 from boltznce.methods.workspace import Workspace
+from boltznce.records import read_archive
+from boltznce.run_folder import AGAIN, RunFolder
 from boltznce.systems.base import System
 from boltznce.systems.toy import PlaneSystem
 
-__all__ = ["COLUMNS", "STAGES", "TITLES", "check", "densities", "load_models", "summary"]
+__all__ = ["STAGES", "check", "load_models", "summary", "sweep_figure"]
 
 TITLES = {"nce": "NCE", "score": "score matching", "both": "both"}
 CALIBRATION = 4096  # draws on which a network measures the scale of its inputs
-COLUMNS = {
-    "forward_kl": "KL(true ‖ learned)",
-    "reverse_kl": "KL(learned ‖ true)",
-    "leaked_mass": "leaked mass",
-    "mode_weight_error": "mode-weight error",
-}
 
 
 def check(config: DictConfig, system: System) -> None:
@@ -90,7 +90,7 @@ def report(work: Workspace) -> dict:
         | {"temperature": f"{system.temperature:g}", "energy": energy_in_words(system.identity)},
     }
     title = TITLES[config.ebm.model.objective]
-    figure = plot_densities({system.name: densities(log_p, log_q, n, title)}, {system.name: system.box})
+    figure = plot_densities({system.name: _densities(log_p, log_q, title)}, {system.name: system.box})
     write_report(folder, results, {"density": figure})
     return {}
 
@@ -108,14 +108,34 @@ def summary(work: Workspace) -> str:
     metrics = work.folder.metrics
     numbers = ", ".join(
         f"{title} {metrics['density'][key]:.4f}"
-        for key, title in COLUMNS.items()
+        for key, title in DENSITY.items()
         if metrics["density"][key] is not None
     )
     return f"{metrics['system']} · {metrics['objective']} · seed {metrics['seed']}: {numbers}"
 
 
-def densities(log_p: np.ndarray, log_q: np.ndarray, n: int, title: str) -> dict[str, np.ndarray]:
+def sweep_figure(runs: Sequence[RunFolder]) -> Figure:
+    """Densities of each system and objective, of the first run of each, with its mean errors over all of them."""
+    rows: dict[str, dict] = {}
+    boxes, notes, errors = {}, {}, {}
+    for run in runs:
+        name, title = run.metrics["system"], TITLES[run.metrics["objective"]]
+        errors.setdefault((name, title), []).append(run.metrics["density"])
+        if title not in rows.setdefault(name, {}):
+            grids = read_archive(run.path / "density.npz", AGAIN, {"log_p": (None, None), "log_q": (None, None)})
+            rows[name] |= _densities(grids["log_p"], grids["log_q"], title)
+            boxes[name] = build(run.config.system).box
+    for key, found in errors.items():
+        means = {what: np.mean([each[what] for each in found]) for what in DENSITY if found[0][what] is not None}
+        other = "leaked_mass" if means.get("leaked_mass") else "mode_weight_error"
+        name = "leak" if other == "leaked_mass" else "weights"
+        notes[key] = f"KL {means['forward_kl']:.3f}   {name} {100 * means[other]:.1f}%"
+    return plot_densities(rows, boxes, notes)
+
+
+def _densities(log_p: np.ndarray, log_q: np.ndarray, title: str) -> dict[str, np.ndarray]:
     """Probabilities of the cells, each normalized on the grid."""
+    n = int(np.sqrt(log_p.size))
     return {
         name: np.exp(log - np.logaddexp.reduce(log, axis=None)).reshape(n, n)
         for name, log in (("true", log_p), (title, log_q))

@@ -22,6 +22,7 @@ from boltznce.command_line import command_line
 from boltznce.config import build
 from boltznce.ebm import EnergyBasedModel
 from boltznce.errors import UserError
+from boltznce.flows.coupling import Coupling
 from boltznce.flows.interpolant_flow import InterpolantFlow
 from boltznce.flows.solvers import SolverSettings
 from boltznce.methods.drawing import Batch, Generator
@@ -130,6 +131,8 @@ def make(config: DictConfig, system: System, name: str) -> Model | OneMolecule:
     settings = OmegaConf.to_container(section.model, resolve=True)
     if published and settings["whiten"]:
         raise UserError("flow.published_weights belong to a flow with an isotropic prior: set flow.model.whiten=false.")
+    if isinstance(settings.get("coupling"), dict):  # one of the user's
+        settings["coupling"] = build(settings["coupling"], Coupling)
     require(name, scales=section.scales)
     if section.scales == "frames" and system.is_family:
         raise UserError(

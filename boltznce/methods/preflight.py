@@ -240,5 +240,12 @@ def _check_model(config: DictConfig, system: System, name: str) -> None:
             f"{name}.network={target} gives {tuple(given)} for positions {tuple(x.shape)}: choose {kind}, which the "
             f"{name} needs."
         )
+    if name == "flow":
+        pairs = own.couple(x, x.clone())
+        if [part.shape for part in pairs] != [x.shape, x.shape]:
+            raise UserError(
+                f"flow.model.coupling gives {[tuple(part.shape) for part in pairs]} for two sets of positions "
+                f"{tuple(x.shape)}: return pairs of the same shapes."
+            )
     if section.get("start"):
         load_trained(model, Path(section.start))

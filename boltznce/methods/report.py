@@ -135,7 +135,9 @@ def learning_curves(
     return curves
 
 
-def curves_figure(work: Workspace, wanted: Mapping[str, Mapping[str, str]], more: Mapping = MappingProxyType({})) -> dict:
+def curves_figure(
+    work: Workspace, wanted: Mapping[str, Mapping[str, str]], more: Mapping = MappingProxyType({})
+) -> dict:
     """The figure of learning curves (see `learning_curves`), if there are any, and of ``more`` of them."""
     curves = learning_curves(work.folder.path, wanted) | dict(more)
     kept = {title: step for name, losses in wanted.items() for title in losses.values() if (step := _kept(work, name))}

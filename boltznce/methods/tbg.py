@@ -36,11 +36,12 @@ def report(work: Workspace) -> dict:
 def flow_settings(work: Workspace) -> dict[str, str]:
     """Those of the flow, in words."""
     section, model, trained = work.config.flow, work.config.flow.model, work.trained_on
+    coupling = model.coupling if isinstance(model.coupling, str) else model.coupling._target_.rpartition(".")[2]
     validated = [] if work.parent else [member.name for member in work.system.members("validation")]
     names = {"trained on": trained, "validated on": [name for name in validated if name not in trained]}
     return {key: " ".join(part) for key, part in names.items() if part} | {
         "flow network": network_in_words(work, "flow"),
-        "flow": f"{model.interpolant} interpolant, {model.coupling} coupling, scales of {section.scales}",
+        "flow": f"{model.interpolant} interpolant, {coupling} coupling, scales of {section.scales}",
         "solver": ", ".join(f"{key} {value}" for key, value in asdict(solver_settings(section.solver)).items()),
     }
 
