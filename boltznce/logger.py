@@ -1,10 +1,10 @@
-"""Where the numbers of a training go: always a CSV file, and Weights & Biases when the config asks for it."""
+"""Where the numbers of a training go: always a CSV file, and W&B or TensorBoard when the config asks for it."""
 
 import csv
 import hashlib
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,14 +12,20 @@ from boltznce.errors import UserError
 from boltznce.io import atomic_file, disk_errors_told
 from boltznce.records import damaged
 
-__all__ = ["CSVLog", "Logger", "WandbLogger", "open_logger", "read_log"]
+__all__ = ["CSVLog", "Logger", "TensorBoardLogger", "WandbLogger", "open_logger", "read_log"]
 
 
 class Logger(Protocol):
     """Anything that takes named numbers; the names say stage and quantity, as in ``flow/train/loss``."""
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Take note of named numbers of one step."""
+        """Take note of named numbers of one step; ``<stage>/step`` says which."""
+
+    def summarize(self, values: Mapping[str, float], figures: Iterable[Path]) -> None:
+        """Take note of what a run ends with: its main numbers, and figures by their PNG files."""
+
+    def close(self) -> None:
+        """All that was noted is where it belongs."""
 
 
 class CSVLog:
@@ -99,18 +105,52 @@ class WandbLogger:
     def log(self, values: Mapping[str, float]) -> None:
         self._run.log(dict(values))
 
+    def summarize(self, values: Mapping[str, float], figures: Iterable[Path]) -> None:
+        import wandb
+
+        self._run.summary.update(dict(values))
+        self._run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+
     def close(self) -> None:
         self._run.finish()
+
+
+class TensorBoardLogger:
+    """Writes event files for ``tensorboard --logdir <run folder>``. Raises UserError where TensorBoard is not there."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+        except ImportError as error:
+            raise UserError('logger=tensorboard needs TensorBoard: pip install "boltznce[tensorboard]".') from error
+        self._writer = SummaryWriter(str(Path(folder) / "tensorboard"))
+
+    def log(self, values: Mapping[str, float]) -> None:
+        step = next((int(value) for name, value in values.items() if name.endswith("/step")), None)
+        for name, value in values.items():
+            if not name.endswith("/step"):
+                self._writer.add_scalar(name, value, step)
+
+    def summarize(self, values: Mapping[str, float], figures: Iterable[Path]) -> None:
+        from matplotlib.image import imread
+
+        for name, value in values.items():
+            self._writer.add_scalar(f"report/{name}", value)
+        for path in figures:
+            self._writer.add_image(f"figures/{path.stem}", imread(path), dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def open_logger(
     folder: Path,
     config: Mapping | None,
     /,
-    kind: Literal["csv", "wandb"],
+    kind: Literal["csv", "wandb", "tensorboard"],
     project: str = "boltznce",
     mode: str | None = None,
-) -> WandbLogger | None:
+) -> WandbLogger | TensorBoardLogger | None:
     """The logger that the ``logger`` part of a config asks for, ``open_logger(folder, config, **config.logger)``.
 
     None for ``csv``: `boltznce.training.fit` writes those files in any case. Raises UserError for an unknown kind.
@@ -119,7 +159,9 @@ def open_logger(
         return None
     if kind == "wandb":
         return WandbLogger(folder, project, mode, config)
-    raise UserError(f"Unknown logger '{kind}': choose csv or wandb.")
+    if kind == "tensorboard":
+        return TensorBoardLogger(folder)
+    raise UserError(f"Unknown logger '{kind}': choose csv, wandb or tensorboard.")
 
 
 def _logged_in() -> bool:

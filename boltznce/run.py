@@ -136,10 +136,11 @@ def _train(folder: RunFolder, fabric: "Fabric | None" = None) -> str:
     work = Workspace(folder, config, fabric, logger)
     ranks.by_first(folder.record_identity)(work.system)
     *_, last = method.STAGES
-    for name, stage in method.STAGES.items():
-        if not ranks.by_first(_already_done)(folder, name, last):
-            with folder.stage(name) if ranks.is_first() else contextlib.nullcontext({}) as info:
-                info.update(stage(work) or {})
+    with contextlib.closing(logger) if logger else contextlib.nullcontext():
+        for name, stage in method.STAGES.items():
+            if not ranks.by_first(_already_done)(folder, name, last):
+                with folder.stage(name) if ranks.is_first() else contextlib.nullcontext({}) as info:
+                    info.update(stage(work) or {})
     return ranks.by_first(method.summary)(work)
 
 

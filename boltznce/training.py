@@ -209,6 +209,7 @@ def fit(
     name: str,
     validate: Validation | None = None,
     memory: nn.Module | None = None,
+    after_checkpoint: Callable[[], None] = lambda: None,
     logger: Logger | None = None,
 ) -> FitResult:
     """Train ``module`` in place; leave it in eval mode with averaged weights (with early stopping: the best of them).
@@ -219,6 +220,7 @@ def fit(
     validate: called on the averaged weights with the same random numbers each time; returns scalars, among them "loss".
         Gradients are on, since some losses differentiate in x.
     memory: what ``loss`` keeps from step to step, as buffers that are saved in checkpoints.
+    after_checkpoint: called when one has been written.
     fabric: launched. Processes that train together share the rows of each batch where the loss does (`ranks.part`);
         any number of them has the losses and weights of one, within rounding.
 
@@ -340,6 +342,7 @@ def fit(
                 if memory is not None:
                     weights["memory"] = memory.state_dict()
                 checkpoints.save(progress.step, weights, state)
+                after_checkpoint()
             if stopping:
                 stop(stopping)
 

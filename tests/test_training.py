@@ -382,8 +382,8 @@ def test_step_generators_differ_by_seed_name_and_step_alone():
 
 def test_loggers(tmp_path, monkeypatch):
     assert open_logger(tmp_path, None, "csv") is None
-    with pytest.raises(UserError, match="csv or wandb"):
-        open_logger(tmp_path, None, "tensorboard")
+    with pytest.raises(UserError, match="csv, wandb or tensorboard"):
+        open_logger(tmp_path, None, "mlflow")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NETRC", raising=False)

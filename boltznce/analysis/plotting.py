@@ -660,7 +660,7 @@ def _known(found: FreeEnergyProfile | FreeEnergySurface) -> np.ndarray:
 
 
 def _minus_log_sum(profile: FreeEnergyProfile, state: tuple[float, float] | None, periodic: bool) -> float:
-    """-log Σ exp(-F) over the bins outside of a state; over all where nothing is known outside, or there is no state."""
+    """-log Σ exp(-F) over the bins outside of a state; over all without a state, or where none outside is known."""
     outside = np.ones(len(profile.centres), bool) if state is None else ~in_interval(profile.centres, state, periodic)
     factors = np.exp(-np.nan_to_num(profile.free_energy, nan=np.inf))
     return -float(np.log(factors[outside].sum() or factors.sum()))

@@ -193,7 +193,8 @@ def write_report(
 ) -> Path:
     """Write ``metrics.json``, ``figures/<name>.png`` and ``report.md``, each whole or not at all; return the last.
 
-    Figures are written in other formats ``also``, pdf or svg. ``captions`` add to the usual ones; that of ``profile`` is also that of a molecule's ``<molecule>_profile``.
+    Figures are written in other formats ``also``, pdf or svg. ``captions`` add to the usual ones; that of ``profile``
+    is that of a molecule's ``<molecule>_profile`` too.
     """
     folder, captions = Path(folder), _CAPTIONS | dict(captions or {})
     with atomic_file(folder / "metrics.json") as path:

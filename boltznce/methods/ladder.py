@@ -56,7 +56,7 @@ def report_ladder(work: Workspace) -> dict:
     """The common report, with what concerns temperatures and exact densities."""
     sections = (*COMMON, marginals, torsion_divergences, held_out, ladder, temperatures)
     counts = {"counts": _energy_evaluations(work)}
-    of_run = Part(counts, curves_figure(_learning_curves(work)), _notes(work))
+    of_run = Part(counts, curves_figure(work, *_learning_curves(work)), _notes(work))
     return make_report(work, sections, _settings(work), _find, of_run)
 
 
@@ -225,8 +225,8 @@ def _notes(work: Workspace) -> tuple[str, ...]:
     return (note,)
 
 
-def _learning_curves(work: Workspace) -> Mapping[str, tuple[list[float], list[float]]]:
-    """Training losses of the stages there are; of the ladder's one after another."""
+def _learning_curves(work: Workspace) -> tuple[Mapping[str, Mapping[str, str]], Mapping[str, tuple]]:
+    """Which losses of which stages are drawn, and those of the ladder's, one after another."""
     config, folder = work.config, work.folder.path
     objectives = {"flow": "forward_kl", "fab": "alpha_divergence", "hot": config.hot.objective}
     named = {stage: {c: f"{stage}: {what}" for c, what in LOSSES[o].items()} for stage, o in objectives.items()}
@@ -238,4 +238,4 @@ def _learning_curves(work: Workspace) -> Mapping[str, tuple[list[float], list[fl
             joined[0].extend(start + at for at in steps)
             joined[1].extend(values)
         start += step["steps"]
-    return learning_curves(folder, named) | ({f"annealing: {what}/train": joined} if joined[0] else {})
+    return named, ({f"annealing: {what}/train": joined} if joined[0] else {})

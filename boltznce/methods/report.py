@@ -9,6 +9,7 @@ import numpy as np
 
 from boltznce import ranks
 from boltznce.analysis import plotting
+from boltznce.analysis.main_numbers import main_numbers
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.logger import read_log
 from boltznce.methods.findings import Findings, gather
@@ -80,28 +81,14 @@ def _made_report(
     results = merged(whole, of_run.results, of_members, state)
     write_report(work.folder.path, results, figures, captions, also=_figures(work).get("also", ()))
     if work.logger:
-        work.logger.summarize(main_numbers(rows), [work.folder.path / "figures" / f"{name}.png" for name in figures])
+        numbers = {title: number.value for title, number in main_numbers(work.folder.metrics, {}).items()}
+        work.logger.summarize(numbers, [work.folder.path / "figures" / f"{name}.png" for name in figures])
     return {}
 
 
 def _figures(work: Workspace) -> Mapping[str, Any]:
     """The config's section ``figures``, which runs of before do not have."""
     return work.config.get("figures") or {}
-
-
-def main_numbers(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """ΔF with its error, ESS and distances of each system that was tested, for a logger."""
-    found = {}
-    for name, row in rows.items():
-        of_state, ess = row.get("free_energy", {}).get(row.get("weighted")), row.get("ess", {})
-        if of_state is not None:
-            found |= {f"{name}/ΔF (kT)": of_state.value, f"{name}/ΔF, standard error (kT)": of_state.std_error}
-            found[f"{name}/ΔF, reliable"] = float(of_state.reliable)
-        found |= {f"{name}/ESS, {which}": of["ess"] for which, of in ess.items()}
-        for distance, kinds in row.get("distances", {}).items():
-            numbers = {kind: getattr(value, "mean", value) for kind, value in kinds.items() if kind != "missing"}
-            found |= {f"{name}/{distance}, {kind}": value for kind, value in numbers.items()}
-    return {key: float(value) for key, value in found.items()}
 
 
 def summary(work: Workspace) -> str:
@@ -136,7 +123,7 @@ def learning_curves(
 
 
 def curves_figure(
-    work: Workspace, wanted: Mapping[str, Mapping[str, str]], more: Mapping = MappingProxyType({})
+    work: Workspace, wanted: Mapping[str, Mapping[str, str]], more: Mapping[str, Any] = MappingProxyType({})
 ) -> dict:
     """The figure of learning curves (see `learning_curves`), if there are any, and of ``more`` of them."""
     curves = learning_curves(work.folder.path, wanted) | dict(more)

@@ -312,9 +312,8 @@ def _with_reference(f: Findings, view: View, panels: dict) -> dict:
     surface = (f.reference or {}).get("surface")
     if surface is None or tuple(map(symbol_of, surface["coordinates"])) != view.symbols:
         return panels
-    values = (
-        np.array(surface["f"], dtype=np.float64).repeat(2, axis=0).repeat(2, axis=1)
-    )  # four bins of the figure each
+    # four bins of the figure each
+    values = np.array(surface["f"], dtype=np.float64).repeat(2, axis=0).repeat(2, axis=1)
     reference = {"reference": values + np.log(np.nansum(np.exp(-values)))}
     return {title: panels[title] for title in panels if title == f.data_name} | reference | panels
 

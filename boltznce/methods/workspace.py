@@ -18,6 +18,7 @@ from boltznce.data.dataset import Dataset
 from boltznce.data.members import load_data
 from boltznce.errors import UserError
 from boltznce.logger import Logger
+from boltznce.methods.live import live_curves
 from boltznce.run_folder import RunFolder
 from boltznce.systems.base import System
 from boltznce.training import FitSettings, Loss, Validation, fit, step_generator
@@ -147,6 +148,7 @@ class Workspace:
             name=name,
             validate=validate,
             memory=memory,
+            after_checkpoint=live_curves(self.folder.path, name),
             logger=self.logger,
         )
         self.__dict__.pop("models", None)  # there is one more, or a better one
