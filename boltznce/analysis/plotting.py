@@ -47,6 +47,7 @@ MOST_COLUMNS = 6  # of panels
 MOST_PANELS = 5  # of a sweep's figure in a row
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 FEWEST = 5.0  # effective samples behind a bin of a weighted surface that is drawn
+BLOCKS, ENOUGH = (1, 2, 3, 4, 5, 6), 0.9  # of bins, each way, that are joined until so much of the weight is drawn
 _STYLE: dict[str, Any] = (
     dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
     | dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
@@ -122,7 +123,8 @@ def plot_ramachandran(
 
     ``panels``: title -> (angles (n, 2), log weights or None), or -log p (n_bins, n_bins) itself, p summing to one. The
     zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (the MD): equal colours are
-    equal densities. By weights bins of fewer than ``FEWEST`` effective samples are left out.
+    equal densities. By weights bins of fewer than ``FEWEST`` effective samples are left out, and joined where that
+    would leave out much.
     """
     edges = np.linspace(-np.pi, np.pi, n_bins + 1)
     figure, axes = _plot_surfaces(panels, (edges, edges), highest, zero_of, [f"{name} (rad)" for name in angle_names])
@@ -277,13 +279,14 @@ def plot_profiles(
             if low < high:
                 ax.axvspan(low, high, color=colour, alpha=0.25, linewidth=0, label=name)
                 name = None  # once in the legend
-    top, of_rest = 1.0, None
+    top, bottom, of_rest = 1.0, 0.0, None
     for name, profile, style in curves:
         label = name
         values, band = np.where(_known(profile), profile.free_energy, np.nan), 1.96 * profile.std_error
         rest = _minus_log_sum(profile, next(iter(states.values()), None), periodic=limits is None)
         of_rest = rest if of_rest is None else of_rest
         values = values + (of_rest - rest)
+        bottom = min(bottom, np.nanmin(values, initial=0.0))
         if name in unreliable:
             label, band, style = f"{name}: not reliable", np.zeros_like(band), style | {"linestyle": ":"}
         ax.fill_between(profile.centres, values - band, values + band, color=style["color"], alpha=0.25, linewidth=0)
@@ -291,7 +294,7 @@ def plot_profiles(
         ax.plot(profile.centres, values, label=label if len(upper) else f"{name}: not known", **style)
         top = upper.max(initial=top)
     top = top if highest is None else min(top, highest)
-    ax.set(ylabel="free energy (kT)", xlim=ends, ylim=(-0.04 * top, 1.08 * top))
+    ax.set(ylabel="free energy (kT)", xlim=ends, ylim=(bottom - 0.04 * top, 1.08 * top))
     if limits is None:
         ax.set_xticks(*_ANGLE_TICKS)
     ax.set_xlabel(_axis_label(coordinate, unit))
@@ -688,16 +691,30 @@ def _legend_above(ax: Axes, columns: int = 3) -> None:
 
 
 def _surface(given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.ndarray], fewest: float) -> np.ndarray:
-    """-log p (n, n) of points, NaN where none is, and by weights where fewer than ``fewest`` effective ones are."""
+    """-log p (n, n) of points, NaN where none is, and by weights where fewer than ``fewest`` effective ones are.
+
+    Where that would leave out much of the weight, bins are joined: into blocks of few enough of them, if need be.
+    """
     if isinstance(given, np.ndarray):
         return given
     points, log_weights = given
     weights = _weights(points, log_weights)
     total, squares = (np.histogram2d(*points.T[:2], bins=edges, weights=w)[0] for w in (weights, weights**2))
-    seen = total > 0.0
-    if log_weights is not None and np.ptp(log_weights):
-        seen &= total**2 >= fewest * squares
-    return -np.log(np.where(seen, total, np.nan))
+    if log_weights is None or not np.ptp(log_weights) or not fewest:
+        return -np.log(np.where(total > 0.0, total, np.nan))
+    for size in (size for size in BLOCKS if len(total) % size == 0):
+        block = np.ones((size, size))
+        sums, of_squares = (_in_blocks(histogram, size) for histogram in (total, squares))
+        seen = (sums > 0.0) & (sums**2 >= fewest * of_squares)
+        if sums[seen].sum() >= ENOUGH * sums.sum():
+            break
+    return np.kron(-np.log(np.where(seen, sums / size**2, np.nan)), block)
+
+
+def _in_blocks(histogram: np.ndarray, size: int) -> np.ndarray:
+    """Sums (n / size, n / size) over blocks of bins."""
+    n = len(histogram) // size
+    return histogram.reshape(n, size, n, size).sum(axis=(1, 3))
 
 
 def _weights(values: np.ndarray, log_weights: np.ndarray | None) -> np.ndarray:
