@@ -64,7 +64,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: str = "") -> str:
     digest = hashlib.sha256(metadata.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -108,8 +108,8 @@ class Checkpoints:
             for name in sorted(names):
                 if file_digest(newest / name) != digests.get(name):
                     raise ValueError(f"{name} is not what was written")
-            weights = {name.removesuffix(".safetensors"): newest / name for name in names - {"state.pt"}}
-            weights = {part: load_weights(path)[0] for part, path in weights.items()}
+            files = {name.removesuffix(".safetensors"): newest / name for name in names - {"state.pt"}}
+            weights = {part: load_weights(path)[0] for part, path in files.items()}
             return weights, torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # torch's unpickler, zip reader and storage reader each raise their own kinds
             raise damaged(f"The checkpoint {newest}", error, remedy) from error

@@ -16,7 +16,7 @@ from torch import nn
 
 from boltznce.errors import UserError
 from boltznce.precision import ordinary_tensors
-from boltznce.records import read_settings
+from boltznce.records import as_dict, read_settings
 from boltznce.settings import check
 from boltznce.systems.base import System
 from boltznce.systems.family import PeptideFamily
@@ -26,12 +26,17 @@ from boltznce.trust import check_trusted, locate
 __all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
 PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
-MORE_PATHS = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start", "flow.published_weights")
-MORE_PATHS += ("system.structure", "hydra.run.dir", "hydra.sweep.dir")  # of which a sweep may have several
+MORE_PATHS: tuple[str, ...] = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start")
+MORE_PATHS += (
+    "flow.published_weights",
+    "system.structure",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)  # of which a sweep may have several
 MORE_PATHS += ("files", "topology", "weights", "bias", "energies")
 LISTED = {"samples": "{", "files": "["}  # that may be more than a path, which then begins with this
 # sections that are lists of the user's choice: an entry may be taken away, where a setting may not
-LISTS = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
+LISTS: tuple[str, ...] = ("~hydra", "~system.", "~energy.molecules.", "~network.networks.", "~spline.flows.")
 LISTS += ("~likelihood.solvers.", "~free_energy.simulations.")
 # sections whose settings are keywords of a class or a function, not all of which stand in the configs: + adds one
 KEYWORDS = {"system", "network", "networks", "flows", "molecules", "model", "coordinates", "fit", "solver", "balance"}
@@ -75,7 +80,7 @@ def load_system(name: str | Path, /, *, trust: bool = False, **overrides: Any) -
     Raises UserError for names and settings that do not exist, for a sequence that cannot be built, and for a file that
     names what is foreign.
     """
-    settings = _own_system(str(name), trust) if str(name) not in available("system") else None
+    settings: Any = _own_system(str(name), trust) if str(name) not in available("system") else None
     if settings is None:
         path = config_dir() / "system" / f"{name}.yaml"
         if not path.is_file():
@@ -97,7 +102,7 @@ def _own_system(name: str, trust: bool) -> DictConfig | None:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         settings = read_settings(path, "give a system's YAML file, as those of configs/system")
         if not trust:
-            check_trusted(OmegaConf.to_container(settings), path)
+            check_trusted(as_dict(settings), path)
         return settings
     if not looks_like_sequence(name):
         return None
@@ -106,11 +111,11 @@ def _own_system(name: str, trust: bool) -> DictConfig | None:
     except UserError as error:
         systems = ", ".join(available("system"))
         raise UserError(f"Unknown system {name!r}: {error} Systems that have a name are {systems}.") from None
-    settings = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
-    settings.structure = name
+    of_sequence: Any = OmegaConf.load(config_dir() / "system" / "sequence" / "default.yaml")
+    of_sequence.structure = name
     if not letters:  # the caps alone have no φ
-        settings.state = None
-    return settings
+        of_sequence.state = None
+    return of_sequence
 
 
 def build(
@@ -129,9 +134,8 @@ def build(
 
     Raises UserError for another kind of target, and for keywords that it does not have or that are missing.
     """
-    if OmegaConf.is_config(settings):
-        settings = OmegaConf.to_container(settings, resolve=True)
-    settings = {**settings, **overrides}
+    given: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else settings
+    settings = {**given, **overrides}
     target = settings.pop("_target_", None)
     if target in (None, "???"):
         raise UserError("A config of something to be built needs the key _target_, the Python path of its class.")
@@ -240,7 +244,8 @@ def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         if group.startswith("size/"):
-            return _no_size(*group.split("/")[1:], choice, overrides)
+            _, method, kind = group.split("/")
+            return _no_size(method, kind, choice, overrides)
         if group.startswith("hydra/"):
             return UserError(f"{group}={choice} is not installed: pip install 'boltznce[hpc]' brings it.")
         names = ", ".join(available(group)) or "none"

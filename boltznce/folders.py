@@ -49,11 +49,12 @@ def claim(folder: Path | str, kind: Kind, setting: str = "another folder") -> No
         raise UserError(f"{folder} is a file, and no folder can be made there: choose {setting}.")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     found = {name for name in found if name != LOCK and not is_temporary(name)}
-    marked = kind.marker in found and file_of_ours(folder / kind.marker, kind.keys)
-    ours = {kind.marker} if marked else set()
-    if marked and kind.whole:
-        digests = contents_of(folder / kind.marker).get("digests")
-        ours |= set(digests if isinstance(digests, dict) else ())
+    ours: set[str] = set()
+    if marked := kind.marker in found and file_of_ours(folder / kind.marker, kind.keys):
+        ours.add(kind.marker)
+        if kind.whole:
+            digests = contents_of(folder / kind.marker).get("digests")
+            ours |= set(digests if isinstance(digests, dict) else ())
     if marked or not kind.whole or kind.marker is None:
         ours |= {name for name in found if re.fullmatch(kind.names, name)}
     foreign = sorted(name for name in found - ours if not _holds(folder / name, kind))

@@ -41,7 +41,7 @@ _DISK_ERRORS = {
     )
     if hasattr(errno, name)
 }
-_WHAT = {errno.ENOSPC: "No disk space left", errno.EDQUOT: "The disk quota is used up"}
+_WHAT: dict[int | None, str] = {errno.ENOSPC: "No disk space left", errno.EDQUOT: "The disk quota is used up"}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<suffix>tmp|old)")
 
 

@@ -6,7 +6,7 @@ import netrc
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, disk_errors_told
@@ -99,8 +99,9 @@ class WandbLogger:
         folder.mkdir(parents=True, exist_ok=True)
         identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
         resume = "allow" if mode == "online" else None  # offline runs cannot be continued: syncing merges them by id
-        where = {"project": project, "name": folder.name, "id": identity, "dir": str(folder)}
-        self._run = wandb.init(**where, mode=mode, resume=resume, config=dict(config or {}))
+        where: dict[str, Any] = {"project": project, "name": folder.name, "id": identity, "dir": str(folder)}
+        where |= {"mode": mode, "resume": resume}
+        self._run = wandb.init(**where, config=dict(config or {}))
 
     def log(self, values: Mapping[str, float]) -> None:
         self._run.log(dict(values))

@@ -45,7 +45,8 @@ __all__ = [
     "wait",
 ]
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)  # of the processes that wait for the first
 _group: Any = None  # of all processes, once they have found each other

@@ -19,11 +19,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import yaml
 from numpy.lib import format as npy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from boltznce.errors import UserError
 
-__all__ = ["contents_of", "damaged", "read_archive", "read_array", "read_json", "read_settings", "read_yaml", "sealed"]
+__all__ = [
+    "as_dict",
+    "contents_of",
+    "damaged",
+    "read_archive",
+    "read_array",
+    "read_json",
+    "read_settings",
+    "read_yaml",
+    "sealed",
+]
 
 SEAL = "sha256"
 MOST_BYTES = 2**26  # of a record
@@ -64,9 +74,15 @@ def read_settings(path: Path, remedy: str) -> DictConfig:
 
     def parse(text: str) -> dict:
         _check_size(yaml.safe_load(text))  # before OmegaConf writes out every alias
-        return OmegaConf.to_container(OmegaConf.create(text))
+        return as_dict(OmegaConf.create(text))
 
     return OmegaConf.create(_record(path, remedy, parse))
+
+
+def as_dict(config: DictConfig | ListConfig, resolve: bool = False) -> dict[str, Any]:
+    """Settings as plain dictionaries and lists."""
+    contents: Any = OmegaConf.to_container(config, resolve=resolve)
+    return contents
 
 
 def read_array(

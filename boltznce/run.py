@@ -23,7 +23,7 @@ from boltznce.methods.drawing import Generator, choose_likelihood, draw_batches,
 from boltznce.methods.preflight import preflight
 from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.pretrained import folder_of
-from boltznce.records import damaged
+from boltznce.records import as_dict, damaged
 from boltznce.run_folder import REMEDY, RunFolder
 from boltznce.run_inputs import with_changes
 from boltznce.settings import require
@@ -72,7 +72,7 @@ def start_folder(path: Path | str, config: DictConfig) -> RunFolder:
     """
     require_writable(Path(path))
     preflight(config)
-    kept = [key for key in config if key not in ("resume", "trust")]
+    kept = [str(key) for key in config if key not in ("resume", "trust")]
     folder = RunFolder.create(Path(path), OmegaConf.masked_copy(config, kept), config.system.name)
     folder.checked = True
     return folder
@@ -87,7 +87,7 @@ def resume_folder(path: Path | str, given: Mapping[str, Any], trust: bool = Fals
     folder = RunFolder.open(Path(path), trust)
     folder.check_own()
     if given:
-        preflight(OmegaConf.create(with_changes(OmegaConf.to_container(_config(folder)), given)))
+        preflight(OmegaConf.create(with_changes(as_dict(_config(folder)), given)))
         folder.change(given)
         folder.checked = True
     return folder
@@ -132,14 +132,17 @@ def _train(folder: RunFolder, fabric: "Fabric | None" = None) -> str:
     method = locate(config.method._target_, ModuleType)
     fabric, logger = fabric or ranks.join(_fabric(config)), None
     if ranks.is_first():
-        logger = open_logger(folder.path, OmegaConf.to_container(config), **config.logger)
+        logger = open_logger(folder.path, as_dict(config), **config.logger)
     work = Workspace(folder, config, fabric, logger)
     ranks.by_first(folder.record_identity)(work.system)
     *_, last = method.STAGES
     with contextlib.closing(logger) if logger else contextlib.nullcontext():
         for name, stage in method.STAGES.items():
             if not ranks.by_first(_already_done)(folder, name, last):
-                with folder.stage(name) if ranks.is_first() else contextlib.nullcontext({}) as info:
+                record: contextlib.AbstractContextManager[dict] = (
+                    folder.stage(name) if ranks.is_first() else contextlib.nullcontext({})
+                )
+                with record as info:
                     info.update(stage(work) or {})
     return ranks.by_first(method.summary)(work)
 
@@ -235,12 +238,13 @@ class Run:
         generator = self.generator(system)
         check_trajectory_format(format, generator.system.dim)
         likelihood = choose_likelihood(generator, likelihood)
-        settings = {"batch_size": min(batch_size or generator.batch_size(likelihood), n), "n_probes": n_probes}
+        at_once = min(batch_size or generator.batch_size(likelihood), n)
+        settings: dict[str, Any] = {"batch_size": at_once, "n_probes": n_probes}
         if refine:
             refinement.require_base(generator, likelihood)
             beside = None if folder is None else refined_folder(folder)
             draws = self.sample(n, system=system, seed=seed, batch_size=batch_size, folder=folder)
-            how = {"seed": seed, "folder": beside, "format": format}
+            how: dict[str, Any] = {"seed": seed, "folder": beside, "format": format}
             return ranks.after_first(refinement.refine)(generator, draws, refinement.settings_of(self.config), **how)
 
         def numbers(k: int) -> torch.Generator:
@@ -255,11 +259,12 @@ class Run:
             torch.cat([batch.energy for batch in batches]),
             torch.cat([batch.log_prob for batch in batches]),
         )
-        counts = Counter()
+        counts: Counter[str] = Counter()
         for batch in batches:
             counts.update(batch.counts)
         meta = {"likelihood": likelihood, "seed": seed, "counts": dict(counts)}
-        return WeightedSamples(*(a.cpu().numpy() for a in arrays), topology=generator.system.topology, meta=meta)
+        positions, energy, log_prob = (a.cpu().numpy() for a in arrays)
+        return WeightedSamples(positions, energy, log_prob, topology=generator.system.topology, meta=meta)
 
 
 def refined_folder(folder: Path | str) -> Path:

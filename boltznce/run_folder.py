@@ -21,7 +21,7 @@ from boltznce.errors import UserError, first_few
 from boltznce.folders import Kind, claim, only_process
 from boltznce.io import RUN_FORMAT, atomic_file, check_format, file_digest
 from boltznce.pretrained import is_shipped, located, outputs_of, shown
-from boltznce.records import damaged, read_json, read_settings, read_yaml, sealed
+from boltznce.records import as_dict, damaged, read_json, read_settings, read_yaml, sealed
 from boltznce.run_inputs import (
     changed_settings,
     copy_inputs,
@@ -39,7 +39,7 @@ from boltznce.trust import check_trusted
 try:
     import resource
 except ModuleNotFoundError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["RUN", "RunFolder", "peak_memory"]
 
@@ -82,7 +82,7 @@ class RunFolder:
         Raises UserError if the folder holds results of another system, or of other settings that they depend on, or
         files that are not a run's, and where another process is at work.
         """
-        run, settings = cls(path, trust=True), OmegaConf.to_container(config, resolve=True)
+        run, settings = cls(path, trust=True), as_dict(config, resolve=True)
         run.check_own()
         sources = keep_inputs(settings)
         if not run._record_path.exists():
@@ -112,8 +112,8 @@ class RunFolder:
             raise UserError(f"There is no folder {path}: give the folder of a run that train.py has started.")
         missing = [file.name for file in (run._config_path, run._record_path) if not file.is_file()]
         if missing:
-            missing = " and no ".join(missing)
-            raise UserError(f"{path} is not a run folder, it has no {missing}: give one that train.py has started.")
+            names = " and no ".join(missing)
+            raise UserError(f"{path} is not a run folder, it has no {names}: give one that train.py has started.")
         run._read()
         run.check_links()
         return run
@@ -145,7 +145,7 @@ class RunFolder:
 
     def _settings(self) -> dict:
         """The config as it is on disk."""
-        contents = OmegaConf.to_container(read_settings(self._config_path, REMEDY))
+        contents = as_dict(read_settings(self._config_path, REMEDY))
         if "${" in str(contents):
             raise damaged(self._config_path, "it refers to values in place of having them", REMEDY)
         return contents

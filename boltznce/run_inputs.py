@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from boltznce.errors import UserError
 from boltznce.io import atomic_file, file_digest
+from boltznce.records import as_dict
 from boltznce.settings import leaves
 from boltznce.systems.force_field_files import with_included
 from boltznce.systems.structures import STRUCTURES, structure_file
@@ -122,7 +123,7 @@ def with_changes(config: Config, given: Mapping[str, Any]) -> Config:
     changed = OmegaConf.create(config)
     for name, value in given.items():
         OmegaConf.update(changed, name, value, merge=False, force_add=True)
-    return OmegaConf.to_container(changed)
+    return as_dict(changed)
 
 
 def evaluated_otherwise(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

@@ -119,7 +119,7 @@ COMPILE = Rule("auto, true or false", lambda value: isinstance(value, bool) or v
 TEXTS = _list_of(TEXT, "names")
 PATHS = Rule(
     "a path, or a list of paths",
-    lambda value: PATH.fits(value) or (isinstance(value, list | tuple) and value and all(map(PATH.fits, value))),
+    lambda value: PATH.fits(value) or (isinstance(value, list | tuple) and bool(value) and all(map(PATH.fits, value))),
 )
 BOX = Rule(
     "[[x low, x high], [y low, y high]]",
@@ -493,10 +493,9 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
     Traceback (most recent call last):
     boltznce.errors.UserError: flow.fit.grad_clip=-1 must be a positive number or null.
     """
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=True)
-    ours = str(config.get("method", {}).get("_target_", "boltznce.")).startswith("boltznce.")
-    for path, value in _ours(config):
+    given: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    ours = str(given.get("method", {}).get("_target_", "boltznce.")).startswith("boltznce.")
+    for path, value in _ours(given):
         rule = rule_of(path if "." in path else f"{script}.{path}")
         if rule is not None:
             _hold(rule, path, value)
@@ -506,7 +505,8 @@ def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None
 
 def without_rule(config: DictConfig, script: str = "train") -> list[str]:
     """Names of the settings of a composed config that `check` lets be anything."""
-    names = [path if "." in path else f"{script}.{path}" for path, _ in _ours(OmegaConf.to_container(config))]
+    contents: Any = OmegaConf.to_container(config)
+    names = [path if "." in path else f"{script}.{path}" for path, _ in _ours(contents)]
     return [name for name in names if rule_of(name) is None]
 
 

@@ -161,7 +161,8 @@ def _swept(members: Sequence[Member]) -> list[str]:
 
 def _row(settings: Mapping[str, str], group: Sequence[Member], titles: Sequence[str]) -> Row:
     done = [member for member in group if member.finished]
-    words, values = dict(settings), dict(settings)
+    words = dict(settings)
+    values: dict[str, Any] = dict(settings)
     words["runs"] = str(len(done)) if len(done) == len(group) else f"{len(done)} of {len(group)}"
     values |= {"runs": len(done), "not finished": len(group) - len(done)}
     judged = [each["headline"]["row"] is not None for member in done for each in _molecules(member.metrics)]
@@ -191,7 +192,7 @@ def _molecules(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _line(member: Member, keys: Sequence[str], titles: Sequence[str], folder: Path) -> dict[str, Any]:
     """One run in ``runs.csv``."""
     none = Number(math.nan)
-    line = {key: member.words.get(key, "") for key in keys} | {"seed": member.words.get("seed", "")}
+    line: dict[str, Any] = {key: member.words.get(key, "") for key in keys} | {"seed": member.words.get("seed", "")}
     line |= {title: member.numbers.get(title, none).value for title in titles}
     if DELTA_F in titles:
         _, reliable, interval = member.numbers.get(DELTA_F, none)

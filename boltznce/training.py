@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -234,8 +234,8 @@ def fit(
     module = fabric.to_device(module)
     ranks.wait()  # what the first process has written is there
     if finished.exists():
-        weights, metadata = load_weights(finished)
-        _load_state(module, weights, finished)
+        trained, metadata = load_weights(finished)
+        _load_state(module, trained, finished)
         module.eval()
         if set(metadata) != {field.name for field in fields(FitResult)} - {"weights", "log"}:
             raise damaged(f"The weights file {finished}", "no training of this run has left it", REMEDY)
@@ -244,7 +244,8 @@ def fit(
     scaled = getattr(fabric.strategy.precision, "scaler", None) is not None  # 16-mixed: it skips such steps itself
     apply, optimizer = fabric.setup(_Apply(module), _optimizer(module, settings, fused=not scaled))
     average = WeightAverage(module, settings.ema_decay) if settings.ema_decay is not None else None
-    means, progress, best = _RunningMeans(), _Progress(), None
+    means, progress = _RunningMeans(), _Progress()
+    best: dict[str, Tensor] | None = None
     checkpoints = Checkpoints(folder / "checkpoints" / name, settings.keep_checkpoints)
 
     checkpoint = checkpoints.newest()
@@ -264,7 +265,7 @@ def fit(
     stream = f"{name}/0"  # of all processes: they share its batches
     writes = fabric.is_global_zero
     table = CSVLog(log_path, progress.step) if writes else None
-    if writes and table.last:  # time that a kill undid was spent all the same
+    if table is not None and table.last:  # time that a kill undid was spent all the same
         progress.seconds = max(progress.seconds, float(table.last["seconds"]))
     started = time.perf_counter() - progress.seconds
 
@@ -288,7 +289,7 @@ def fit(
             optimizer.zero_grad()
             fabric.backward(parts["loss"])
             most = settings.grad_clip or math.inf
-            norm = fabric.clip_gradients(apply, optimizer, max_norm=most, error_if_nonfinite=False)
+            norm: Any = fabric.clip_gradients(apply, optimizer, max_norm=most, error_if_nonfinite=False)
             finite = norm.isfinite()
             if not scaled:
                 # A fused Adam reads this flag on the device, as for a gradient scaler; at 1 it leaves weights alone.
@@ -300,7 +301,7 @@ def fit(
             progress.step += 1
             bar.update()
 
-            row = {}
+            row: dict[str, float] = {}
             if due(settings.log_every):
                 means.sums = ranks.average(means.sums)
                 values, valid, skipped = means.read()
@@ -315,7 +316,7 @@ def fit(
                 row |= {f"validation/{key}": value for key, value in values.items()}
                 if settings.early_stopping_patience is not None and progress.stale == 0:
                     best = _kept_weights(module, average)
-            if row and writes:
+            if row and table is not None:
                 progress.seconds = time.perf_counter() - started
                 row = {"step": progress.step, "seconds": round(progress.seconds, 2), "lr": lr} | row
                 table.append(row)
@@ -348,7 +349,7 @@ def fit(
 
     _load_state(module, best if best is not None else _kept_weights(module, average), finished)
     module.eval()
-    summary = {
+    summary: dict[str, Any] = {
         "steps": progress.step,
         "seconds": time.perf_counter() - started,
         "skipped_steps": progress.skipped,

@@ -107,7 +107,9 @@ class TwoSidedStates:
         inside = np.isin(self.labels, list(state))
         sides = {"state": inside, "rest": ~inside if rest is None else np.isin(self.labels, list(rest))}
         value = self._log_sum(sides["rest"]) - self._log_sum(sides["state"])
-        error, interval, known, lost = float("nan"), None, {}, {}
+        error, interval = float("nan"), None
+        known: dict[str, Any] = {}
+        lost: dict[str, float] = {}
         shares = {name: self._shares(side) for name, side in sides.items()}
         if np.isfinite(value):
             gradient = shares["rest"] - shares["state"]

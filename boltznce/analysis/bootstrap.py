@@ -45,7 +45,9 @@ def bootstrap_counts(n_units: int, n_bootstrap: int, generator: np.random.Genera
         yield np.bincount(index.ravel(), minlength=rows * n_units).reshape(rows, n_units).astype(np.float64)
 
 
-def normal_spread(value: float, variance: float, number: float, confidence: float) -> tuple[float, tuple | None]:
+def normal_spread(
+    value: float, variance: float, number: float, confidence: float
+) -> tuple[float, tuple[float, float] | None]:
     """The standard error, and the interval by the t quantile of an effective ``number`` of independent parts."""
     if not np.isfinite(variance):
         return float("nan"), None

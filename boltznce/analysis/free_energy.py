@@ -70,7 +70,7 @@ class FreeEnergyDifference:
         value = f"ΔF = {self.value:.2f}" + (f" ± {self.std_error:.2f} kT" if self.interval else " kT")
         if not self.reliable:
             return f"{value}, not reliable: {self.message}"
-        return f"{value} [{', '.join(f'{end:.2f}' for end in self.interval)}]"
+        return f"{value} [{', '.join(f'{end:.2f}' for end in self.interval or ())}]"
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,8 +124,9 @@ def free_energy_difference(
     angle, log_weights = checked_samples(angle, log_weights)
     inside = in_interval(angle, state)
     if versus is not None:
-        kept = between(inside, versus if np.asarray(versus).dtype == bool else in_interval(angle, versus))
-        options = {"n_bootstrap": n_bootstrap, "seed": seed, "confidence": confidence}
+        other: Any = versus
+        kept = between(inside, other if np.asarray(other).dtype == bool else in_interval(angle, other))
+        options: dict[str, Any] = {"n_bootstrap": n_bootstrap, "seed": seed, "confidence": confidence}
         walkers = None if walkers is None else np.asarray(walkers)[kept]
         return free_energy_difference(inside[kept], log_weights[kept], walkers=walkers, **options)
     sides = _sides(log_weights, inside)
@@ -137,19 +138,20 @@ def free_energy_difference(
         return FreeEnergyDifference(value, float("nan"), None, **known, reliable=False, message=message)
     if walkers is None:
         counts = bootstrap_counts(len(sides), n_bootstrap, np.random.default_rng(seed))
-        spread = _spread(np.concatenate([_minus_log_ratio(rows @ sides) for rows in counts]), confidence)
-        return FreeEnergyDifference(value, *spread, **known, **_judge(spread[0], known))
+        replicates = np.concatenate([_minus_log_ratio(rows @ sides) for rows in counts])
+        std_error, percentiles = _spread(replicates, confidence)
+        return FreeEnergyDifference(value, std_error, percentiles, **known, **_judge(std_error, known))
     units = numbered(walkers, len(angle))
     shares = np.stack([np.bincount(units, side) for side in sides.T]) / sides.sum(axis=0)[:, None]
     numbers, n_units = 1.0 / np.square(shares).sum(axis=1), shares.shape[1]
     variance = n_units * np.square(shares[1] - shares[0]).sum() / (n_units - 1) if n_units > 1 else np.nan
-    spread = normal_spread(value, variance, numbers.min(), confidence)
+    std_error, interval = normal_spread(value, variance, numbers.min(), confidence)
     few = [
         f"{number:.1f} walkers or blocks of time hold the {name}'s weight (at least {_FEWEST_UNITS:.0f} are needed)"
         for name, number in zip(("state", "rest"), numbers, strict=True)
         if not number >= _FEWEST_UNITS
     ]
-    return FreeEnergyDifference(value, *spread, **known, **_judge(spread[0], known, few))
+    return FreeEnergyDifference(value, std_error, interval, **known, **_judge(std_error, known, few))
 
 
 def choose_subset(
@@ -217,7 +219,8 @@ def stratified_free_energy_difference(
     subset, log_weights = np.asarray(subset, dtype=np.int64), np.asarray(log_weights, dtype=np.float64)
     if log_weights.shape != subset.shape:
         raise UserError("An exact free-energy difference needs a log weight for each index of the subset.")
-    known, log_sums, variance = {}, [], 0.0
+    known: dict[str, Any] = {}
+    log_sums, variance = [], 0.0
     for name, side in _two_sides(angle, state):
         w = log_weights[side[subset]]
         known |= _diagnostics(name, w)
@@ -228,8 +231,9 @@ def stratified_free_energy_difference(
     if len(log_sums) < 2:
         return FreeEnergyDifference(np.nan, np.nan, None, **known, reliable=False, message=_ONE_SIDED)
     value = float(log_sums[1] - log_sums[0])
-    spread = normal_spread(value, variance, min(known["ess_state"], known["ess_rest"]), confidence)
-    return FreeEnergyDifference(value, *spread, **known, **_judge(spread[0], known))
+    number = min(known["ess_state"], known["ess_rest"])
+    std_error, interval = normal_spread(value, variance, number, confidence)
+    return FreeEnergyDifference(value, std_error, interval, **known, **_judge(std_error, known))
 
 
 def corrected_free_energy_difference(
@@ -267,7 +271,8 @@ def corrected_free_energy_difference(
     error = np.asarray(ebm_log_prob, dtype=np.float64) - np.asarray(exact_log_prob, dtype=np.float64)
     if error.shape != subset.shape or not np.isfinite(error).all():
         raise UserError("The correction needs finite EBM and exact log-likelihoods for each index of the subset.")
-    known, doubts, sides = {}, [], []
+    known: dict[str, Any] = {}
+    doubts, sides = [], []
     for name, side in _two_sides(angle, state):
         d, drawn = error[side[subset]], subset[side[subset]]
         once = np.unique(drawn, return_index=True)[1]
@@ -287,10 +292,10 @@ def corrected_free_energy_difference(
     log_sums, corrections, of_draws, of_weights = np.transpose(sides).tolist()
     value = (log_sums[1] + corrections[1]) - (log_sums[0] + corrections[0])
     variance, number = sum(of_draws) + sum(of_weights), min(known["ess_state"], known["ess_rest"])
-    spread = normal_spread(value, variance, number, confidence)
-    known |= _judge(spread[0], known, doubts) | {"correction_error": float(np.sqrt(sum(of_draws)))}
+    std_error, interval = normal_spread(value, variance, number, confidence)
+    known |= _judge(std_error, known, doubts) | {"correction_error": float(np.sqrt(sum(of_draws)))}
     known |= {"correction_state": corrections[0], "correction_rest": corrections[1]}
-    return CorrectedFreeEnergyDifference(value, *spread, **known)
+    return CorrectedFreeEnergyDifference(value, std_error, interval, **known)
 
 
 def ebm_bias(ebm: FreeEnergyDifference, exact: FreeEnergyDifference) -> tuple[float, float]:
@@ -298,8 +303,8 @@ def ebm_bias(ebm: FreeEnergyDifference, exact: FreeEnergyDifference) -> tuple[fl
 
     Δ_s = log⟨exp(E - log q)⟩ under the EBM's weights. ``exact`` is the corrected ΔF or that of a uniform subset.
     """
-    corrected = isinstance(exact, CorrectedFreeEnergyDifference)
-    return ebm.value - exact.value, exact.correction_error if corrected else exact.std_error
+    error = exact.correction_error if isinstance(exact, CorrectedFreeEnergyDifference) else exact.std_error
+    return ebm.value - exact.value, error
 
 
 def judged_by_exact(ebm: FreeEnergyDifference, exact: FreeEnergyDifference | None = None) -> FreeEnergyDifference:

@@ -37,7 +37,7 @@ class Mean:
         value = f"{self.value:.4g}" + (f" ± {self.std_error:.2g}" if self.interval else "")
         if not self.reliable:
             return f"{value}, not reliable: {self.message}"
-        return f"{value} [{', '.join(f'{end:.4g}' for end in self.interval)}]"
+        return f"{value} [{', '.join(f'{end:.4g}' for end in self.interval or ())}]"
 
 
 def weighted_mean(

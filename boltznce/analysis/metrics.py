@@ -251,7 +251,8 @@ def held_out_likelihood(log_prob: np.ndarray, log_weights: np.ndarray | None = N
     log_prob = np.asarray(log_prob, dtype=np.float64)
     weights = normalized_weights(np.zeros(len(log_prob)) if log_weights is None else log_weights)
     inside = log_prob > -np.inf
-    outside = {"n": len(log_prob), "n_outside": int((~inside).sum()), "share_outside": float(weights[~inside].sum())}
+    outside: dict[str, Any] = {"n": len(log_prob), "n_outside": int((~inside).sum())}
+    outside["share_outside"] = float(weights[~inside].sum())
     if not weights[inside].sum() > 0:
         return HeldOutLikelihood(np.inf, np.nan, **outside)
     w = weights[inside] / weights[inside].sum()

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
 import matplotlib.style
@@ -42,19 +42,20 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
+Drawn = TypeVar("Drawn")
 
 MOST_COLUMNS = 6  # of panels
 MOST_PANELS = 5  # of a sweep's figure in a row
 HIGHEST_ERROR = 3.0  # kT, of a point of a profile that is still drawn
 FEWEST = 5.0  # effective samples behind a bin of a weighted surface that is drawn
 BLOCKS, ENOUGH = (1, 2, 3, 4, 5, 6), 0.9  # of bins, each way, that are joined until so much of the weight is drawn
-_STYLE: dict[str, Any] = (
+_STYLE: dict[Any, Any] = (
     dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
     | dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
     | dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon"), False)
     | {"lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 200}
 )
-_own_style: dict[str, Any] = {}
+_own_style: dict[Any, Any] = {}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for all eyes
 _REFERENCE_COLOUR = "#333333"
 _STATE_COLOURS = ("#F0E442", "#56B4E9")
@@ -103,9 +104,9 @@ def _differences() -> dict[str, Any]:
     return {key: value for key, value in matplotlib.rcParams.items() if key in default and value != default[key]}
 
 
-def _styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+def _styled(function: Callable[P, Drawn]) -> Callable[P, Drawn]:
     @functools.wraps(function)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Drawn:
         with matplotlib.rc_context(_STYLE | _own_style):
             return function(*args, **kwargs)
 
@@ -182,8 +183,8 @@ def plot_plane(
     The zero of every panel is the lowest bin of the panel ``zero_of``, by default the first (exact draws).
     ``aspect``: ``auto`` where the two coordinates have no common unit.
     """
-    edges = tuple(np.linspace(*side, n_bins + 1) for side in box)
-    return _plot_surfaces(panels, edges, highest, zero_of, axes_names, aspect)[0]
+    x_edges, y_edges = (np.linspace(*side, n_bins + 1) for side in box)
+    return _plot_surfaces(panels, (x_edges, y_edges), highest, zero_of, axes_names, aspect)[0]
 
 
 @_styled
@@ -200,7 +201,8 @@ def plot_densities(
     notes = notes or {}
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
     figure, axes = _panels(len(rows), len(titles), 1.75, 1.95 if notes else 1.75, extra=(0.0, 0.2))
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     for row, (system, columns) in zip(axes, rows.items(), strict=True):
         box, highest = boxes[system], max(float(np.quantile(next(iter(columns.values())), 0.9999)), 1e-300)
         for ax, title in zip(row, titles, strict=True):
@@ -240,7 +242,9 @@ def plot_energy_histograms(
         weights = _weights(energies, log_weights)
         beyond = float(weights[~(np.asarray(energies) <= energy_range[1])].sum())
         label = f"{label} ({beyond:.1%} beyond)" if beyond >= 0.001 else label
-        style = {"color": _COLOURS[position - 1], "linewidth": 1.5} if position else {"color": "0.75", "fill": True}
+        style: dict[str, Any] = {"color": "0.75", "fill": True}
+        if position:
+            style = {"color": _COLOURS[position - 1], "linewidth": 1.5}
         ax.stairs(_density(energies, edges, weights), edges, label=label, **style)
     ax.set(xlabel="energy u (kT)", ylabel="probability density (1/kT)", xlim=energy_range, ylim=(0, None))
     ax.legend(loc="upper right")
@@ -267,18 +271,21 @@ def plot_profiles(
     have the probability of what is outside of the first state in common, and so the noise of no single bin; the first
     curve's lowest bin is zero. ``highest``: upper end of the axis in kT, if a curve reaches it.
     """
-    curves = [] if reference is None else [(reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0})]
+    curves: list[tuple[str, FreeEnergyProfile, dict[str, Any]]] = []
+    if reference is not None:
+        curves.append((reference_name, reference, {"color": _REFERENCE_COLOUR, "linewidth": 2.0}))
     for position, (label, profile) in enumerate(profiles.items()):
         curves.append((label, profile, {"color": _COLOURS[position % len(_COLOURS)], "linewidth": 1.3}))
     figure, ax = _single_axes()
     ends = limits or (-np.pi, np.pi)
     states = {} if state is None else state if isinstance(state, Mapping) else {"state": state}
     for colour, (name, interval) in zip(_STATE_COLOURS, states.items(), strict=False):
+        in_legend: str | None = name
         for turn in (0.0,) if limits else (0.0, -2.0 * np.pi, 2.0 * np.pi):
             low, high = np.clip(np.add(interval, turn), *ends)
             if low < high:
-                ax.axvspan(low, high, color=colour, alpha=0.25, linewidth=0, label=name)
-                name = None  # once in the legend
+                ax.axvspan(low, high, color=colour, alpha=0.25, linewidth=0, label=in_legend)
+                in_legend = None  # once
     top, bottom, of_rest = 1.0, 0.0, None
     for name, profile, style in curves:
         label = name
@@ -327,10 +334,11 @@ def plot_surface(
         figure.colorbar(mesh, ax=ax, label=label, extend="max")
         ax.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], xlabel=_axis_label(*coordinates[0]))
         for colour, (name, box) in zip((_COLOURS[1], _COLOURS[3]), (states or {}).items(), strict=False):
+            in_legend: str | None = name
             for corner, width, height in _frames(box, limits, edges):
-                frame = Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5, label=name)
+                frame = Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5, label=in_legend)
                 ax.add_patch(frame)
-                name = None  # once in the legend
+                in_legend = None  # once
         for set_ticks, ends in zip((ax.set_xticks, ax.set_yticks), limits, strict=True):
             if ends is None:
                 set_ticks(*_ANGLE_TICKS)
@@ -352,7 +360,7 @@ def plot_likelihood_agreement(ebm: np.ndarray, exact: np.ndarray, inside: np.nda
     figure, ax = _single_axes(3.4, 3.4)
     ax.plot(limits, limits, color=_REFERENCE_COLOUR, linewidth=0.8, zorder=1)
     for colour, (label, mask) in zip(_COLOURS, groups.items(), strict=False):
-        style = {"s": 12, "color": colour, "alpha": 0.7, "linewidth": 0, "zorder": 2}
+        style: dict[str, Any] = {"s": 12, "color": colour, "alpha": 0.7, "linewidth": 0, "zorder": 2}
         ax.scatter(exact[mask], shifted[mask], label=f"{label} (n = {mask.sum()})", **style)
     ax.set(xlabel="exact log q", ylabel="EBM log q + constant", xlim=limits, ylim=limits, aspect="equal")
     said = f"std {(ebm - exact).std(ddof=1):.2f} kT\nr = {np.corrcoef(ebm, exact)[0, 1]:.3f}"
@@ -453,15 +461,15 @@ def plot_error_over_cost(rows: Sequence[Mapping]) -> Figure:
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     for place, row in enumerate(sorted(rows, key=lambda row: row["ms"])):
         colour = _COLOURS[kinds.index(row["kind"]) % len(_COLOURS)]
-        text = {"color": colour, "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
+        text: dict[str, Any] = {"color": colour, "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
         if row["std"]:
             ax.plot(row["ms"], row["std"], marker="o", markersize=4, color=colour)
-            side = {"xytext": (-5, -3), "ha": "right"} if place % 2 else {"xytext": (5, -3), "ha": "left"}
-            ax.annotate(row["likelihood"], (row["ms"], row["std"]), **side, **text)
+            text |= {"xytext": (-5, -3), "ha": "right"} if place % 2 else {"xytext": (5, -3), "ha": "left"}
+            ax.annotate(row["likelihood"], (row["ms"], row["std"]), **text)
         else:
             ax.axvline(row["ms"], color=colour, linewidth=0.8, linestyle="--")
-            place = {"xycoords": ax.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "right"}
-            ax.annotate(row["likelihood"], (row["ms"], 0.02), xytext=(-2, 0), **place, **text)
+            text |= {"xycoords": ax.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "right"}
+            ax.annotate(row["likelihood"], (row["ms"], 0.02), xytext=(-2, 0), **text)
     ax.set(xscale="log", yscale="log", xlabel="ms a sample", ylabel="standard deviation of the error (kT)")
     return figure
 
@@ -633,7 +641,7 @@ def _plot_surfaces(
             spine.set_visible(True)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    bar = {"extend": "both", "shrink": 0.9, "aspect": 20 * n_rows, "pad": 0.01}
+    bar: dict[str, Any] = {"extend": "both", "shrink": 0.9, "aspect": 20 * n_rows, "pad": 0.01}
     figure.colorbar(mesh, ax=list(axes.flat), label="free energy (kT)", **bar)
     for row in axes:
         row[0].set_ylabel(labels[1])
@@ -645,7 +653,13 @@ def _plot_surfaces(
 
 
 def _panels(
-    n_rows: int, n_columns: int, width: float, height: float, layout: str = "constrained", extra=(0.0, 0.0), **options
+    n_rows: int,
+    n_columns: int,
+    width: float,
+    height: float,
+    layout: Literal["constrained", "compressed"] = "constrained",
+    extra: tuple[float, float] = (0.0, 0.0),
+    **options: Any,
 ) -> tuple[Figure, np.ndarray]:
     """A figure of panels of one size (inches) and something ``extra``, and its axes (rows, columns)."""
     figure = Figure(figsize=(width * n_columns + extra[0], height * n_rows + extra[1]), layout=layout)
@@ -686,7 +700,7 @@ def _frames(
 
 
 def _legend_above(ax: Axes, columns: int = 3) -> None:
-    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
     ax.legend(ncols=columns, columnspacing=1.2, handlelength=1.5, **place)
 
 
@@ -698,8 +712,8 @@ def _surface(given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.n
     if isinstance(given, np.ndarray):
         return given
     points, log_weights = given
-    weights = _weights(points, log_weights)
-    total, squares = (np.histogram2d(*points.T[:2], bins=edges, weights=w)[0] for w in (weights, weights**2))
+    weights, (x, y) = _weights(points, log_weights), points.T[:2]
+    total, squares = (np.histogram2d(x, y, bins=list(edges), weights=w)[0] for w in (weights, weights**2))
     if log_weights is None or not np.ptp(log_weights) or not fewest:
         return -np.log(np.where(total > 0.0, total, np.nan))
     for size in (size for size in BLOCKS if len(total) % size == 0):

@@ -38,6 +38,7 @@ def population_of(difference: Difference) -> Population:
     (0.25, 0.02, True)
     """
     value = float(expit(-difference.value))
-    interval = difference.interval and tuple(float(expit(-end)) for end in reversed(difference.interval))
+    ends = difference.interval
+    interval = ends and (float(expit(-ends[1])), float(expit(-ends[0])))
     error = value * (1.0 - value) * difference.std_error
     return Population(value, error, interval, difference.reliable, difference.message)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -101,17 +102,19 @@ def free_energy_surface(
     points = np.asarray(points, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise UserError(f"A surface is over two coordinates: give points (n, 2), not {points.shape}.")
-    flat, area, centres = 0, 1.0, []
+    flat, area = np.zeros(len(points), np.int64), 1.0
+    kept: Any = log_weights
+    centres: list[np.ndarray] = []
     for column, ends in zip(points.T, limits, strict=True):
-        column, log_weights = checked_samples(column, log_weights)
-        bins, log_weights, (width, middles) = _binned(column, log_weights, n_bins, ends)
-        flat, area, centres = flat * n_bins + bins, area * width, [*centres, middles]
+        bins, kept, (width, middles) = _binned(*checked_samples(column, kept), n_bins, ends)
+        flat, area = flat * n_bins + bins, area * width
+        centres.append(middles)
 
     def log_density(histogram: np.ndarray) -> np.ndarray:
         return _log_density(histogram, histogram > 0.0, area)
 
-    estimate = _with_errors(flat, n_bins**2, log_weights, log_density, n_bootstrap, walkers, seed)
-    return FreeEnergySurface(tuple(centres), *(each.reshape(n_bins, n_bins) for each in estimate))
+    estimate = _with_errors(flat, n_bins**2, kept, log_density, n_bootstrap, walkers, seed)
+    return FreeEnergySurface((centres[0], centres[1]), *(each.reshape(n_bins, n_bins) for each in estimate))
 
 
 def _binned(

@@ -390,13 +390,13 @@ def _free_energy_rows(results: Results) -> Rows:
 def _phi_rows(results: Results) -> Rows:
     """ΔF of the state's φ, by the rows that all have, and of the others."""
     others = results.get("others") or {}
-    tables = {results.get("coordinate"): results.get("free_energy") or {}} | others
+    tables: dict[Any, Any] = {results.get("coordinate"): results.get("free_energy") or {}} | others
     names = [name for name in _FREE_ENERGY_ROWS if any(name in table for table in others.values())]
     rows = [
         [phi.replace("phi", "φ"), *(_free_energy_cell(table.get(name) or {}) for name in names)]
         for phi, table in sorted(tables.items() if others else (), key=lambda item: (len(item[0]), item[0]))
     ]
-    return _headed(["", *map(_FREE_ENERGY_ROWS.get, names)], rows)
+    return _headed(["", *(_FREE_ENERGY_ROWS[name] for name in names)], rows)
 
 
 def _population_rows(results: Results) -> Rows:
@@ -406,7 +406,7 @@ def _population_rows(results: Results) -> Rows:
         [word.replace("-", "−"), *(_population_cell(row.get(name) or {}) for name in names)]
         for word, row in table.items()
     ]
-    return _headed(["state", *map(_FREE_ENERGY_ROWS.get, names)], rows)
+    return _headed(["state", *(_FREE_ENERGY_ROWS[name] for name in names)], rows)
 
 
 def _population_cell(row: Results) -> str:
@@ -433,8 +433,9 @@ def _distance_rows(results: Results) -> Rows:
     for name, row in _items(results, "distances"):
         best = "refined" if "refined" in row else "weighted"
         unweighted, weighted, floor = (_mean(row.get(side)) for side in ("unweighted", best, "floor"))
-        known = None not in (unweighted, weighted, floor) and unweighted > floor
-        ratio = (weighted - floor) / (unweighted - floor) if known else None
+        ratio = None
+        if unweighted is not None and weighted is not None and floor is not None and unweighted > floor:
+            ratio = (weighted - floor) / (unweighted - floor)
         rows.append([name, *(_mean_and_std(row.get(side)) for side in sides), _number(ratio, ".2f")])
     return _headed(["distance", *sides, "excess ratio"], rows)
 
@@ -509,12 +510,13 @@ def _likelihood_rows(results: Results) -> Rows:
 
 def _timing_rows(results: Results) -> Rows:
     table = results.get("timing") or {}
-    likelihoods = {"EBM": table.get("ebm_per_sample"), "exact": table.get("exact_per_sample")}
-    rows = [[f"{name} likelihood, per sample", _seconds(s)] for name, s in likelihoods.items() if s is not None]
+    ebm, exact = table.get("ebm_per_sample"), table.get("exact_per_sample")
+    each = (("EBM", ebm), ("exact", exact))
+    rows = [[f"{name} likelihood, per sample", _seconds(s)] for name, s in each if s is not None]
     if (refine := table.get("refine_per_sample")) is not None:
         rows.append(["refinement, per sample", _seconds(refine)])
-    if all(likelihoods.values()):
-        rows.append(["exact / EBM likelihood", f"{likelihoods['exact'] / likelihoods['EBM']:.0f} times"])
+    if ebm and exact:
+        rows.append(["exact / EBM likelihood", f"{exact / ebm:.0f} times"])
     if md := results.get("md"):
         rows += [[what, _seconds(md[key])] for key, what in _COSTS.items()]
         rows.append(["speed-up; with the training", "; ".join(_cells(md, _SPEED_UPS))])
@@ -591,7 +593,7 @@ def _interval(row: Results) -> str:
 
 
 def _mean(entry: float | Results | None) -> float | None:
-    return entry.get("mean") if isinstance(entry, dict) else entry
+    return entry.get("mean") if isinstance(entry, Mapping) else entry
 
 
 def _value_and_error(row: Results) -> str:
@@ -599,9 +601,9 @@ def _value_and_error(row: Results) -> str:
 
 
 def _mean_and_std(entry: float | Results | None) -> str:
-    return (
-        " ± ".join(_cells(entry, {"mean": ".3f", "std": ".3f"})) if isinstance(entry, dict) else _number(entry, ".3f")
-    )
+    if isinstance(entry, Mapping):
+        return " ± ".join(_cells(entry, {"mean": ".3f", "std": ".3f"}))
+    return _number(entry, ".3f")
 
 
 def _plain(value: Any, keep_infinities: bool = False) -> Any:

@@ -50,7 +50,7 @@ class WeightedSamples:
     positions: np.ndarray
     energy: np.ndarray
     log_prob: np.ndarray
-    log_weights: np.ndarray | None = None
+    log_weights: np.ndarray | Any = None  # -u - log q, where none are given
     topology: mdtraj.Topology | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     ancestors: np.ndarray | None = None

@@ -140,7 +140,8 @@ class WeightedSamplesWriter:
             for name, values in arrays.items():
                 _write_rows(self._partial / f"{name}.npy", values, self.n_written)
         crc = self._progress["crc"]
-        crc = {name: zlib.crc32(values.reshape(-1).view("u1"), crc.get(name, 0)) for name, values in arrays.items()}
+        bytes_of = {name: values.reshape(-1).view("u1").data for name, values in arrays.items()}
+        crc = {name: zlib.crc32(each, crc.get(name, 0)) for name, each in bytes_of.items()}
         total = {name: self.counts.get(name, 0) + value for name, value in (counts or {}).items()}
         self._progress |= {"n": self.n_written + n, "shape": shape, "counts": self.counts | total, "crc": crc}
         with atomic_file(self._partial / "progress.json") as path:
@@ -187,7 +188,7 @@ def read_samples(folder: str | Path, verify: bool = True) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no weighted samples (there is no meta.yaml): give the folder that samples were saved to."
         )
-    contents = read_yaml(folder / "meta.yaml", _REMEDY)
+    contents: Any = read_yaml(folder / "meta.yaml", _REMEDY)
     check_format(contents.get("format"), DATA_FORMAT, folder)
     n, shape, digests, meta = (contents.get(key) for key in ("n_samples", "shape", "digests", "meta"))
     names = [f"{name}.npy" for name in _DTYPES if name != _OPTIONAL]
