@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import mdtraj
 import numpy as np
+from mdtraj import Topology
 
 __all__ = ["from_json", "pdb_text", "system_pdb", "to_json"]
 
 LARGEST = 999.0  # nm: the columns of a PDB file hold no more
 CHAIN_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 CODES = " ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of insertion
-Topology = mdtraj.Topology
 
 
 def pdb_text(topology: Topology, positions: np.ndarray, residue_ids: Sequence[tuple[str, str]] | None = None) -> str:
@@ -21,7 +21,8 @@ def pdb_text(topology: Topology, positions: np.ndarray, residue_ids: Sequence[tu
     told apart by these, the later ones get insertion codes, and where a number does not fit all are counted from 1.
     """
     positions = np.clip(np.nan_to_num(positions), -LARGEST, LARGEST)
-    lines, serials, ids = [], {}, _residue_ids(topology, residue_ids)
+    lines, ids = [], _residue_ids(topology, residue_ids)
+    serials: dict[int, int] = {}
     for number, chain in enumerate(topology.chains):
         chain_id = (chain.chain_id or "").strip() or CHAIN_LETTERS[number % len(CHAIN_LETTERS)]
         for residue in chain.residues:
@@ -33,7 +34,7 @@ def pdb_text(topology: Topology, positions: np.ndarray, residue_ids: Sequence[tu
                 x, y, z = (f"{10 * float(v):8.3f}"[:8] for v in positions[atom.index])
                 lines.append(f"ATOM  {serial % 100000:>5} {name} {where}   {x}{y}{z}  1.00  0.00          {symbol:>2}")
         lines.append(f"TER   {(len(serials) + number + 1) % 100000:>5}      {where}")
-    bonded = {index: [] for index in serials}
+    bonded: dict[int, list[int]] = {index: [] for index in serials}
     for a, b in topology.bonds:
         bonded[a.index].append(b.index)
         bonded[b.index].append(a.index)

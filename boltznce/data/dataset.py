@@ -204,7 +204,8 @@ class Dataset:
         stops = np.searchsorted(self.time, edges[1:])
         if (stops <= starts).any():
             raise UserError(f"A dataset of {len(self)} frames is too short to split: simulate longer.")
-        return tuple(self.take(slice(a, b)) for a, b in zip(starts, stops, strict=True))
+        first, second, third = (self.take(slice(a, b)) for a, b in zip(starts, stops, strict=True))
+        return first, second, third
 
 
 def in_order(parts: Sequence[np.ndarray], order: np.ndarray, size: int = 50_000) -> Iterator[np.ndarray]:

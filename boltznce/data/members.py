@@ -30,7 +30,7 @@ def make_data(
     folder: Path,
     *,
     simulation: Mapping[str, Any] | None,
-    n_samples: int | None = None,
+    n_samples: int | Any = None,
     seed: int = 0,
     accept: str = "same",
     packed: Path | str | None = None,
@@ -52,9 +52,9 @@ def make_data(
         claim(_place(system, member, folder), DATASET, "another data.folder")
     with only_process(folder, beside=True, wait=True) if missing else contextlib.nullcontext():
         missing = _unfinished(system, everyone, folder)  # another process may have made some
-        frames = PackedFrames(packed) if packed and missing else {}
+        frames = PackedFrames(packed) if packed and missing else None
         for member in missing:
-            if member.name in frames:
+            if frames is not None and member.name in frames:
                 frames.unpack(member.cheap, _place(system, member, folder))
         missing = _unfinished(system, missing, folder)
         there = {member.name: load_data(system, member, folder) for member in everyone if member not in missing}

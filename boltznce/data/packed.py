@@ -6,9 +6,11 @@ nm, to the energy of which rounding adds 0.003 kT. Energies are computed anew wh
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from boltznce.analysis.weights import normalized_weights
 from boltznce.checkpoint import load_weights, save_weights
@@ -32,7 +34,8 @@ def pack(path: Path, datasets: Sequence[tuple[System, Dataset]], n_frames: int =
     They are drawn by weight within each; a frame that is drawn k times is kept once, with k times the weight. Frames of
     other isomers than the structure's are left out.
     """
-    tensors, about = {}, {}
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
     for number, (system, dataset) in enumerate(datasets):
         chosen, log_weights = _thinned(system, dataset, n_frames, np.random.default_rng([seed, number]))
         kept = dataset.take(chosen)
@@ -58,11 +61,13 @@ class PackedFrames:
 
     def unpack(self, system: System, folder: Path) -> Dataset:
         """Write the dataset of a molecule to ``folder``."""
-        columns = {name: self.tensors[f"{system.name}/{name}"].numpy() for name in (*COLUMNS, "positions")}
+        names = (*COLUMNS, "positions")
+        columns: dict[str, Any] = {name: self.tensors[f"{system.name}/{name}"].numpy() for name in names}
         positions = columns.pop("positions").astype(np.float32) * np.float32(STEP)
         energies = torch.cat([system.energy(part).double() for part in torch.from_numpy(positions).split(1024)])
-        about = {"topology": None if system.topology is None else system_pdb(system), "meta": self.about[system.name]}
-        return Dataset.write(folder, positions, energies.numpy(), **columns, **about)
+        topology = None if system.topology is None else system_pdb(system)
+        meta = self.about[system.name]
+        return Dataset.write(folder, positions, energies.numpy(), **columns, topology=topology, meta=meta)
 
 
 def packed_path(path: Path | str) -> Path:
@@ -79,12 +84,12 @@ def _thinned(system: System, dataset: Dataset, n: int, rng: np.random.Generator)
     weights = normalized_weights(dataset.log_weights) * own_isomers(system, dataset.positions)
     inside = system.in_state(dataset.positions) if system.state is not None else np.ones(len(weights), dtype=bool)
     parts = [part for part in (np.flatnonzero(inside), np.flatnonzero(~inside)) if weights[part].sum() > 0]
-    chosen, shares = [], []
+    frames_of, shares_of = [], []
     for part in parts:
         drawn = systematic(torch.from_numpy(weights[part]), rng.random(), n // len(parts)).numpy()
         frames, times = np.unique(part[drawn], return_counts=True)
-        chosen.append(frames)
-        shares.append(times / times.sum() * weights[part].sum())
-    chosen, shares = np.concatenate(chosen), np.concatenate(shares)
+        frames_of.append(frames)
+        shares_of.append(times / times.sum() * weights[part].sum())
+    chosen, shares = np.concatenate(frames_of), np.concatenate(shares_of)
     order = np.argsort(chosen)
     return chosen[order], np.log(shares[order] / shares.mean())

@@ -126,21 +126,25 @@ class System(abc.ABC):
         >>> system.in_state(np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), [["x", [0.5, 1.5]], ["y", [-0.5, 0.5]]])
         array([ True, False])
         """
-        sides = (self.state if state is None else self.state_of(state)).sides
-        known = [(self.coordinate_of(coordinate), interval) for coordinate, interval in sides]
-        return functools.reduce(operator.and_, [each.contains(each(x), interval) for each, interval in known])
+        sides = [each.contains(each(x), interval) for each, interval in self._sides(state)]
+        return functools.reduce(operator.and_, sides)
 
     def state_in_words(self, state: Any = None) -> str:
         """For titles, of `in_state`'s."""
-        sides = (self.state if state is None else self.state_of(state)).sides
-        known = [(self.coordinate_of(coordinate), interval) for coordinate, interval in sides]
-        return " and ".join(each.in_words(interval) for each, interval in known)
+        return " and ".join(each.in_words(interval) for each, interval in self._sides(state))
+
+    def _sides(self, state: Any = None) -> list[tuple[Coordinate, Interval]]:
+        """The coordinates and their intervals of a state, by default the system's own."""
+        meant = self.state if state is None else self.state_of(state)
+        if meant is None:
+            raise UserError(f"{self.name} has no state of its own: give one.")
+        return [(self.coordinate_of(coordinate), interval) for coordinate, interval in meant.sides]
 
     @property
     def along_an_angle(self) -> bool:
         """Whether the state is one interval of a coordinate that goes round the circle."""
-        ((coordinate, interval), *others) = self.state.sides
-        return not others and self.coordinate_of(coordinate).periodic and np.isfinite(interval).all()
+        ((coordinate, interval), *others) = self._sides()
+        return not others and coordinate.periodic and bool(np.isfinite(interval).all())
 
     def coordinate_range(self, given: Any) -> Interval | None:
         """Where a profile along the coordinate begins and ends; None for the circle, and where samples tell."""

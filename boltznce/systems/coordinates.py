@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import mdtraj
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ MARGIN = 0.05  # of their range, beyond them
 class _System(Protocol):
     name: str
     n_atoms: int
-    topology: mdtraj.Topology | None
+    topology: Any  # mdtraj.Topology, or None
 
     def named_coordinate(self, name: str) -> "Coordinate": ...
 
@@ -118,11 +117,12 @@ def make_coordinate(given: Any, system: _System) -> Coordinate:
 
 def geometric(name: str, kind: str, atoms: Sequence[int]) -> Coordinate:
     """A ``distance``, ``angle`` or ``dihedral`` between two, three or four atoms, by their numbers."""
-    function, options = {
+    kinds: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
         "distance": (_distance, {"unit": "nm"}),
         "angle": (_angle, {"unit": "rad", "limits": (0.0, math.pi)}),
         "dihedral": (dihedral_angle, {"unit": "rad", "periodic": True, "atoms": tuple(atoms)}),
-    }[kind]
+    }
+    function, options = kinds[kind]
 
     def of(x: Array) -> Array:
         values = function(as_tensor(x[..., list(atoms), :]))
@@ -163,7 +163,7 @@ def _linear(parts: Sequence[tuple[float, Coordinate]]) -> Coordinate:
         )
 
     def of(x: Array) -> Array:
-        total = sum(factor * part(x) for factor, part in parts)
+        total: Any = sum(factor * part(x) for factor, part in parts)
         return _wrapped(total) if all(circles) else total
 
     units = {part.unit for _, part in parts}

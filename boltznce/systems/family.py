@@ -7,7 +7,7 @@ from typing import Any
 
 from boltznce.errors import UserError
 from boltznce.states import State
-from boltznce.systems.base import ROLES, check_name
+from boltznce.systems.base import ROLES, System, check_name
 from boltznce.systems.molecular import MolecularSystem
 from boltznce.systems.peptides import parse_sequence
 
@@ -106,7 +106,7 @@ class PeptideFamily:
         """Every listed peptide, those to be trained on first."""
         return [member for role in ROLES for member in self.members(role)]
 
-    def label(self, member: MolecularSystem) -> str:
+    def label(self, member: System) -> str:
         """A member's sequence: what tells its folder and random streams from another's."""
         return member.name
 

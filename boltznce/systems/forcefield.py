@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import openmm
 import torch
@@ -56,8 +57,8 @@ class TorchForceField(nn.Module):
         if any(system.isVirtualSite(n) for n in range(self.n_atoms)):
             raise unknown("virtual sites")
         known = nn.ModuleList(term_of(force, self.n_atoms) for force in system.getForces() if not is_empty(force))
-        edges = [term.edges for term in known if isinstance(term, Chained)]
-        edges = torch.cat([*edges, torch.zeros(0, self.n_atoms, dtype=torch.float64)])
+        none = torch.zeros(0, self.n_atoms, dtype=torch.float64)
+        edges = torch.cat([*(term.edges for term in known if isinstance(term, Chained)), none])
         # A plain dict, not submodules: the float64 tables must survive a .float() of whatever module holds this one.
         self._tables = {(torch.float64, torch.device("cpu")): (known, edges)}
         self._fused = FusedKernels(self._energy) if wants_compiling(compile) else None
@@ -82,7 +83,7 @@ class TorchForceField(nn.Module):
         pairs = PAIRS_ON_CPU if device.type == "cpu" else PAIRS_ON_GPU
         return max(16, 2 ** round(math.log2(pairs / self.n_atoms**2)))
 
-    def _kernel(self, kind: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def _kernel(self, kind: str, x: Tensor) -> Any:
         with full_precision():
             if self._fused is not None:
                 return self._fused(kind, x, self.chunk_size(x.device))
@@ -102,7 +103,7 @@ class TorchForceField(nn.Module):
         return self._tables[key]
 
 
-def infinite_where_undefined(energy: Tensor, gradient: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def infinite_where_undefined(energy: Tensor, gradient: Tensor | None = None) -> Any:
     """Energies (batch,) that are no number as +inf, their gradients (batch, n_atoms, 3), if given, as zero."""
     undefined = energy.isnan()
     if gradient is None:

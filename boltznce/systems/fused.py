@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,11 @@ class FusedKernels:
     """
 
     def __init__(self, energy: Energy):
-        self.eager = {
+        self.eager: dict[str, Callable[[Tensor], Any]] = {
             "energy": energy,
             "energy_and_gradient": lambda x: energy_and_gradient(energy, x),
         }
-        self.compiled = {}
+        self.compiled: dict[tuple, Callable] = {}
 
     def __call__(self, kind: str, x: Tensor, size: int) -> Tensor | tuple[Tensor, Tensor]:
         if 8 * len(x) < size:

@@ -73,7 +73,8 @@ def openmm_digest(xml: str) -> str:
     Terms that name their atoms may come in any order, and numbers count to nine digits.
     """
     root = ElementTree.fromstring(xml)
-    parts = [_canonical(root.find(part)) for part in ("Constraints", "Forces") if root.find(part) is not None]
+    found = (root.find(part) for part in ("Constraints", "Forces"))
+    parts = [_canonical(part) for part in found if part is not None]
     return digest([len(root.findall("Particles/Particle")), *parts])
 
 

@@ -77,6 +77,8 @@ class MolecularSystem(System):
 
     dim = 3
     translation_invariant = True
+    topology: mdtraj.Topology
+    features: Tensor
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class MolecularSystem(System):
         files += [implicit_solvent] if implicit_solvent else []
         self.forcefield = list(XTB) if energy_backend == "xtb" else files
         self._files = [Path(name).name if Path(name).is_file() else name for name in self.forcefield]
-        self._nonbonded = {"nonbonded": nonbonded_method, "cutoff_nm": cutoff_nm and float(cutoff_nm)}
+        self._nonbonded: dict[str, Any] = {"nonbonded": nonbonded_method, "cutoff_nm": cutoff_nm and float(cutoff_nm)}
         given, self._structure_nm = read_structure(structure)
         self._openmm_system, self._openmm_topology = build_openmm_system(
             forcefield, given, nonbonded_method, self._nonbonded["cutoff_nm"], implicit_solvent
@@ -120,7 +122,7 @@ class MolecularSystem(System):
         self.topology = mdtraj.Topology.from_openmm(self._openmm_topology)
         self.n_atoms = self.topology.n_atoms
         self.bonds = [(a.index, b.index) for a, b in self.topology.bonds]
-        more = {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
+        more: dict[str, Any] = {key: tuple(atoms) for key, atoms in (dihedrals or {}).items()}
         backbone = backbone_dihedrals(self.topology)
         self.omegas = [key for key in backbone if key.startswith("omega")]
         if len(backbone) == len(self.omegas) and not more:

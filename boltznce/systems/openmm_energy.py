@@ -31,7 +31,7 @@ class OpenMMEnergy(ExternalEnergy):
     def __init__(self, system: openmm.System, n_workers: int | None = None):
         self.system = system
         self.pool = WorkerPool(partial(OpenMMPoints, system), n_workers)
-        self._points = None
+        self._points: OpenMMPoints | None = None
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (batch,) in kJ/mol and forces (batch, n_atoms, 3) in kJ/mol/nm, float64."""

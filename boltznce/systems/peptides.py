@@ -190,7 +190,8 @@ def build_peptide(sequence: str) -> tuple[app.Topology, Array]:
             "%s is read as %s, by one-letter codes; the residue %s alone is %s.", sequence, read, letters, alone
         )
     chain = _chain(residues, capped)
-    heavy, bonds = {}, []  # an atom is (place of its residue in the chain, name)
+    heavy: dict[tuple[int, str], Array] = {}  # an atom is (place of its residue in the chain, name)
+    bonds = []
     for i, (residue, backbone) in enumerate(zip(chain, _backbone(chain), strict=True)):
         positions, pairs = _heavy_atoms(residue, *backbone, end=i == len(chain) - 1)
         heavy |= {(i, name): position for name, position in positions.items()}
@@ -225,16 +226,17 @@ def _chain(residues: list[str], capped: bool) -> list[Residue]:
     return [first._replace(hydrogens=f"{ammonium} {first.hydrogens.removeprefix('H ')}"), *chain[1:]]
 
 
-def _backbone(chain: list[Residue]) -> list[list[Array]]:
+def _backbone(chain: list[Residue]) -> list[tuple[Array, Array, Array]]:
     """N, CA and C of the residues."""
     points = list(0.1 * np.eye(3))  # three points to start from, where the residue before would be
     before = 1
     for residue in chain:
         for name, (length, angle, dihedral) in BACKBONE.items():
             hand = before if name == "N" else residue.hand  # N is placed by the ψ of the residue before
-            points.append(_place(*points[-3:], length, angle, hand * dihedral))
+            a, b, c = points[-3:]
+            points.append(_place(a, b, c, length, angle, hand * dihedral))
         before = residue.hand
-    return [points[3 * i : 3 * i + 3] for i in range(1, len(chain) + 1)]
+    return list(zip(points[3::3], points[4::3], points[5::3], strict=True))
 
 
 def _heavy_atoms(
@@ -258,7 +260,7 @@ def _heavy_atoms(
     x["C"], parent["C"] = c, "CA"
     for name in ("O", "OXT") if end else ("O",):
         x[name], parent[name] = place(n, ca, c, *OXYGENS[name]), "C"
-    bonds = [*parent.items(), *(tuple(bond.split("-")) for bond in residue.rings.split())]
+    bonds = [*parent.items(), *((a, b) for a, _, b in (bond.partition("-") for bond in residue.rings.split()))]
     if (kept := CAP_ATOMS.get(residue.name)) is not None:
         x = {kept[name]: position for name, position in x.items() if name in kept}
         bonds = [(kept[a], kept[b]) for a, b in bonds if a in kept and b in kept]
@@ -283,7 +285,7 @@ def _place_hydrogens(atom: tuple[int, str], n: int, heavy: dict, bonds: list) ->
         angle, fold = (120, 2) if planar else (TETRAHEDRAL, 3 if n > 1 else 1)
         return [_place(beyond, heavy[near], centre, length, angle, 180 + 360 * k / fold) for k in range(1, n + 1)]
     directions = [_unit(heavy[other] - centre) for other in (near, *others)]
-    away = -_unit(sum(directions))
+    away = -_unit(sum(directions, start=np.zeros(3)))
     if n == 1:
         return [centre + length * away]
     across = _unit(np.cross(directions[0], directions[1]))

@@ -20,22 +20,24 @@ KEYS = {"system", "identity", "dihedral", "atoms", "state", "delta_f", "profile"
 
 class _Known(Protocol):
     name: str
-    identity: dict[str, Any]
-    state: State
+    state: State | None
 
-    def coordinate_of(self, given: str) -> Coordinate: ...
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def coordinate_of(self, given: Any) -> Coordinate: ...
 
 
 def find_reference(system: _Known) -> dict[str, Any] | None:
     """The reference that ships under a system's name, if it is of this system, dihedral and state in every entry."""
-    path = REFERENCE_FOLDER / f"{system.name}.json"
-    if not path.is_file() or system.state.name is None:
+    path, state = REFERENCE_FOLDER / f"{system.name}.json", system.state
+    if not path.is_file() or state is None or state.name is None:
         return None
     reference = load_reference(path)
     asked = {
-        "dihedral": system.state.coordinate,
-        "atoms": list(system.coordinate_of(system.state.coordinate).atoms),
-        "state": list(system.state.interval),
+        "dihedral": state.coordinate,
+        "atoms": list(system.coordinate_of(state.coordinate).atoms),
+        "state": list(state.interval),
     }
     fits = all(reference[key] == value for key, value in asked.items())
     return reference if fits and not differences(reference["identity"], system.identity) else None

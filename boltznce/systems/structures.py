@@ -43,7 +43,7 @@ def read_structure(structure: Structure) -> Found:
     if isinstance(structure, tuple):
         topology, positions = structure
         if unit.is_quantity(positions):
-            positions = positions.value_in_unit(unit.nanometer)
+            positions = positions.value_in_unit(unit.nanometer)  # type: ignore[union-attr]
         positions = as_tensor(positions).double().numpy().reshape(-1, 3)
         check_structure(topology, positions, "The structure")
         return topology, positions

@@ -1,18 +1,18 @@
 """Which torsions a molecule has, by its bonds and elements: φ, ψ and ω of its peptide bonds, else bonds that turn."""
 
 import mdtraj
+from mdtraj.core.topology import Atom
 
 from boltznce.systems.conformers import rotatable_bonds
 
 __all__ = ["backbone_dihedrals", "neighbours", "residue_dihedrals", "turning_dihedrals"]
 
-Atom = mdtraj.core.topology.Atom
 Four = tuple[int, int, int, int]
 
 
 def neighbours(topology: mdtraj.Topology) -> list[list[Atom]]:
     """Bonded atoms of every atom, in the order of their indices."""
-    bonded = [[] for _ in topology.atoms]
+    bonded: list[list[Atom]] = [[] for _ in topology.atoms]
     for a, b in topology.bonds:
         bonded[a.index].append(b)
         bonded[b.index].append(a)
@@ -39,7 +39,7 @@ def backbone_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
     def other(atom: Atom | None, among: list[Atom]) -> Atom | None:
         return next((each for each in among if each is not atom), None)
 
-    found = {"phi": [], "psi": [], "omega": []}
+    found: dict[str, list[tuple[Atom, Atom, Atom, Atom]]] = {"phi": [], "psi": [], "omega": []}
     amides = [(c, n) for c in topology.atoms if c.element.symbol == "C" and is_carbonyl(c) for n in of(c, "N")]
     for carbon, nitrogen in amides:
         before = other(None, of(carbon, "C") or of(carbon, "H"))
@@ -114,9 +114,9 @@ def turning_dihedrals(topology: mdtraj.Topology) -> dict[str, Four]:
 
     found = []
     for a, b in sorted(tuple(sorted(bond[:2])) for bond in rotatable_bonds(_pairs(topology), topology.n_atoms)):
-        ends = end(a, b), end(b, a)
-        if None not in ends:
-            found.append((ends[0], a, b, ends[1]))
+        first, last = end(a, b), end(b, a)
+        if first is not None and last is not None:
+            found.append((first, a, b, last))
     return {f"tors{number}": atoms for number, atoms in enumerate(found, start=1)}
 
 

@@ -7,7 +7,7 @@ fine grid.
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -72,7 +72,8 @@ class PlaneSystem(System):
         check_name(self.name)
         require("system", **{each.name: getattr(self, each.name) for each in fields(self) if each.init})
         self.temperature, self.length_scale = float(self.temperature), float(self.length_scale)
-        self.box = tuple((float(low), float(high)) for low, high in self.box)
+        (x0, x1), (y0, y1) = self.box
+        self.box = ((float(x0), float(x1)), (float(y0), float(y1)))
         self.state = None if self.state is None else self.state_of(self.state)
 
     def __repr__(self) -> str:
@@ -164,14 +165,15 @@ class PlaneSystem(System):
     def named_coordinate(self, name: str) -> Coordinate:
         """``x``, ``y``, ``diagonal`` (x - y) / √2, or ``angle`` in (-π, π]."""
         (x0, x1), (y0, y1) = self.box
-        values_of, limits = {
+        choices: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Interval | None]] = {
             "angle": (lambda a, b: torch.atan2(b, a), None),
             "diagonal": (lambda a, b: (a - b) / math.sqrt(2), ((x0 - y1) / math.sqrt(2), (x1 - y0) / math.sqrt(2))),
             "x": (lambda a, b: a, self.box[0]),
             "y": (lambda a, b: b, self.box[1]),
-        }.get(name, (None, None))
-        if values_of is None:
+        }
+        if name not in choices:
             raise UserError(f"{self.name} has no coordinate {name!r}: choose one of {', '.join(COORDINATES)}.")
+        values_of, limits = choices[name]
 
         def of(x: Array) -> Array:
             values = values_of(*as_tensor(x)[:, 0].unbind(-1))
@@ -180,7 +182,7 @@ class PlaneSystem(System):
         return Coordinate(name, of, "" if limits else "rad", limits is None, limits)
 
     @property
-    def mode_weights(self) -> np.ndarray | None:
+    def mode_weights(self) -> np.ndarray | None:  # type: ignore[override]
         """Exact population of every mode, (modes,), at this temperature; None where all is one."""
         if self.state is None and type(self).mode is PlaneSystem.mode:
             return None
@@ -216,7 +218,7 @@ class GaussianMixture(PlaneSystem):
     A position belongs to the mode of the mean that is nearest.
     """
 
-    means: Sequence[Sequence[float]]
+    means: Any  # kept as a tensor
     std: float
     weights: Sequence[float] | None = None
 

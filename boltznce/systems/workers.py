@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class WorkerPool:
         waiting = deque(enumerate(batches))
         results = [None] * len(waiting)
         idle = list(self._workers)
-        busy: dict[Connection, tuple[_Worker, int]] = {}
+        busy: dict[Any, tuple[_Worker, int]] = {}
         while waiting or busy:
             while waiting and (idle or len(self._workers) < self.n_workers):
                 if not idle:
@@ -102,7 +102,8 @@ class WorkerPool:
 
     def _own(self) -> None:
         """Begin without workers, as the property of this process."""
-        self._pid, self._lock, self._workers = os.getpid(), threading.Lock(), []
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._workers: list[_Worker] = []
         weakref.finalize(self, _end, self._workers, self._pid)  # runs at interpreter exit too
 
     def __reduce__(self) -> tuple:

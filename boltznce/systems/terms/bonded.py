@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import openmm
 import torch
@@ -66,7 +67,7 @@ class TorsionSeries(Chained):
 
     def forward(self, geometry: Geometry) -> Tensor:
         cos, sin = geometry.torsions(self)
-        total = 0.0
+        total: Any = 0.0
         cos_n, sin_n = cos, sin  # of nφ, by the addition theorems
         for order in range(1, len(self.cosine)):
             if order > 1:
@@ -80,7 +81,8 @@ class PeriodicTorsions(TorsionSeries):
 
     def __init__(self, force: openmm.PeriodicTorsionForce, n_atoms: int):
         terms = list(zip(*columns(force.getTorsionParameters, force.getNumTorsions()), strict=True))
-        series = defaultdict(lambda: torch.zeros(2, 1 + max(1, *(n for *_, n, _, _ in terms)), dtype=torch.float64))
+        orders = 1 + max([1, *(n for *_, n, _, _ in terms)])
+        series: dict[Four, Tensor] = defaultdict(lambda: torch.zeros(2, orders, dtype=torch.float64))
         for *atoms, n, phase, k in terms:
             series[tuple(atoms)][0, 0] += k
             series[tuple(atoms)][:, n] += torch.tensor((k * math.cos(phase), k * math.sin(phase)), dtype=torch.float64)
@@ -91,7 +93,7 @@ class RyckaertBellemansTorsions(TorsionSeries):
     """Σ cₙ (cos(φ - π))ⁿ, n = 0 to 5 (Ryckaert & Bellemans, Chem. Phys. Lett. 30, 123 (1975)), as a Fourier series."""
 
     def __init__(self, force: openmm.RBTorsionForce, n_atoms: int):
-        series = defaultdict(lambda: torch.zeros(2, 6, dtype=torch.float64))
+        series: dict[Four, Tensor] = defaultdict(lambda: torch.zeros(2, 6, dtype=torch.float64))
         for n in range(force.getNumTorsions()):
             i, j, k, l, *powers = force.getTorsionParameters(n)  # noqa: E741
             polynomial = [(-1) ** order * c._value for order, c in enumerate(powers)]  # in cos φ = -cos(φ - π)
@@ -135,14 +137,14 @@ class CMAPTorsions(Chained):
     """
 
     def __init__(self, force: openmm.CMAPTorsionForce, n_atoms: int):
-        number, *atoms = columns(force.getTorsionParameters, force.getNumTorsions())
+        numbers, *atoms = columns(force.getTorsionParameters, force.getNumTorsions())
         super().__init__(rows(atoms[:4]) + rows(atoms[4:]), n_atoms)
         maps = [force.getMapParameters(n) for n in range(force.getNumMaps())]
         sizes = torch.tensor([size for size, _ in maps])
         starts = (sizes**2).cumsum(0) - sizes**2
         # OpenMM's maps are stored with the first angle running fastest.
         patches = [bicubic(column(tuple(energy._value)).view(size, size).T).flatten(2) for size, energy in maps]
-        number = torch.tensor(number)
+        number = torch.tensor(numbers)
         self.table(
             size=sizes[number].repeat(2)[:, None],
             start=starts[number][:, None],

@@ -8,6 +8,7 @@ in OpenMM.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import openmm
 import torch
@@ -35,7 +36,7 @@ COULOMB = 138.93545764438198  # kJ mol⁻¹ nm e⁻²: 1 / (4π ε₀), CODATA 2
 CLOSEST = 2e-3  # nm; below it pair energies stay constant, which keeps them and their gradients finite in float32
 TINY = 1e-20  # added to squared lengths (nm², nm⁴) under a root, whose gradient at zero it keeps finite
 
-Vectors = Tensor | tuple[Tensor, Tensor, Tensor]  # x, y and z
+Vectors = Tensor | tuple[Tensor, ...]  # x, y and z
 
 
 class Geometry:
@@ -115,6 +116,10 @@ def cross(a: Vectors, b: Vectors) -> Vectors:
 
 class Term(nn.Module):
     """One OpenMM force, ``Term(force, n_atoms)``: tables as buffers, ``forward(geometry) -> (batch,)`` in kJ/mol."""
+
+    if TYPE_CHECKING:  # what `table` has registered
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
     def table(self, **columns: Tensor | tuple) -> None:
         """Register each column, as a tensor, under its name."""

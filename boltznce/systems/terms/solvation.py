@@ -5,6 +5,7 @@ OpenMM has it as GBSAOBCForce (OBC2) and, from ``implicit/*.xml``, as a CustomGB
 
 import math
 import re
+from typing import Any
 
 import openmm
 import torch
@@ -255,12 +256,13 @@ class CustomGB(GeneralizedBorn):
         if "surface" in energies:
             radius = own + energies["surface"]["offset"]
             surface = energies["surface"]["scale"] * (radius + energies["surface"]["probe"]).square() * radius**6
+        alpha, beta, gamma = (born[key] if key in born else atoms[key] for key in ("alpha", "beta", "gamma"))
         super().__init__(
             charge=atoms["charge"],
             radius=own + born["offset"],
             own=own,
             scaled=atoms["sr"],
-            curve=tuple(born[key] if key in born else atoms[key] for key in ("alpha", "beta", "gamma")),
+            curve=(alpha, beta, gamma),
             coulomb=pair["coulomb"],
             solute=pair["soluteDielectric"],
             solvent=pair["solventDielectric"],
@@ -287,11 +289,11 @@ def necks(
 
 
 # The expressions of openmm.app.internal.customgbforces without spaces and assignments of numbers. <name> is a number.
-SPHERES = (
+SPHERES: tuple[str, dict[str, float]] = (
     "select(step(r+sr2-or1),0.5*(1/L-1/U+0.25*(r-sr2^2/r)*(1/(U^2)-1/(L^2))+0.5*log(L/U)/r),0);U=r+sr2;L=max(or1,D);D=abs(r-sr2)",
     {},
 )
-NECK = (
+NECK: tuple[str, dict[str, float]] = (
     "Ivdw+neckScale*Ineck;Ineck=step(radius1+radius2+neckCut-r)*getm0(radindex1,radindex2)"
     "/(1+100*(r-getd0(radindex1,radindex2))^2+0.3*1000000*(r-getd0(radindex1,radindex2))^6);"
     f"Ivdw={SPHERES[0]};radius1=or1+offset;radius2=or2+offset",
@@ -309,7 +311,7 @@ RADII = tuple(
 )
 UNSCREENED, SCREENED = (f"(1/soluteDielectric-{salt}/solventDielectric)" for salt in ("1", "exp(-kappa*{f})"))
 DISTANCE = "f=sqrt(r^2+B1*B2*exp(-r^2/(4*B1*B2)))"
-ENERGIES = {
+ENERGIES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "self": tuple(
         (f"-0.5*<coulomb>*{factor.format(f='B')}*charge^2/B", {"screened": screened})
         for factor, screened in ((UNSCREENED, False), (SCREENED, True))
