@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import mdtraj
 import numpy as np
+from mdtraj.core.topology import Residue
 
 from boltznce.errors import UserError
 from boltznce.systems.identity import molecule_identity
 from boltznce.topologies import pdb_text
 
 __all__ = ["Match", "match_atoms"]
-
-Residue = mdtraj.core.topology.Residue
 
 
 class Match(NamedTuple):

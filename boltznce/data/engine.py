@@ -383,6 +383,6 @@ def _save_state(
     crc: int,
     memory: Mapping[str, np.ndarray],
 ) -> None:
-    state = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
+    state: dict[str, Any] = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, **state, seconds=seconds, crc=crc, **memory)
+        np.savez(handle, **state, seconds=seconds, crc=crc, **dict[str, Any](memory))

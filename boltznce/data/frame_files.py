@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mdtraj
 import numpy as np
@@ -20,7 +20,7 @@ ARRAYS = (".npy", ".npz")
 TIMED = (".xtc", ".trr", ".nc", ".ncdf", ".netcdf", ".h5", ".hdf5")  # whose frames have times
 TRAJECTORIES = (".dcd", *TIMED, ".pdb")
 WITH_TOPOLOGY = (".pdb", ".h5", ".hdf5")
-LENGTH_UNITS = {"nm": 1.0, "angstrom": 0.1}  # in nm
+LENGTH_UNITS: dict[Any, Any] = {"nm": 1.0, "angstrom": 0.1}  # in nm
 SMALLEST_BOX = 0.5  # nm: what programs write where there is none is smaller
 
 
@@ -35,10 +35,17 @@ class Chunk(NamedTuple):
 class FrameFile(Protocol):
     """A file of ``n_frames`` frames of ``n_atoms`` atoms; ``timed``: whether it tells their times."""
 
-    path: Path
-    n_frames: int
-    n_atoms: int
-    timed: bool
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def n_frames(self) -> int: ...
+
+    @property
+    def n_atoms(self) -> int: ...
+
+    @property
+    def timed(self) -> bool: ...
 
     def chunks(self, size: int, atoms: np.ndarray) -> Iterator[Chunk]:
         """All frames in order, ``size`` at a time, the positions of ``atoms`` in their order."""
@@ -105,6 +112,7 @@ def open_frames(
     """
     path = _existing(path, "files")
     ending = path.suffix.lower()
+    file: FrameFile
     if ending in ARRAYS:
         file = Array(path, _positions(path, key), LENGTH_UNITS.get(length_unit, length_unit))
     elif ending in TRAJECTORIES:

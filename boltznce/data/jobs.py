@@ -240,7 +240,8 @@ def _dihedral_atoms(system, name: str | None, required: bool) -> tuple[int, int,
     name = name or next(iter(_state_dihedrals(system)), None)
     if name is None and not required:
         return None
-    return tuple(_atoms_of(system, name or next(iter(system.dihedrals), None)))
+    a, b, c, d = _atoms_of(system, name or next(iter(system.dihedrals), None))
+    return a, b, c, d
 
 
 def _state_dihedrals(system) -> list[str]:
@@ -258,7 +259,8 @@ def _one_phi(system) -> bool:
 
 def _backbone(system) -> tuple[list[str], list[str]]:
     """Names of every φ and of every ψ."""
-    return tuple([name for name in system.dihedrals if name.startswith(kind)] for kind in ("phi", "psi"))
+    phis, psis = ([name for name in system.dihedrals if name.startswith(kind)] for kind in ("phi", "psi"))
+    return phis, psis
 
 
 def biases_of(system, dihedral: str | None = None, given: Sequence | None = None) -> list[list[str]]:
@@ -281,7 +283,8 @@ def biases_of(system, dihedral: str | None = None, given: Sequence | None = None
     pairs = [[phi, *beside(phi)] for phi in phis]
     if not set(own) <= set(itertools.chain(*pairs)):
         return [own[:2]]
-    return pairs or [[next(iter(system.dihedrals), None)]]
+    first: Any = next(iter(system.dihedrals), None)
+    return pairs or [[first]]
 
 
 def _axes(system, bias_along: Sequence[Sequence[str]]) -> dict[str, list]:

@@ -6,6 +6,7 @@ Frames under the fixed bias V (in kT) have the exact weights exp(V), whether or 
 is that walkers go round, not that V is right. Those of several groups are joined by MBAR.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +67,12 @@ class MetadynamicsSampler(Sampler):
         self.n_rounds = round(self.options["bias_duration"] / self.options["hill_interval"])
 
     @property
-    def memory(self) -> dict[str, np.ndarray]:
+    def memory(self) -> Mapping[str, np.ndarray]:
         biases = {"bias": self.groups.parameters, "late_bias": self.late}
         return {name: torch.stack(list(each)).cpu().numpy() for name, each in biases.items()} | {"order": self.order}
 
     @memory.setter
-    def memory(self, arrays: dict[str, np.ndarray]) -> None:
+    def memory(self, arrays: Mapping[str, np.ndarray]) -> None:
         device = self.walkers.device
         self.late = list(torch.from_numpy(arrays["late_bias"]).to(device))
         for bias, coefficients in zip(self.groups.biases, torch.from_numpy(arrays["bias"]).to(device), strict=True):
@@ -159,10 +160,10 @@ def weigh(job: Job, folder: Path, frames: np.ndarray) -> tuple[np.ndarray, float
     memory = read_state(folder, {"bias": stacked, "late_bias": stacked})
     energies = {}
     for name in ("late_bias", "bias"):
-        for bias, coefficients in zip(groups.biases, torch.from_numpy(memory[name]), strict=True):
-            bias.coefficients = coefficients
+        for each, coefficients in zip(groups.biases, torch.from_numpy(memory[name]), strict=True):
+            each.coefficients = coefficients
         chunks = np.array_split(frames["positions"], max(1, len(frames) // 50_000))
-        energies[name] = np.concatenate([groups.energies(torch.from_numpy(np.array(each))).numpy() for each in chunks])
+        energies[name] = np.concatenate([groups.energies(torch.from_numpy(np.array(x))).numpy() for x in chunks])
     bias, n_biases = energies["bias"], len(groups.biases)
     change = float(np.std(bias - energies["late_bias"], axis=0)[:n_biases].max())
     f = np.zeros(1) if groups.n_groups == 1 else _free_energies(bias, np.random.default_rng(job.seed))

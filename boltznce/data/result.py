@@ -150,7 +150,8 @@ def _surface(
         return {}
     edges = np.linspace(-np.pi, np.pi, n_bins // 2 + 1)
     with np.errstate(divide="ignore"):
-        f = -np.log(np.histogram2d(*(coordinates[name] for name in pair), bins=(edges, edges), weights=weights)[0])
+        x, y = (coordinates[name] for name in pair)
+        f = -np.log(np.histogram2d(x, y, bins=[edges, edges], weights=weights)[0])
     return {"surface": np.where(np.isfinite(f), f - f.min(), np.nan), "surface_of": tuple(pair)}
 
 

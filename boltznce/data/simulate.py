@@ -159,7 +159,8 @@ def gather(system, folders: list[Path], output: Path) -> Dataset:
     frames = [f[: np.searchsorted(f["time"], end, side="right")] for f in frames]
     repeat = np.repeat([job.repeat for job in jobs], [len(f) for f in frames])
     columns = {name: np.concatenate([f[name] for f in frames]) for name in ("energy", "dihedral", "window", "time")}
-    log_weights, extra = np.zeros(len(repeat)), {}
+    log_weights = np.zeros(len(repeat))
+    extra: dict[str, Any] = {}
     if jobs[0].method == "umbrella":
         angle, window = columns["dihedral"], columns["window"]
         ring = ring_of(jobs[0].options, jobs[0].temperature, angle)

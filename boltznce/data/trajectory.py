@@ -53,7 +53,7 @@ class _Part(NamedTuple):
     positions: np.ndarray
     energies: np.ndarray
     time: np.ndarray
-    index: np.ndarray
+    number: np.ndarray
     boxed: bool
 
 
@@ -104,8 +104,8 @@ def import_trajectory(
     match = match_atoms(theirs, system)
     sources = [open_frames(path, theirs, key, length_unit) for path in paths]
     log_weights = _log_weights(weights, bias, sources, system)
-    energies = None if energies is None else _column(energies, "energies", sources) / (GAS_CONSTANT * temperature)
-    if energies is not None and match.n_left_out:
+    own = None if energies is None else _column(energies, "energies", sources) / (GAS_CONSTANT * temperature)
+    if own is not None and match.n_left_out:
         raise UserError("energies= are of all atoms of the trajectory, some of which are left out: leave it out too.")
     require_free_space(folder, 2 * 12 * system.n_atoms * sum(-(-source.n_frames // stride) for source in sources))
     settings = {
@@ -120,7 +120,7 @@ def import_trajectory(
     }
     with only_process(folder, beside=True), scratch_folder(folder) as scratch:
         checks = FrameChecks(system)
-        return _write(folder, sources, match, checks, scratch, settings, log_weights, energies, progress)
+        return _write(folder, sources, match, checks, scratch, settings, log_weights, own, progress)
 
 
 def _write(
@@ -144,10 +144,10 @@ def _write(
         ]
     checks.finish()
     starts = np.cumsum([0, *n_frames[:-1]])
-    rows = np.concatenate([start + part.index for start, part in zip(starts, parts, strict=True)])
+    rows = np.concatenate([start + part.number for start, part in zip(starts, parts, strict=True)])
     energies = np.concatenate([part.energies for part in parts])
     timed = all(source.timed and _runs(part.time) for source, part in zip(sources, parts, strict=True))
-    time = np.concatenate([part.time if timed else part.index for part in parts])
+    time = np.concatenate([part.time if timed else part.number for part in parts])
     notes = _notes(checks, match, any(part.boxed for part in parts), energies, None if given is None else given[rows])
     for note in notes:
         log.warning(note)
@@ -203,9 +203,9 @@ def _log_weights(
 ) -> np.ndarray | None:
     if weights is not None and bias is not None:
         raise UserError("weights= and bias= are two ways to say the same: give one of them.")
-    if weights is None and bias is None:
-        return None
     setting, path = ("weights", weights) if bias is None else ("bias", bias)
+    if path is None:
+        return None
     values = _column(path, setting, sources) / (1.0 if bias is None else GAS_CONSTANT * system.temperature)
     if np.isnan(values).any() or (values == np.inf).any() or not np.isfinite(values).any():
         raise UserError(f"{setting}={path} has numbers that are not finite: log weights may be -inf, and nothing else.")
@@ -214,7 +214,8 @@ def _log_weights(
 
 def _read(source: FrameFile, match: Match, checks: FrameChecks, stride: int, scratch: Path, bar: tqdm) -> _Part:
     """A file's frames, whole and centred, positions in a file of their own: any number of them takes little memory."""
-    system, columns, done, boxed = checks.system, [], 0, False
+    system, done, boxed = checks.system, 0, False
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     steps = spanning_bonds(system.bonds, system.n_atoms)
     size = max(1, min(MOST_FRAMES, MOST_PAIRS // system.n_atoms**2))
     with open(scratch, "wb") as handle:
