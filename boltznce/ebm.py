@@ -4,6 +4,7 @@ Its likelihood costs one forward pass of a network, where the flow's own costs a
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class EnergyBasedModel(ContextModel):
     """
 
     normalized = False
+    walkers: Tensor
+    walkers_step: Tensor
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class EnergyBasedModel(ContextModel):
         and the density of times cancels in the classification. ``clip_negatives`` clips them to [0, 1], as the authors
         do, and does not reflect. With a ``contrast_weight`` training also has walkers, see `contrast`.
         """
-        scales = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
+        scales: dict[str, Any] = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
         super().__init__(network, n_atoms, dim, features=features, mask=mask, **scales)
         if objective not in OBJECTIVES:
             raise UserError(f"Unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}.")
@@ -114,7 +117,7 @@ class EnergyBasedModel(ContextModel):
         x = self.interpolant.mix(x0[here], x1[here], t[here]).requires_grad_(self.objective != "nce")
         model = self.rows(here)
         energy = model._call(x, t[here])
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, Any] = {}
         if self.objective != "nce":
             (score,) = torch.autograd.grad(energy.sum(), x, create_graph=self.training)
             residual = self.interpolant.sigma(t[here]).reshape(-1, 1, 1) * model.prior.project(score) + x1[here]

@@ -75,6 +75,10 @@ class ReplayBuffer(nn.Module):
     device.
     """
 
+    points: Tensor
+    log_weights: Tensor
+    log_q: Tensor
+
     def __init__(self, size: int, dimension: int) -> None:
         super().__init__()
         self.register_buffer("points", torch.zeros(size, dimension))

@@ -11,6 +11,10 @@ __all__ = ["BoxCoordinates"]
 class BoxCoordinates(nn.Module):
     """The linear map between positions (batch, n, dim) in a box, where all of them are, and the cube (batch, n·dim)."""
 
+    low: Tensor
+    size: Tensor
+    circular: Tensor
+
     def __init__(self, n_atoms: int, low: Sequence[float], high: Sequence[float]) -> None:
         super().__init__()
         self.n_atoms, self.dimension = n_atoms, n_atoms * len(low)

@@ -1,7 +1,7 @@
 """What flows and energy-based models have in common: a network in scaled units and the context that it is called in."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ class ContextModel(nn.Module):
 
     A network may have ``calibrate(positions_at)`` to scale its inputs by interpolants ``positions_at(t)``, like x.
     """
+
+    features: Tensor | Any  # or None, as they are given
+    groups: Tensor | Any
 
     def __init__(
         self,

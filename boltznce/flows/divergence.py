@@ -7,6 +7,7 @@ Cartesian signs, for a few eigendecompositions a path.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from boltznce.settings import require
 __all__ = ["Probes", "exact_divergence", "hutchinson_divergence", "rademacher"]
 
 Field = Callable[[Tensor], Tensor]
+jvp: Any = torch.func.jvp  # torch declares less than these two can do
+vmap: Any = torch.func.vmap
 
 
 def exact_divergence(field: Field, x: Tensor, basis: Tensor, directions_at_once: int = 64) -> tuple[Tensor, Tensor]:
@@ -23,12 +26,12 @@ def exact_divergence(field: Field, x: Tensor, basis: Tensor, directions_at_once:
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
         tangent = direction.expand_as(x)
-        v, jv = torch.func.jvp(field, (x,), (tangent,))
+        v, jv = jvp(field, (x,), (tangent,))
         return v, (jv * tangent).sum(dim=(-2, -1))
 
     divergence = x.new_zeros(len(x))
     for directions in basis.to(x).split(directions_at_once):
-        v, terms = torch.func.vmap(along, out_dims=(None, 0))(directions)
+        v, terms = vmap(along, out_dims=(None, 0))(directions)
         divergence = divergence + terms.sum(dim=0)
     return v, divergence
 
@@ -37,12 +40,12 @@ def hutchinson_divergence(field: Field, x: Tensor, probes: Tensor) -> tuple[Tens
     """Velocity and the mean of εᵀ(∂v/∂x)ε over ``probes`` (m, batch, n, dim): unbiased if E[ε εᵀ] = 1."""
 
     def along(probe: Tensor) -> tuple[Tensor, Tensor]:
-        v, jv = torch.func.jvp(field, (x,), (probe,))
+        v, jv = jvp(field, (x,), (probe,))
         return v, (jv * probe).sum(dim=(-2, -1))
 
     if len(probes) == 1:
         return along(probes[0])
-    v, terms = torch.func.vmap(along, out_dims=(None, 0))(probes)
+    v, terms = vmap(along, out_dims=(None, 0))(probes)
     return v, terms.mean(dim=0)
 
 
@@ -73,22 +76,23 @@ class Probes:
         self.n_probes, self.generator, self.gradients = n_probes, generator, gradients
         self.fixed, self.refresh = fixed, refresh
         self.shape, self.basis = basis.shape[1:], basis.flatten(1)
-        self.axes, self.n_calls, self.probes = self.basis, 0, None
+        self.axes, self.n_calls = self.basis, 0
+        self.probes: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Probes at ``x`` (batch, n, dim)."""
         if self.probes is None or not self.fixed:
             if self.gradients is not None and self.n_calls % self.refresh == 0:
-                self.axes = self._eigenvectors(x)
+                self.axes = self._eigenvectors(self.gradients(x))
             signs = rademacher((self.n_probes, len(x), len(self.basis)), self.generator, x)
             along = signs @ self.axes if self.axes.dim() == 2 else torch.einsum("mbk,bkj->mbj", signs, self.axes)
             self.probes = along.unflatten(-1, self.shape)
             self.n_calls += 1
         return self.probes
 
-    def _eigenvectors(self, x: Tensor) -> Tensor:
+    def _eigenvectors(self, gradients: Tensor) -> Tensor:
         """(batch, d, n · dim), orthonormal, in rows."""
-        gradients = self.gradients(x).flatten(2) @ self.basis.T
-        device = x.device if x.device.type != "mps" else "cpu"  # which has no eigh
-        vectors = torch.linalg.eigh((gradients.mT @ gradients).to(device)).eigenvectors.to(x.device)
+        gradients = gradients.flatten(2) @ self.basis.T
+        device = gradients.device if gradients.device.type != "mps" else "cpu"  # which has no eigh
+        vectors = torch.linalg.eigh((gradients.mT @ gradients).to(device)).eigenvectors.to(gradients.device)
         return vectors.mT @ self.basis

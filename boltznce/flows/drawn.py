@@ -5,22 +5,23 @@ fixed weights, goes through their inverses: that is from z to x too. So what the
 serves the gradient, and no second pass through the networks is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = ["log_prob_of_draws", "path_log_prob_of_draws"]
 
+Couplings = Iterable[Any]  # a list or torch's ModuleList of `SplineCoupling`
 
-def log_prob_of_draws(
-    couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor
-) -> tuple[Tensor, Tensor]:
+
+def log_prob_of_draws(couplings: Couplings, z: Tensor, log_prior: Tensor, of_prior: Tensor) -> tuple[Tensor, Tensor]:
     """Points (d, n) that the couplings make of z (d, n), and their log q (n,), float64, differentiable once in weights.
 
     Args:
-        couplings: as `SplineCoupling`, in the order of drawing.
+        couplings: in the order of drawing.
         log_prior, of_prior: log-density of z (n,) and its gradient (d, n).
     """
     weights = [weight for coupling in couplings for weight in coupling.parameters()]
@@ -30,7 +31,7 @@ def log_prob_of_draws(
 class _LogProbOfDraws(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor, *weights: Tensor
+        ctx, couplings: Couplings, z: Tensor, log_prior: Tensor, of_prior: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.of_prior, ctx.passed = of_prior, []
         y, log_q = z, log_prior
@@ -61,7 +62,7 @@ class _LogProbOfDraws(torch.autograd.Function):
 
 
 def path_log_prob_of_draws(
-    couplings: Sequence[nn.Module], z: Tensor, log_prior: Tensor, of_prior: Tensor
+    couplings: Couplings, z: Tensor, log_prior: Tensor, of_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `log_prob_of_draws`, but points are differentiable in the weights, and log q only through the points."""
     y, log_q, score = z.requires_grad_(), log_prior, of_prior

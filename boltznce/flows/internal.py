@@ -7,6 +7,7 @@ al., J. Comput. Chem. 26, 1063, 2005). The Cartesian volume, integrated over tra
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,19 @@ class InternalCoordinates(nn.Module):
     Raises UserError if the atoms are not all connected, and for a structure with an angle near 180°, beyond which no
     torsion is defined.
     """
+
+    root: Tensor
+    place: Tensor
+    rows: Tensor
+    differences: Tensor
+    means: Tensor
+    dihedrals: Tensor
+    methyls: Tensor
+    branch: Tensor
+    sense: Tensor
+    centre: Tensor
+    width: Tensor
+    circular: Tensor
 
     def __init__(
         self,
@@ -192,7 +206,7 @@ class InternalCoordinates(nn.Module):
         """Atoms of each row, (4, n - 3); level by level rows and reference atoms, atoms counted as they are placed."""
         order = [*zmatrix.root, *(zmatrix.rows[k].atom for level in zmatrix.levels for k in level)]
         place = {atom: k for k, atom in enumerate(order)}
-        tables = {"root": zmatrix.root, "place": [place[atom] for atom in range(len(order))]}
+        tables: dict[str, Any] = {"root": zmatrix.root, "place": [place[atom] for atom in range(len(order))]}
         tables["rows"] = [[getattr(row, name) for row in zmatrix.rows] for name in ("atom", "a", "b", "c")]
         self.n_levels = len(zmatrix.levels)
         for number, level in enumerate(zmatrix.levels):
@@ -257,7 +271,8 @@ def methyl_rows(zmatrix: ZMatrix, group: Sequence[int]) -> tuple[int, int, int] 
     leaders = [k for k in rows if zmatrix.rows[k].sibling is None]
     if len(rows) < 3 or len(leaders) != 1:
         return None
-    return (*leaders, *(k for k in rows if k not in leaders))
+    first, second, third = (*leaders, *(k for k in rows if k not in leaders))
+    return first, second, third
 
 
 def torsion_domains(

@@ -5,6 +5,7 @@ Source: BoltzNCE (arXiv 2507.00846); likelihood of a continuous flow: Chen et al
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ class InterpolantFlow(ContextModel):
     True
     """
 
+    basis: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -73,7 +76,7 @@ class InterpolantFlow(ContextModel):
         whiten: bool = False,
         whiten_floor: float = 0.1,
     ) -> None:
-        scales = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
+        scales: dict[str, Any] = {"length_scale": length_scale, "centred": centred, "interpolant": interpolant}
         super().__init__(network, n_atoms, dim, features=features, mask=mask, groups=groups, **scales)
         if objective not in OBJECTIVES:
             raise UserError(f"Unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}.")
@@ -92,7 +95,7 @@ class InterpolantFlow(ContextModel):
     @property
     def dimension(self) -> int:
         """d, the dimension of the space on which the density lives."""
-        return self.prior.dimensions
+        return int(self.prior.dimensions)
 
     # ---- what its network can do ------------------------------------------------------------------------------------
 
@@ -114,10 +117,10 @@ class InterpolantFlow(ContextModel):
     @property
     def _stiff_gradients(self) -> Callable[[Tensor], Tensor] | None:
         """The network's ``stiff_gradients``, see `Probes`, in the flow's coordinates, where it has them."""
-        of_network = getattr(self.network, "stiff_gradients", None)
-        if of_network is None or self.whitening is None:
+        of_network, whitening = getattr(self.network, "stiff_gradients", None), self.whitening
+        if of_network is None or whitening is None:
             return of_network
-        return lambda x: self.whitening.inverse @ of_network(self.whitening.inverse @ x)
+        return lambda x: whitening.inverse @ of_network(whitening.inverse @ x)
 
     # ---- velocity ---------------------------------------------------------------------------------------------------
 
@@ -209,8 +212,8 @@ class InterpolantFlow(ContextModel):
         parts = []
         require(n_samples=n_samples)
         for rows in self._batches(n_samples, batch_size, likelihood, progress):
-            size, like = rows.stop - rows.start, {"device": self.basis.device, "dtype": self.basis.dtype}
-            x1 = self.prior.sample(size, generator, **like)
+            size, device, dtype = rows.stop - rows.start, self.basis.device, self.basis.dtype
+            x1 = self.prior.sample(size, generator, device=device, dtype=dtype)
             x0, integral = self._flow(x1, 1.0, self.t_min, solver, likelihood, n_probes, generator)
             # integrated from 1 to t_min, the divergence counts negatively: log q(x_0) = log p_1(x_1) + ∫_0^1 div v dt
             parts.append((self._unscale(x0), self._per_nm(self.prior.log_prob(x1) - integral)))

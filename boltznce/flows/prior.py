@@ -34,6 +34,8 @@ class GaussianPrior(nn.Module):
     ``mask`` (batch, n): padded molecules; each row has the prior of its own real atoms, and zeros elsewhere.
     """
 
+    mask: Tensor | None
+
     def __init__(self, n: int, dim: int, centred: bool, mask: Tensor | None = None) -> None:
         super().__init__()
         self.n, self.dim, self.centred = n, dim, centred

@@ -6,6 +6,7 @@ The state is ``(x, l)``: positions and the running integral of div v. ``field(x,
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from boltznce.settings import require
 __all__ = ["SOLVERS", "SolverSettings", "integrate", "time_grid"]
 
 # field(x, t, with_divergence) -> velocity (batch, n, dim), divergence (batch,) or None
-Field = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+Field = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | Any]]
 SOLVERS = ("dopri5", "heun", "rk4")
 
 

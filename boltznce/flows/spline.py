@@ -220,18 +220,19 @@ def _solve(y: Tensor, w: Tensor, h: Tensor, low: Tensor, high: Tensor) -> Tensor
 # ---- fused kernels --------------------------------------------------------------------------------------------------
 
 
-def _run(function: Callable, fused: bool, *arguments: Tensor | bool) -> tuple[Tensor, ...]:
+def _run(function: Callable, fused: bool, x: Tensor, *rest: Tensor | bool) -> tuple[Tensor, ...]:
     """``function`` as it is or compiled, points counted along one dimension, so that one kernel serves all shapes."""
     if not fused:
-        return function(*arguments)
-    shape = arguments[0].shape
-    flat = [a.reshape(*a.shape[: a.dim() - len(shape)], -1) if isinstance(a, Tensor) else a for a in arguments]
+        return function(x, *rest)
+    shape = x.shape
+    flat = [a.reshape(*a.shape[: a.dim() - len(shape)], -1) if isinstance(a, Tensor) else a for a in (x, *rest)]
     return tuple(part.view(*part.shape[:-1], *shape) for part in _compiled(function)(*flat))
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    kernel, failed = torch.compile(function, dynamic=True), []
+    kernel = torch.compile(function, dynamic=True)
+    failed: list[bool] = []
 
     def call(*arguments):
         if not failed:

@@ -6,6 +6,7 @@ Couplings on the circle: Rezende et al. 2020 (arXiv 2002.02428). Architectures a
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from boltznce.flows.spline import rational_quadratic, rational_quadratic_with_pu
 __all__ = ["ARCHITECTURES", "SplineCoupling", "SplineFlow", "hierarchical", "random_masks"]
 
 Split = tuple[list[int], list[int]]  # coordinates that a coupling transforms, and those that it is conditioned on
+Parameters = tuple[Tensor, Tensor, Tensor]  # widths, heights and slopes of a coupling's splines
 
 
 class SplineFlow(nn.Module):
@@ -54,6 +56,8 @@ class SplineFlow(nn.Module):
     -inf
     """
 
+    bounded: Tensor
+
     def __init__(
         self,
         coordinates: InternalCoordinates | BoxCoordinates,
@@ -77,7 +81,7 @@ class SplineFlow(nn.Module):
         self.prior_std = prior_std
         self.register_buffer("bounded", torch.nonzero(~coordinates.circular).squeeze(1), persistent=False)
         splits = ARCHITECTURES[architecture](coordinates.groups, n_pairs, torch.Generator().manual_seed(mask_seed))
-        settings = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins}
+        settings: dict[str, Any] = {"width": width, "depth": depth, "activation": activation, "n_bins": n_bins}
         settings["fused"] = wants_compiling(compile)
         self.couplings = nn.ModuleList(
             SplineCoupling(transformed, given, coordinates.circular, cut=k * GOLDEN % 1, **settings)
@@ -186,7 +190,7 @@ class SplineFlow(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.couplings[0].layers[0].weight.dtype
+        return next(self.couplings.parameters()).dtype
 
 
 class SplineCoupling(nn.Module):
@@ -199,6 +203,11 @@ class SplineCoupling(nn.Module):
     Nothing turns a circle as a whole by a function of the other coordinates: where a torsion is nearly free the density
     would not feel it, and noise would drive such turns until everything that depends on the torsion is scrambled.
     """
+
+    transformed: Tensor
+    given_bounded: Tensor
+    given_circular: Tensor
+    layers: Any  # nn.ModuleList of nn.Linear
 
     def __init__(
         self,
@@ -233,19 +242,19 @@ class SplineCoupling(nn.Module):
     def forward(self, y: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         return self.with_parameters(y, self.parameters_of(y), inverse)
 
-    def with_parameters(self, y: Tensor, of_y: tuple[Tensor, ...], inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def with_parameters(self, y: Tensor, of_y: Parameters, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """As `forward`, given `parameters_of` y."""
         x, log_slope = rational_quadratic(self._opened(y[self.transformed]), *of_y, inverse, self.fused)
         return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0)
 
     @torch.no_grad()
-    def with_pullback(self, y: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Callable]:
+    def with_pullback(self, y: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor, Callable]:
         """As `forward`, given `parameters_of` y, and the gradient of the inverse spline, see `flows.spline`."""
         opened = self._opened(y[self.transformed])
         x, log_slope, pullback = rational_quadratic_with_pullback(opened, *parameters, self.fused)
         return y.index_copy(0, self.transformed, self._closed(x)), log_slope.sum(0), pullback
 
-    def parameters_of(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def parameters_of(self, y: Tensor) -> Parameters:
         """Widths, heights and slopes of the splines of y (d, batch); a circle's first slope is the last one too."""
         n, k = self.n_bounded, self.n_bins
         widths, heights, slopes = self._conditioner(y).unflatten(0, (3 * k + 1, -1)).split([k, k, k + 1])

@@ -13,14 +13,16 @@ class Whitening(nn.Module):
     ``floor``: spread that is added, in scaled units, so that no direction is stretched beyond bounds.
     """
 
+    matrix: Tensor
+    inverse: Tensor
+    log_volume: Tensor  # log|det| of the inverse on the flow's space
+
     def __init__(self, n_atoms: int, floor: float) -> None:
         super().__init__()
         self.floor = floor
         self.register_buffer("matrix", torch.eye(n_atoms))
         self.register_buffer("inverse", torch.eye(n_atoms))
-        self.register_buffer(
-            "log_volume", torch.zeros((), dtype=torch.float64)
-        )  # log|det| of the inverse on the flow's space
+        self.register_buffer("log_volume", torch.zeros((), dtype=torch.float64))
 
     def fit(self, x: Tensor, centred: bool) -> None:
         """To the covariance ⟨x_i·x_j⟩ / dim of data (batch, n, dim), float64; ``centred``: they are mean-free."""

@@ -59,7 +59,7 @@ def build_zmatrix(
 
     Raises UserError for fewer than three atoms and for atoms that are not all connected.
     """
-    neighbours = [[] for _ in range(n_atoms)]
+    neighbours: list[list[int]] = [[] for _ in range(n_atoms)]
     for a, b in bonds:
         neighbours[a].append(b)
         neighbours[b].append(a)
@@ -76,7 +76,7 @@ def build_zmatrix(
             f"Internal coordinates need one molecule, all of it bonded: atoms {loose[:10]} are not bonded to the rest. "
             "Check the structure's bonds (CONECT records), or give one molecule."
         )
-    root = tuple(backbone[:3])
+    root = (backbone[0], backbone[1], backbone[2])
     parent[root[0]] = root[1]  # of which there is none above: the frame is taken from the other side
     handed = {centre: set(corners) for centre, *corners in stereocentres}
     first = {root[1]: root[2]}  # placed atom on each atom whose dihedral the others follow
@@ -97,7 +97,8 @@ def build_zmatrix(
 
 def longest_path(neighbours: Sequence[Sequence[int]], among: Collection[int]) -> list[int]:
     """The longest of the shortest paths within ``among``, from its end with the lower number to the other."""
-    among, best = set(among), []
+    among = set(among)
+    best: list[int] = []
     for start in sorted(among):
         came_from, last = {start: start}, start
         queue = deque([start])

@@ -26,7 +26,8 @@ class _OneShape:
     """The compiled function for the first shape that it meets in training, the eager one for everything else."""
 
     def __init__(self, eager) -> None:
-        self.eager, self.compiled, self.shape = eager, torch.compile(eager, dynamic=False), None
+        self.eager, self.compiled = eager, torch.compile(eager, dynamic=False)
+        self.shape: torch.Size | None = None
 
     def __call__(self, x: Tensor, t: Tensor, features: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         rest = (features,) if mask is None else (features, mask)

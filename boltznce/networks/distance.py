@@ -58,6 +58,9 @@ class VectorFieldTrunk(_OnGeometry):
     """
 
     largest: float | None = None
+    time: nn.Module
+    blocks: nn.ModuleList
+    shrink: nn.Module
 
     @abstractmethod
     def rows(self, time: Tensor) -> Iterable[tuple[Layer, Layer, Tensor, Tensor]]:
@@ -90,6 +93,10 @@ class EnergyTrunk(_OnGeometry):
 
     Subclasses have the parts ``time``, ``modes``, which makes s, and ``mlp``, of which all but the inlet is used here.
     """
+
+    time: nn.Module
+    modes: nn.Module
+    mlp: ResidualMLP
 
     @abstractmethod
     def rows(self, time: Tensor) -> tuple[Layer, Layer, Tensor, Tensor, Tensor]:

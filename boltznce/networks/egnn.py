@@ -27,8 +27,9 @@ class Layer(nn.Module):
         self.distances = nn.Linear(2, width, bias=False)
         self.message = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.attention = nn.Linear(width, 1) if attention else None
-        self.step = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1, bias=False))
-        nn.init.xavier_uniform_(self.step[-1].weight, gain=0.001)  # steps are small at first
+        to_step = nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1, bias=False)
+        self.step = nn.Sequential(*to_step)
+        nn.init.xavier_uniform_(to_step[-1].weight, gain=0.001)  # steps are small at first
         self.update = None if last else nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, h: Tensor, x: Tensor, start: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

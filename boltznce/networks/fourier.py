@@ -26,6 +26,9 @@ class FadingWaves(nn.Module):
     the exponent: at 1 a wave fades as that component of the density does.
     """
 
+    waves: Tensor
+    squares: Tensor
+
     def __init__(self, n_octaves: int, fading: float = 1, n_directions: int = 4, slowest: float = math.pi / 2) -> None:
         super().__init__()
         self.fading = fading

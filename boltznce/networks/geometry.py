@@ -40,6 +40,12 @@ class MolecularGeometry(nn.Module):
     N_LEVELS = 65
     EPSILON = 1e-6  # under the root of a distance, in squared network units
 
+    incidence: Tensor
+    mean: Tensor
+    spread: Tensor
+    metric: Tensor
+    steepness: Tensor
+
     def __init__(
         self, n_atoms: int, quadruples: Sequence[tuple[int, int, int, int]] = (), preconditioned: bool = False
     ) -> None:
@@ -135,9 +141,9 @@ class MolecularGeometry(nn.Module):
         low = place.floor().clamp(max=self.N_LEVELS - 2)
         share = (place - low).unsqueeze(-1)
         low = low.long()
-        return tuple(
-            torch.lerp(table[low], table[low + 1], share) for table in (self.mean, self.spread, self.steepness)
-        )
+        tables = (self.mean, self.spread, self.steepness)
+        mean, spread, steepness = (torch.lerp(table[low], table[low + 1], share) for table in tables)
+        return mean, spread, steepness
 
 
 def soft_clip(z: Tensor, largest: float = 5.0) -> Tensor:

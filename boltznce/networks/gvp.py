@@ -78,11 +78,13 @@ class Perceptron(nn.Module):
 class Message(Perceptron):
     """Sum over all sources j != i of a perceptron of (h_j, kernels(d_ij)) and (unit vector from i to j, v_j)."""
 
+    activation: Swish
+
     def __init__(self, n_scalars: int, n_vectors: int, n_kernels: int):
         super().__init__(n_scalars + n_kernels, n_vectors + 1, n_scalars, n_vectors, Swish())
         self.n_scalars = n_scalars
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, h: Tensor, v: Tensor, unit: Tensor, kernels: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scalars (batch, n, s), vectors (batch, n, 3, v) that atoms receive from real ones, see ``mask`` (batch, n).
@@ -159,6 +161,8 @@ class GVPVectorField(nn.Module):
         message_scale: summed messages are divided by this.
         longest_step: bound of a layer's change of each position.
     """
+
+    centres: Tensor
 
     def __init__(
         self,

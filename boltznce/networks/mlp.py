@@ -11,6 +11,8 @@ __all__ = ["MLPEnergy", "MLPVectorField", "ResidualBlocks", "ResidualMLP", "Time
 class TimeEmbedding(nn.Module):
     """Sines and cosines of t and, for times near 0, of log(t + 1e-3), then two layers: (batch,) -> (batch, width)."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int = 64, n_frequencies: int = 8) -> None:
         super().__init__()
         self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(n_frequencies // 2), persistent=False)
@@ -50,10 +52,11 @@ class ResidualMLP(nn.Module):
         super().__init__()
         self.inlet = nn.Linear(n_in, width)
         self.blocks = ResidualBlocks(width, n_time, n_blocks)
-        self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(width, n_out))
+        last = nn.Linear(width, n_out)
+        self.outlet = nn.Sequential(nn.SiLU(), last)
         with torch.no_grad():
-            self.outlet[1].weight.mul_(0.1)
-            self.outlet[1].bias.zero_()
+            last.weight.mul_(0.1)
+            last.bias.zero_()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.outlet(self.blocks(self.inlet(x), time))

@@ -11,7 +11,7 @@ which wants calibrating on rough conformers of the molecule (`systems.conformers
 simulation is needed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import networkx
@@ -76,6 +76,11 @@ class _MadeRows(nn.Module):
         embedding_width: of distances and volumes.
         chiral: tell a molecule from its mirror image by signed volumes.
     """
+
+    features: Tensor
+    separations: Tensor
+    quadruples: Tensor
+    make_weights: Callable[[Tensor], tuple[Tensor, ...]]
 
     def __init__(self, n_features: int, embedding_width: int, chiral: bool) -> None:
         super().__init__()

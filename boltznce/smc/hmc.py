@@ -38,7 +38,7 @@ class HMC:
         if not (self.kT > 0 and (torch.as_tensor(self.masses) > 0).all()):
             raise UserError("Hamiltonian moves need positive masses and a positive kT.")
 
-    def velocities(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def velocities(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """v ~ N(0, kT / m) (n, ...), given Σ v = 0 where centred."""
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self._projected(self._inverse_masses(x).sqrt() * noise)
@@ -55,7 +55,7 @@ class HMC:
         return point, v + 0.5 * step * self._acceleration(point, beta)
 
     def move(
-        self, path: Path, point: Point, beta: float, step_size: float, generator: torch.Generator
+        self, path: Path, point: Point, beta: float, step_size: float | Tensor, generator: torch.Generator | None
     ) -> tuple[Point, Tensor]:
         """One move of all walkers, and the acceptance probability (n,) of each; what is not finite is refused."""
         shape = (len(point), *[1] * (point.positions.dim() - 1))

@@ -174,4 +174,7 @@ def _require_weight(log_weights: Tensor, point: Point) -> None:
 
 def _result(state: State, settings: AnnealSettings) -> Annealed:
     arrays = (state.point.positions, state.point.u, state.log_weights, state.ancestors)
-    return Annealed(*(each.cpu().numpy() for each in arrays), state.history, state.counts, settings.n_populations)
+    positions, u, log_weights, ancestors = (each.cpu().numpy() for each in arrays)
+    return Annealed(
+        positions, u, log_weights, ancestors, state.history, state.counts, n_populations=settings.n_populations
+    )

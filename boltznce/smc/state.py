@@ -3,7 +3,7 @@
 import dataclasses
 import zlib
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,10 +88,12 @@ class Store:
     fingerprint: int
 
     def save(self, state: State) -> None:
-        arrays = {field.name: getattr(state.point, field.name).cpu().numpy() for field in dataclasses.fields(Point)}
+        arrays: dict[str, Any] = {
+            field.name: getattr(state.point, field.name).cpu().numpy() for field in dataclasses.fields(Point)
+        }
         arrays |= {"log_weights": state.log_weights.cpu().numpy(), "ancestors": state.ancestors.cpu().numpy()}
         counts = np.array([state.counts.base, state.counts.target])
-        kept = {"step_size": state.step_size, "counts": counts, "history": np.array(state.history)}
+        kept: dict[str, Any] = {"step_size": state.step_size, "counts": counts, "history": np.array(state.history)}
         with atomic_file(self.path) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, fingerprint=self.fingerprint, **arrays, **kept)
 
@@ -122,7 +124,7 @@ class Store:
 
 def _step(row: list[float]) -> Step:
     """A row of numbers as what it was."""
-    step = Step(*row)
+    step = Step._make(row)
     return step._replace(resampled=int(step.resampled), ancestors=int(step.ancestors))
 
 
