@@ -13,6 +13,7 @@ from boltznce.data.dataset import Dataset
 from boltznce.methods import findings, ladder, sections
 from boltznce.methods.findings import Data, ExactSubset, Findings
 from boltznce.methods.views import views_of
+from boltznce.states import in_interval
 
 
 @pytest.fixture(scope="module")
