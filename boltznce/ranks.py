@@ -204,7 +204,7 @@ def _shares(n: int) -> bool:
 
 def average(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Averages of scalars over the processes."""
-    if size() == 1:
+    if size() == 1 or not values:
         return values
     total = torch.stack([value.detach().double().cpu() for value in values.values()])
     with _others_there():

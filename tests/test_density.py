@@ -140,7 +140,9 @@ def test_the_whole_line(line):
     assert "peptide" not in text
 
 
-@pytest.mark.parametrize("system", ["checkerboard", "mueller_brown", "two_moons"])
+@pytest.mark.parametrize(
+    "system", ["checkerboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mueller_brown", "two_moons"))]
+)
 def test_the_line_ends_on_other_systems(tmp_path, system):
     tiny = [
         "flow.fit.steps=5",

@@ -15,6 +15,7 @@ from boltznce.errors import UserError
 from boltznce.fab import ReplayBuffer, alpha_divergence, anneal_beyond
 from boltznce.methods import fab
 from boltznce.methods.spline_models import make_spline_flow
+from boltznce.methods.workspace import Workspace, make_fabric
 from boltznce.run import train
 from boltznce.run_folder import RunFolder
 from boltznce.smc import HMC, Path, with_gradient
@@ -174,11 +175,16 @@ def test_step_sizes_follow_the_acceptance():
     assert (sampler.step_sizes > 0.01).all()
 
 
-def test_a_run_killed_and_gone_on_with_is_the_same(tmp_path, monkeypatch):
-    whole = run_in(tmp_path / "whole", ["system=gaussians8", *TINY])
-    assert len(whole["modes"]["exact"]) == 8
-    assert whole["counts"]["energy evaluations, annealed draws"] == (2 + 5) * 64 * 2
-    draw, calls = ReplayBuffer.draw, itertools.count(1)
+def test_a_training_killed_and_gone_on_with_is_the_same(tmp_path, monkeypatch):
+    def trained(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = compose("train", ["system=gaussians8", *TINY])
+        folder = RunFolder.create(tmp_path / name, config, config.system.name)
+        found = fab.train(Workspace(folder, config, make_fabric("cpu")))
+        assert found["energy_evaluations"] == (2 + 5) * 64 * 2
+        return load_weights(tmp_path / name / "checkpoints" / "fab.safetensors")[0]
+
+    whole, draw, calls = trained("whole"), ReplayBuffer.draw, itertools.count(1)
 
     def killed(self, n, generator):
         if next(calls) == 9:
@@ -187,14 +193,21 @@ def test_a_run_killed_and_gone_on_with_is_the_same(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ReplayBuffer, "draw", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_in(tmp_path / "killed", ["system=gaussians8", *TINY])
+        trained("killed")
     monkeypatch.undo()
     assert (tmp_path / "killed" / "checkpoints" / "fab" / "step_0000005" / "memory.safetensors").exists()
-    train(RunFolder.open(tmp_path / "killed"))
-    a, b = (load_weights(tmp_path / name / "checkpoints" / "fab.safetensors")[0] for name in ("whole", "killed"))
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    again = trained("killed")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
+def test_a_run_in_the_plane_ends_in_a_report(tmp_path):
+    metrics = run_in(tmp_path, ["system=gaussians8", *TINY])
+    assert len(metrics["modes"]["exact"]) == 8
+    assert metrics["counts"]["energy evaluations, annealed draws"] == (2 + 5) * 64 * 2
+    assert bz.load_run(tmp_path).sample(3).log_prob.shape == (3,)
+
+
+@pytest.mark.slow
 def test_a_run_of_a_molecule(tmp_path):
     small = "generator.model={architecture: hierarchical, n_pairs: 2, width: 16, depth: 1}"
     metrics = run_in(tmp_path / "run", ["system=aldp_amber96", *TINY, small, f"data_dir={tmp_path}"])

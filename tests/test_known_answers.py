@@ -218,7 +218,9 @@ def test_members_have_random_numbers_folders_and_rows_of_their_own(tmp_path, mon
     for member in work.system.pair:
         simulated(tmp_path / "aldp-smoke" / member.name, member, 400)
     written = {}
-    monkeypatch.setattr(report, "write_report", lambda folder, results, figures, captions: written.update(results))
+    monkeypatch.setattr(
+        report, "write_report", lambda folder, results, figures, captions, also: written.update(results)
+    )
     boltznce.STAGES["report"](work)
     found = {name: row["free_energy"]["exact"].value for name, row in written["members"].items()}
     known = {"left": math.log(TARGET[REST] / TARGET[STATE]), "right": math.log(TURNED[REST] / TURNED[STATE])}

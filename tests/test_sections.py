@@ -9,11 +9,11 @@ import torch
 from omegaconf import OmegaConf
 
 from boltznce import WeightedSamples, load_system
-from boltznce.analysis.free_energy import free_energy_difference
 from boltznce.data.dataset import Dataset
 from boltznce.methods import findings, ladder, sections
 from boltznce.methods.findings import Data, ExactSubset, Findings
 from boltznce.methods.views import views_of
+from boltznce.states import in_interval
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +63,18 @@ def test_without_data_or_a_state_sections_are_shorter(found):
 
 
 def test_the_surface_of_the_reference_stands_beside_the_datas():
-    """As points that have the populations of its profile; for the view over its coordinates alone."""
+    """With the populations of its profile; for the view over its coordinates alone."""
     system = load_system("aldp")
     (view,), reference = views_of(system), system.reference()
     found = SimpleNamespace(reference=reference, data_name="MD")
     panels = {"MD": None, "flow": None}
     more = sections._with_reference(found, view, panels)
     assert list(more) == ["MD", "reference", "flow"]
-    points, log_weights = more["reference"]
-    ours = free_energy_difference(points[:, 0], log_weights, system.state.interval, n_bootstrap=2).value
+    density = np.nan_to_num(np.exp(-more["reference"]))
+    assert density.sum() == pytest.approx(1)
+    phi = (np.arange(len(density)) + 0.5) * 2 * np.pi / len(density) - np.pi
+    inside = in_interval(phi, system.state.interval)
+    ours = np.log(density[~inside].sum() / density[inside].sum())
     assert ours == pytest.approx(reference["delta_f"]["value"], abs=0.05)
     other = replace(view, symbols=("φ2", "ψ2"))
     assert sections._with_reference(found, other, panels) is panels

@@ -198,7 +198,7 @@ def test_simulate_writes_a_dataset_with_true_energies(aldp, tmp_path, method):
     ("settings", "message"),
     [
         ({"method": "alchemy"}, "choose one of auto, metadynamics, umbrella"),
-        ({"dihedral": "chi7"}, "set dihedral .* to one of"),
+        ({"dihedral": "chi7"}, "no dihedral 'chi7': choose one of phi, psi"),
         ({"frame_interval": 0.3}, "must be a multiple"),
         ({"n_windows": 7}, "even"),
         ({"timestep": 0.0}, "positive"),

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from boltznce.analysis.plotting import plot_learning_curves
 from boltznce.io import atomic_file
 from boltznce.logger import read_log
 
@@ -29,6 +28,8 @@ def live_curves(folder: Path, name: str) -> Callable[[], None]:
 
 def redraw_curves(folder: Path, name: str) -> None:
     """Draw all losses in the log ``<name>.csv``; the report's figure takes the place of this one."""
+    from boltznce.analysis.plotting import plot_learning_curves  # slow to import, and only runs need it
+
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in read_log(folder / f"{name}.csv"):
         for column, cell in row.items():
