@@ -203,8 +203,8 @@ def _draw_weighted(
                 start = writer.n_written
                 x, log_q = draw(min(batch_size, n - start), generator_of(start // batch_size))
                 u, log_q, _ = guard(energy(x), log_q)
-                positions, energy_of, likelihood = (a.cpu().numpy() for a in (x, u, log_q))
-                writer.append(positions, energy_of, likelihood)
+                positions, energies, log_probs = (a.cpu().numpy() for a in (x, u, log_q))
+                writer.append(positions, energies, log_probs)
                 bar.update(len(u))
         writer.finish()
     return WeightedSamples.load(folder)

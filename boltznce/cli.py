@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -174,12 +175,13 @@ def _of_one_of_many(config_name: str, given: Mapping[str, str], words: Sequence[
 
 def _members(swept: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     """A sweep's members, as far as they differ in a choice of configs: of other values the first."""
-    choices = []
+    choices: list[list[Any]] = []
     for override in swept:
         each = [override.input_line]
         if override.is_discrete_sweep():
             each = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         elif override.is_interval_sweep():
-            each = [f"{override.get_key_element()}={override.value().start}"]
+            between: Any = override.value()
+            each = [f"{override.get_key_element()}={between.start}"]
         choices.append(each if available(override.key_or_group) else each[:1])
     return itertools.product(*choices)

@@ -26,13 +26,9 @@ from boltznce.trust import check_trusted, locate
 __all__ = ["available", "build", "compose", "config_dir", "explain", "load_system", "locate", "normalize"]
 
 PATHS = ("resume", "run", "output", "peptide")  # overrides that are one text, a path of a folder or a sequence
+# paths of which a sweep may have several
 MORE_PATHS: tuple[str, ...] = ("data_dir", "data.folder", "samples", "flow.start", "ebm.start")
-MORE_PATHS += (
-    "flow.published_weights",
-    "system.structure",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-)  # of which a sweep may have several
+MORE_PATHS += ("flow.published_weights", "system.structure", "hydra.run.dir", "hydra.sweep.dir")
 MORE_PATHS += ("files", "topology", "weights", "bias", "energies")
 LISTED = {"samples": "{", "files": "["}  # that may be more than a path, which then begins with this
 # sections that are lists of the user's choice: an entry may be taken away, where a setting may not

@@ -6,13 +6,14 @@ Another state: `coordinate=chi1 state=[0.0,2.0]`, `state=[[phi,[0.0,2.0]],[psi,[
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from boltznce.command_line import command_line
 from boltznce.config import build
 from boltznce.errors import UserError
 from boltznce.methods.free_energy import write_free_energy
 from boltznce.pretrained import is_shipped
+from boltznce.records import as_dict
 from boltznce.run import Run, load_run
 from boltznce.systems.base import System
 
@@ -26,7 +27,7 @@ def main(config: DictConfig) -> None:
             system,
             Path(config.samples or _of_report(run, system)),
             Path(config.output or run.folder.outputs / "free_energy" / label),
-            **{key: OmegaConf.to_container(config)[key] for key in ("coordinate", "state", "versus")},
+            **{key: as_dict(config)[key] for key in ("coordinate", "state", "versus")},
             n_bins=config.n_bins,
             n_bootstrap=config.n_bootstrap,
             seed=config.seed,

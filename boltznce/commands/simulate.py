@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from boltznce.command_line import command_line
 from boltznce.config import build
@@ -20,6 +20,7 @@ from boltznce.data.reference import (
 from boltznce.errors import UserError
 from boltznce.folders import inside
 from boltznce.methods.proxy import FromProxy, refine_frames
+from boltznce.records import as_dict
 
 
 def main(config: DictConfig) -> None:
@@ -29,7 +30,7 @@ def main(config: DictConfig) -> None:
         output = Path(config.output) if config.output else REFERENCE_FOLDER / f"{system.name}.json"
         check_reference_place(output, system.name)
     settings = {key: config[key] for key in ("duration", "n_repeats", "n_processes", "engine", "seed")}
-    datasets = simulate_members(system, folder, config.sampling, **settings, **OmegaConf.to_container(config.settings))
+    datasets = simulate_members(system, folder, config.sampling, **settings, **as_dict(config.settings))
     for member in system.all_members():
         dataset = datasets[member.name]
         print(f"{len(dataset)} frames of {member.name} in {folder / system.label(member)}")

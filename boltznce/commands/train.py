@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from boltznce import ranks
 from boltznce.objective import objective
+from boltznce.records import as_dict
 from boltznce.run import RunFolder, help_train, resume_folder, start_folder, train
 from boltznce.run_inputs import with_changes
 
@@ -18,13 +19,15 @@ def main(config: DictConfig) -> float | None:
     if config.resume is None:
         path = Path(HydraConfig.get().runtime.output_dir)
         if not ranks.is_first():
-            return help_train(path, config, trust=True)
+            help_train(path, config, trust=True)
+            return None
         return _trained(start_folder(path, config))
     words = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     given = {name: OmegaConf.select(config, name) for name in words if name not in OF_THE_COMMAND}
     if not ranks.is_first():
-        own = OmegaConf.to_container(RunFolder.open(config.resume, config.trust).config)
-        return help_train(Path(config.resume), OmegaConf.create(with_changes(own, given)), config.trust)
+        own = as_dict(RunFolder.open(config.resume, config.trust).config)
+        help_train(Path(config.resume), OmegaConf.create(with_changes(own, given)), config.trust)
+        return None
     if "system" in words:
         RunFolder.open(config.resume, config.trust).check_system(config.system.name)
     return _trained(resume_folder(config.resume, given, config.trust))

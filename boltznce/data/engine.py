@@ -381,8 +381,8 @@ def _save_state(
     n_frames: int,
     seconds: float,
     crc: int,
-    memory: Mapping[str, np.ndarray],
+    memory: Mapping[str, Any],
 ) -> None:
     state: dict[str, Any] = {"positions": positions, "velocities": velocities, "segment": segment, "n_frames": n_frames}
     with atomic_file(folder / "state.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, **state, seconds=seconds, crc=crc, **dict[str, Any](memory))
+        np.savez(handle, **state, seconds=seconds, crc=crc, **memory)
