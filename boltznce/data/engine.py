@@ -78,7 +78,7 @@ class Job:
     friction: float
     hydrogen_mass: float | None
     platform: str
-    dihedral: tuple[int, int, int, int] | None = None
+    dihedral: tuple[int, int, int, int] | Any = None  # of the methods that have one
     options: dict = dataclasses.field(default_factory=dict)
     engine: str = "openmm"
     compile: str | bool = "auto"  # of the torch engine

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import openmm
@@ -39,10 +40,12 @@ class TorchWalkers:
         *,
         dtype: torch.dtype = torch.float32,
     ):
-        self.job, self.system, self.temperatures, self.bias = job, system, temperatures, bias
+        self.job, self.system, self.temperatures = job, system, temperatures
+        self.bias: Any = bias  # what OpenMM prepares structures under are `Restraints`
         self.device = _device(job.repeat)
         self.dtype = dtype
         self.in_plane = isinstance(system, PlaneSystem)
+        self.field: PlaneField | TorchForceField
         if self.in_plane:
             self.field, self.masses = PlaneField(system, job.kT), np.full(1, job.kT)
         else:
@@ -56,9 +59,9 @@ class TorchWalkers:
         self.spread = (-math.expm1(-2 * job.friction * job.timestep) * warmth / masses).sqrt()
         self.generator = torch.Generator(self.device)
         self._heat = torch.ones((), device=self.device, dtype=dtype)
-        self._kernel = None
+        self._kernel: Any = None
         self._recorded: dict[int, _RecordedSteps] = {}
-        self._openmm = None
+        self._openmm: OpenMMWalkers | None = None
 
     def reseed(self, rng: np.random.Generator) -> None:
         self.generator.manual_seed(int(rng.integers(2**63)))

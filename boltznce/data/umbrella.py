@@ -75,7 +75,7 @@ class UmbrellaSampler(Sampler):
             save = (block + 1) % stride == 0
             frame = frames[block // stride] if save else None
             self._block(positions, velocities, block, rng, tick, frame)
-            if save:
+            if frame is not None:
                 frame["time"] = segment * self.job.segment_length + (block + 1) * self.interval
         return frames.ravel()
 

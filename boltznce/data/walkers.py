@@ -49,7 +49,8 @@ class Restraints:
     def parameters(self) -> tuple[Tensor, ...]:
         return (torch.from_numpy(self.centres),)
 
-    def potential(self, x: Tensor, centres: Tensor) -> Tensor:
+    def potential(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        (centres,) = parameters
         difference = dihedral_angle(torch.stack([x[:, atom] for atom in self.atoms], dim=1)) - centres
         turns = (difference / (2 * math.pi)).round()
         return 0.5 * self.kappa * (difference - 2 * math.pi * turns).square()
