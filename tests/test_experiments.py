@@ -33,6 +33,7 @@ FEW = {  # steps and draws, of the sections that a run has
         "n_ladder": 50,
         "n_reference": 100,
         "refine": None,
+        "frames": "data",
     },
 }
 
