@@ -17,7 +17,7 @@ from boltznce.settings import without_rule
 
 NAMES = config.available("experiment")
 PLANE = ("boltznce/fig_toy", "tabg/gaussians40")  # of which a run takes seconds
-SHORT = {"duration": 4.0, "equilibration": 1.0, "segment_length": 2.0, "n_windows": 12, "n_repeats": 1}
+SHORT = {"duration": 12.0, "equilibration": 1.0, "segment_length": 2.0, "n_windows": 12, "n_repeats": 1}
 FEW = {  # steps and draws, of the sections that a run has
     "data": {"simulation": SHORT},
     "flow": {"n_train": 400, "n_validation": 32, "fit": {"steps": 2}, "solver": {"steps": 4}},
@@ -33,6 +33,7 @@ FEW = {  # steps and draws, of the sections that a run has
         "n_ladder": 50,
         "n_reference": 100,
         "refine": None,
+        "frames": "data",
     },
 }
 

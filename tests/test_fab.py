@@ -233,6 +233,6 @@ def test_settings_that_cannot_work(override, message, tmp_path):
 
 @pytest.mark.slow
 def test_all_of_eight_modes_are_found(tmp_path):
-    """Eight Gaussians by `budget=cpu`, ESS above 90% (96% measured); reverse KL's flow would cover a few of them."""
+    """Eight Gaussians by `budget=cpu`: an ESS above 90%."""
     metrics = run_in(tmp_path, ["system=gaussians8", "method=fab", "budget=cpu", "fab.fit.steps=3000", "threads=1"])
     assert metrics["ess"]["exact weights"]["ess"] > 0.9
