@@ -197,6 +197,7 @@ def test_free_energies_of_a_flow_whose_ebm_errs_by_state():
     assert len(free_energy_figure(rows).axes) == 1
 
 
+@pytest.mark.slow
 def test_free_energies_of_a_run(tiny_run, monkeypatch):
     monkeypatch.setattr(free_energy, "wants_compiling", lambda mode: False)
     simulations = {
@@ -239,6 +240,7 @@ def test_an_unfinished_run_is_told(tiny_run, monkeypatch):
         open_finished(str(tiny_run), "free_energy", "cpu")
 
 
+@pytest.mark.slow
 def test_script_measures_a_run(forks, tiny_run, tmp_path):
     small = ["likelihood.n=4", "likelihood.n_walkers=4", "likelihood.finest.steps=2", "likelihood.n_probes=[1]"]
     others = [name for name in compose("benchmark", []).likelihood.solvers if name != "heun12"]

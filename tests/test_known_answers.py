@@ -494,6 +494,7 @@ def accept_every_conformer(self, x, batch_size=1024):
     return GraphCheck(right, order, torch.zeros(len(x), dtype=torch.bool))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_network_that_makes_mirror_images(tmp_path, monkeypatch):
     """log q of kept draws, of given positions and of the report is log[q(x) + q(-x)], where q is the flow's."""
     monkeypatch.setattr(BondGraph, "check", accept_every_conformer)  # two steps of training make no molecules

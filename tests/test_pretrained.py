@@ -145,6 +145,7 @@ def test_what_cannot_be_exported(original, package, tmp_path, monkeypatch):
 # ---- what ships is read ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_report_on_a_peptide_outside_of_the_lists(here, package, capsys):
     """``sample run=pretrained/dipeptides system=KS refine=true``: nothing is trained or simulated."""
     before = listing(package)
@@ -204,6 +205,7 @@ def test_fine_tuning_of_it_begins_elsewhere(here, package, monkeypatch):
     assert listing(package) == before
 
 
+@pytest.mark.slow
 def test_data_that_are_there_are_compared_with(original, here):
     run, words = bz.load_run(original), ["n_samples=16", "report=true", "batch_size=16", "device=cpu"]
     sample.main(compose("sample", [f"run={original}", "system=AA", f"output={here / 'AA'}", *words]))

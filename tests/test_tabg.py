@@ -321,6 +321,7 @@ def test_baseline_reverse_kl(tmp_path):
     assert not (tmp_path / "figures" / "ladder.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_the_plane(tmp_path):
     sizes = ["annealing={n_draws: 400, n_buffer: 400, fit: {steps: 4}}", "hot.fit.steps=4"]
     small = "evaluation={n_samples: 400, n_ladder: 200, n_reference: 400, n_bootstrap: 20, n_torus: 100}"
@@ -460,6 +461,7 @@ def test_unknown_objective(stage, known):
         compose("train", ["system=double_well", "method=tabg", "budget=smoke", f"{stage}.objective=score"])
 
 
+@pytest.mark.slow
 def test_log_variance_gets_an_untrained_flow_out_of_clashes(tmp_path):
     """Of the untrained flow's draws nearly all clash; after a few steps on their ranks far fewer do."""
     few = [
