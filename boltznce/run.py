@@ -127,6 +127,8 @@ def help_train(path: Path, config: DictConfig, trust: bool = False) -> None:
 
 
 def _train(folder: RunFolder, fabric: "Fabric | None" = None) -> str:
+    from boltznce.analysis import plotting  # slow to import, and only runs need it
+
     config = _config(folder)
     set_threads(config.threads)
     method = locate(config.method._target_, ModuleType)
@@ -136,7 +138,8 @@ def _train(folder: RunFolder, fabric: "Fabric | None" = None) -> str:
     work = Workspace(folder, config, fabric, logger)
     ranks.by_first(folder.record_identity)(work.system)
     *_, last = method.STAGES
-    with contextlib.closing(logger) if logger else contextlib.nullcontext():
+    style = plotting.style((config.get("figures") or {}).get("style"))
+    with style, contextlib.closing(logger) if logger else contextlib.nullcontext():
         for name, stage in method.STAGES.items():
             if not ranks.by_first(_already_done)(folder, name, last):
                 record: contextlib.AbstractContextManager[dict] = (

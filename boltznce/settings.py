@@ -167,6 +167,9 @@ SAMPLING = _one_of("auto", "metadynamics", "umbrella", "replica_exchange", "lang
 SOLVER = _one_of("dopri5", "heun", "rk4")
 LONGEST_TIMESTEP = 0.05  # ps: the stiffest bonds swing in less
 
+# in which all is known
+SECTIONS = ("flow", "ebm", "data", "samples", "evaluation", "generator", "hot", "annealing", "fab")
+
 RULES: dict[str, Rule] = {
     # ---- a run
     "seed": _whole(0, 2**63 - 1),
@@ -451,37 +454,13 @@ RULES: dict[str, Rule] = {
     "train.training_data": TEXT,
 } | dict.fromkeys(
     (
-        *(
-            "flow",
-            "ebm",
-            "data",
-            "samples",
-            "evaluation",
-            "generator",
-            "hot",
-            "annealing",
-            "fab",
-            "method",
-            "logger",
-            "figures",
-        ),
+        *(*SECTIONS, "method", "logger", "figures"),
         *("network", "model", "fit", "solver", "coordinates", "simulation", "selections", "settings", "finetune"),
         *("finetune.split", "energy", "spline", "molecules", "family", "networks", "flows", "benchmark.likelihood"),
         *("benchmark.free_energy", "solvers", "finest", "hutchinson", "simulations"),
     ),
     SECTION,
 )
-SECTIONS = (
-    "flow",
-    "ebm",
-    "data",
-    "samples",
-    "evaluation",
-    "generator",
-    "hot",
-    "annealing",
-    "fab",
-)  # in which all is known
 
 
 def check(config: DictConfig | Mapping[str, Any], script: str = "train") -> None:

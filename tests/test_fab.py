@@ -1,12 +1,12 @@
 """FAB: annealing beyond the target, replay by weight, and what a flow learns of it."""
 
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from runs import run_in
 
 import boltznce as bz
 from boltznce.checkpoint import load_weights
@@ -16,7 +16,6 @@ from boltznce.fab import ReplayBuffer, alpha_divergence, anneal_beyond
 from boltznce.methods import fab
 from boltznce.methods.spline_models import make_spline_flow
 from boltznce.methods.workspace import Workspace, make_fabric
-from boltznce.run import train
 from boltznce.run_folder import RunFolder
 from boltznce.smc import HMC, Path, with_gradient
 
@@ -131,13 +130,6 @@ TINY = [
     "generator.model={n_pairs: 2, width: 16, depth: 1}",
     "evaluation={n_samples: 400, n_reference: 400, n_bootstrap: 20, n_torus: 50, batch_size: 200}",
 ]
-
-
-def run_in(folder, overrides):
-    config = compose("train", overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    train(RunFolder.create(folder, config, config.system.name))
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def sampler_of(*overrides):

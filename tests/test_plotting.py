@@ -1,20 +1,17 @@
 """Figures: what is left out for want of samples, what curves have in common, styles, and curves of a run that goes."""
 
-import json
 import time
 
 import matplotlib
 import numpy as np
 import pytest
+from runs import run_in
 
 from boltznce.analysis import plotting
 from boltznce.analysis.profiles import FreeEnergyProfile, free_energy_profile
-from boltznce.config import compose
 from boltznce.errors import UserError
 from boltznce.logger import TensorBoardLogger
 from boltznce.methods import live
-from boltznce.run import train
-from boltznce.run_folder import RunFolder
 
 EDGES = (np.linspace(0.0, 1.0, 13), np.linspace(0.0, 1.0, 13))
 
@@ -73,6 +70,18 @@ def test_a_style_of_ones_own(tmp_path):
         pass
 
 
+def test_a_style_that_there_is_not_is_told_before_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"figures\.style=nowhere is no style of matplotlib"):
+        run_in(tmp_path / "run", ["system=gaussians8", "budget=smoke", "figures.style=nowhere"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_style_may_say_what_is_matplotlibs_default(tmp_path):
+    (tmp_path / "mine.mplstyle").write_text("axes.labelsize: medium\nfont.size: 10\n")
+    with plotting.style(tmp_path / "mine.mplstyle"):
+        assert plotting.plot_weights({"a": np.zeros(10)}).axes[0].xaxis.label.get_size() == 10
+
+
 def test_the_step_that_was_kept_is_marked():
     curves = {"flow loss/validation": ([1, 2, 3], [3.0, 1.0, 2.0]), "EBM/validation": ([1, 2], [1.0, 2.0])}
     first, second = plotting.plot_learning_curves(curves, kept={"flow loss": 2.0}).axes
@@ -102,13 +111,10 @@ def test_a_run_leaves_figures_as_asked_and_tells_its_logger(tmp_path, monkeypatc
     few = ["hot.fit.steps=2", "annealing.n_steps=1", "annealing.fit.steps=2", "annealing.n_draws=200"]
     few += ["evaluation={n_samples: 200, n_ladder: 100, n_reference: 200, n_bootstrap: 20, n_torus: 50}"]
     words = ["system=gaussians8", "method=tabg", "budget=smoke", "threads=1", "figures.also=[svg]", *few]
-    config = compose("train", words)
-    (tmp_path / "run").mkdir()
-    train(RunFolder.create(tmp_path / "run", config, config.system.name))
+    metrics = run_in(tmp_path / "run", words)
     names = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert {name.replace(".png", ".svg") for name in names if name.endswith(".png")} <= names
     assert {"plane.png", "profile.png"} <= set(recorder.told["figures"])
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert recorder.told["values"]["ESS"] == pytest.approx(metrics["ess"]["exact weights"]["ess"])
     assert recorder.closed
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from runs import run_in
 
 import boltznce as bz
 from boltznce.analysis.reweighting import WeightedSamples
@@ -185,13 +186,6 @@ TINY = [
     *SPLINE,
     "annealing={n_steps: 1, n_draws: 300, n_buffer: 100, draw_batch_size: 100, batch_size: 32, fit: {steps: 5}}",
 ]
-
-
-def run_in(folder, overrides):
-    config = compose("train", overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    train(RunFolder.create(folder, config, config.system.name))
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")

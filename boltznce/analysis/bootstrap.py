@@ -7,7 +7,7 @@ from scipy.special import stdtrit
 
 from boltznce.errors import UserError
 
-__all__ = ["bootstrap_counts", "checked_samples", "normal_spread", "numbered"]
+__all__ = ["bootstrap_counts", "checked_samples", "normal_spread", "numbered", "with_interval"]
 
 _COUNTS_AT_ONCE = 2**18  # bootstrap counts held in memory, about what a cache holds
 
@@ -54,3 +54,10 @@ def normal_spread(
     std_error = float(np.sqrt(variance))
     reach = float(stdtrit(max(1.0, number - 1.0), (1.0 + confidence) / 2.0)) * std_error
     return std_error, (value - reach, value + reach)
+
+
+def with_interval(said: str, interval: tuple[float, float] | None, form: str, reliable: bool, message: str) -> str:
+    """A value in words, and its interval in this form; or why it is not reliable."""
+    if not reliable:
+        return f"{said}, not reliable: {message}"
+    return f"{said} [{', '.join(format(end, form) for end in interval or ())}]"

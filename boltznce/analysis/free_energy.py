@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from boltznce.analysis.bootstrap import bootstrap_counts, checked_samples, normal_spread, numbered
+from boltznce.analysis.bootstrap import bootstrap_counts, checked_samples, normal_spread, numbered, with_interval
 from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.weights import effective_sample_size, normalized_weights
 from boltznce.errors import UserError
@@ -68,9 +68,7 @@ class FreeEnergyDifference:
 
     def __repr__(self) -> str:
         value = f"ΔF = {self.value:.2f}" + (f" ± {self.std_error:.2f} kT" if self.interval else " kT")
-        if not self.reliable:
-            return f"{value}, not reliable: {self.message}"
-        return f"{value} [{', '.join(f'{end:.2f}' for end in self.interval or ())}]"
+        return with_interval(value, self.interval, ".2f", self.reliable, self.message)
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from boltznce.analysis.bootstrap import checked_samples, normal_spread, numbered
+from boltznce.analysis.bootstrap import checked_samples, normal_spread, numbered, with_interval
 from boltznce.analysis.pareto import pareto_k, tail_share
 from boltznce.analysis.weights import normalized_weights
 from boltznce.settings import require
@@ -35,9 +35,7 @@ class Mean:
 
     def __repr__(self) -> str:
         value = f"{self.value:.4g}" + (f" ± {self.std_error:.2g}" if self.interval else "")
-        if not self.reliable:
-            return f"{value}, not reliable: {self.message}"
-        return f"{value} [{', '.join(f'{end:.4g}' for end in self.interval or ())}]"
+        return with_interval(value, self.interval, ".4g", self.reliable, self.message)
 
 
 def weighted_mean(

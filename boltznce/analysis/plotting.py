@@ -85,23 +85,22 @@ def style(given: str | Path | None) -> Iterator[None]:
     global _own_style
     before = _own_style
     try:
-        with matplotlib.rc_context(), matplotlib.style.context([] if given is None else [str(given)]):
-            _own_style = {} if given is None else _differences()
-    except OSError as error:
-        raise UserError(
-            f"figures.style={given} is no style of matplotlib: give the path of a .mplstyle file, or one of "
-            f"{', '.join(matplotlib.style.available)}."
-        ) from error
-    try:
+        _own_style = {} if given is None else _settings_of(str(given))
         yield
     finally:
         _own_style = before
 
 
-def _differences() -> dict[str, Any]:
-    """What the present settings of matplotlib change of its defaults."""
-    default = matplotlib.rcParamsDefault
-    return {key: value for key, value in matplotlib.rcParams.items() if key in default and value != default[key]}
+def _settings_of(style: str) -> dict[str, Any]:
+    if style in matplotlib.style.library:
+        return {str(key): value for key, value in matplotlib.style.library[style].items()}
+    if not Path(style).is_file():  # nothing is fetched from an address
+        raise UserError(
+            f"figures.style={style} is no style of matplotlib: give the path of a .mplstyle file, or one of "
+            f"{', '.join(matplotlib.style.available)}."
+        )
+    own = matplotlib.rc_params_from_file(style, use_default_template=False)
+    return {str(key): value for key, value in own.items()}
 
 
 def _styled(function: Callable[P, Drawn]) -> Callable[P, Drawn]:
@@ -717,12 +716,11 @@ def _surface(given: AnglesAndWeights | np.ndarray, edges: tuple[np.ndarray, np.n
     if log_weights is None or not np.ptp(log_weights) or not fewest:
         return -np.log(np.where(total > 0.0, total, np.nan))
     for size in (size for size in BLOCKS if len(total) % size == 0):
-        block = np.ones((size, size))
         sums, of_squares = (_in_blocks(histogram, size) for histogram in (total, squares))
         seen = (sums > 0.0) & (sums**2 >= fewest * of_squares)
         if sums[seen].sum() >= ENOUGH * sums.sum():
             break
-    return np.kron(-np.log(np.where(seen, sums / size**2, np.nan)), block)
+    return np.kron(-np.log(np.where(seen, sums / size**2, np.nan)), np.ones((size, size)))
 
 
 def _in_blocks(histogram: np.ndarray, size: int) -> np.ndarray:

@@ -19,7 +19,8 @@ from boltznce.data.dataset import Dataset
 from boltznce.methods.drawing import draw_to_folder
 from boltznce.methods.evaluation import evaluate
 from boltznce.methods.findings import Findings, gather
-from boltznce.methods.report import curves_figure, learning_curves, make_report
+from boltznce.methods.live import learning_curves
+from boltznce.methods.report import curves_figure, make_report
 from boltznce.methods.sections import COMMON, Part, ess_row
 from boltznce.methods.workspace import Workspace
 from boltznce.systems.base import System

@@ -47,8 +47,12 @@ __all__ = [
 @ordinary_tensors()
 def preflight(config: DictConfig) -> None:
     """Raise UserError for whatever would end a run with this config later on: of a system, a method, its settings."""
+    from boltznce.analysis import plotting  # slow to import, and only runs need it
+
     check(config)
     require_keywords(open_logger, config.logger, "logger")
+    with plotting.style((config.get("figures") or {}).get("style")):
+        pass  # there is one of this name
     shared = {name: config[name] for name in ("devices", "num_nodes", "strategy") if name in config}
     make_fabric(config.device, config.precision, **shared)
     method = locate(config.method._target_, ModuleType)

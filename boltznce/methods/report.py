@@ -1,7 +1,6 @@
 """The last stage: sections of every system that was tested, what concerns the whole run, one report of it all."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +12,15 @@ from boltznce.analysis.main_numbers import main_numbers
 from boltznce.analysis.report import summary_table, write_report
 from boltznce.logger import read_log
 from boltznce.methods.findings import Findings, gather
+from boltznce.methods.live import learning_curves
 from boltznce.methods.provenance import data_notes, provenance
 from boltznce.methods.sections import Part
 from boltznce.methods.workspace import Workspace
+from boltznce.records import read_json
+from boltznce.run_folder import AGAIN
 from boltznce.systems.base import System
 
-__all__ = ["curves_figure", "learning_curves", "make_report", "summary"]
+__all__ = ["curves_figure", "make_report", "summary"]
 
 LOSSES = {
     "flow": {"loss": "flow loss"},
@@ -48,17 +50,6 @@ def make_report(
         settings: of the run, in words.
         of_run: what concerns no single system.
     """
-    with plotting.style(_figures(work).get("style")):
-        return _made_report(work, sections, settings, find, of_run)
-
-
-def _made_report(
-    work: Workspace,
-    sections: Sequence[Callable[[Findings], Part]],
-    settings: Mapping[str, str],
-    find: Callable[[Workspace, System], Findings],
-    of_run: Part | None,
-) -> dict:
     of_run = of_run or Part({}, curves_figure(work, LOSSES))
     tests, rows, notes = work.system.members("test"), {}, list(of_run.notes)
     figures, captions = dict(of_run.figures), dict(CAPTIONS)
@@ -79,16 +70,13 @@ def _made_report(
     state = {} if alone else {"state": next(iter(rows.values())).get("state")}
     work.folder.leave(work.folder.path / "metrics.json")
     results = merged(whole, of_run.results, of_members, state)
-    write_report(work.folder.path, results, figures, captions, also=_figures(work).get("also", ()))
+    also = (work.config.get("figures") or {}).get("also", ())  # runs of before do not have it
+    write_report(work.folder.path, results, figures, captions, also)
     if work.logger:
-        numbers = {title: number.value for title, number in main_numbers(work.folder.metrics, {}).items()}
+        written = read_json(work.folder.path / "metrics.json", AGAIN)
+        numbers = {title: number.value for title, number in main_numbers(written, {}).items()}
         work.logger.summarize(numbers, [work.folder.path / "figures" / f"{name}.png" for name in figures])
     return {}
-
-
-def _figures(work: Workspace) -> Mapping[str, Any]:
-    """The config's section ``figures``, which runs of before do not have."""
-    return work.config.get("figures") or {}
 
 
 def summary(work: Workspace) -> str:
@@ -105,21 +93,6 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(joined.get(key), Mapping)
             joined[key] = merged(joined[key], value) if both else value
     return joined
-
-
-def learning_curves(
-    folder: Path, wanted: Mapping[str, Mapping[str, str]]
-) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    """Training and validation losses of the logs that are there; ``wanted``: name of the log -> {its column: title}."""
-    curves = {}
-    for name, losses in wanted.items():
-        rows = read_log(folder / f"{name}.csv")
-        for key, title in losses.items():
-            for kind in ("train", "validation"):
-                points = [(float(r["step"]), float(r[f"{kind}/{key}"])) for r in rows if r.get(f"{kind}/{key}")]
-                if points:
-                    curves[f"{title}/{kind}"] = tuple(zip(*points, strict=True))
-    return curves
 
 
 def curves_figure(
